@@ -1,0 +1,137 @@
+"""Run one stage so that a kill costs little: skip finished work, go on with partial work, redo changed work.
+
+A stage's key is its resolved config, the keys of its inputs and its version. `stage.json` marks work in
+progress under a key, `lineage.json` (written last) marks finished work. Same key and finished: nothing to do.
+Same key and in progress: the stage goes on in its folder. Another key: the folder is cleared first.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from puyu.chain.stages import Stage
+from puyu.configure import Config, dump
+from puyu.errors import InputError, PuyuError, ResourceError
+from puyu.files import clear_folder, disk_errors, hash_file, hash_json, read_json, write_json
+from puyu.lineage import FILE, Input, Lineage, code_version, find_lineage, input_of, machine, now, write_lineage
+
+MARK = "stage.json"
+_NOT_OUTPUTS = {FILE, MARK, "metrics.jsonl"}
+_NOT_OUTPUT_FOLDERS = {"train_state", "tensorboard"}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What happened to a stage. `seconds` is the time of the run that made the artifact."""
+
+    name: str
+    verb: str
+    out: Path
+    status: Literal["made", "resumed", "kept"]
+    seconds: float
+    numbers: Mapping[str, Any]
+
+
+def stage_key(stage: Stage, config: Config) -> tuple[str, tuple[Input, ...]]:
+    """The key of this work and the inputs it covers; InputError names an input that is missing."""
+    inputs = []
+    for name, path in config.inputs():
+        if not path.exists():
+            remedy = "run the stage that makes it first, or check the path (relative to the working directory)"
+            raise InputError(f"puyu {stage.verb}: {name}: no such file or folder: {path}", remedy=remedy)
+        inputs.append(input_of(name, path))
+    names = {item.path: item.key for item in inputs}
+    plain = _without_paths(dump(config), names)
+    covered = [[item.name, item.key] for item in inputs]
+    return hash_json([stage.verb, stage.version, plain, covered]), tuple(inputs)
+
+
+def _without_paths(value: Any, names: Mapping[str, str]) -> Any:
+    """The config with input paths replaced by their keys, so that moving a run changes nothing."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def run_stage(name: str, stage: Stage, config: Config, out: Path) -> Result:
+    """Bring one stage's folder up to date."""
+    key, inputs = stage_key(stage, config)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return Result(name, stage.verb, out, "made", 0.0, stage.run(config, out))
+    if (done := find_finished(out, key)) is not None:
+        return Result(name, stage.verb, out, "kept", done.seconds, done.numbers)
+    status = prepare_folder(out, key, stage.verb)
+    began = time.monotonic()
+    try:
+        numbers = stage.run(config, out)
+    except MemoryError as error:
+        raise ResourceError(f"{name}: out of memory", remedy="use a smaller batch or model") from error
+    seconds = time.monotonic() - began
+    lineage = Lineage(
+        stage=stage.verb,
+        key=key,
+        version=stage.version,
+        config=dump(config),
+        inputs=inputs,
+        numbers=numbers,
+        outputs=output_hashes(out),
+        seconds=round(seconds, 3),
+        finished=now(),
+        code=code_version(),
+        machine=machine(),
+    )
+    write_lineage(out, lineage)
+    (out / MARK).unlink(missing_ok=True)
+    return Result(name, stage.verb, out, status, seconds, numbers)
+
+
+def find_finished(out: Path, key: str) -> Lineage | None:
+    """The receipt when the folder holds this very work, complete and unchanged; else None."""
+    try:
+        found = find_lineage(out)
+    except PuyuError:
+        return None  # a torn receipt: the stage is not finished and is done again
+    if found is None or found.key != key:
+        return None
+    return found if output_hashes(out) == dict(found.outputs) else None
+
+
+def output_hashes(out: Path) -> dict[str, str]:
+    """Relative name -> content hash of every output file (progress files and training state left out)."""
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    names = {path.relative_to(out): path for path in files}
+    return {
+        name.as_posix(): hash_file(path)
+        for name, path in names.items()
+        if name.name not in _NOT_OUTPUTS and name.parts[0] not in _NOT_OUTPUT_FOLDERS
+    }
+
+
+def prepare_folder(out: Path, key: str, verb: str) -> Literal["made", "resumed"]:
+    """Keep partial work of the same key, clear anything else that a stage made; refuse a stranger's folder."""
+    mark = out / MARK
+    if mark.is_file() and _marked_key(mark) == key and not (out / FILE).is_file():
+        return "resumed"
+    if out.is_dir() and any(out.iterdir()):
+        if not (mark.is_file() or (out / FILE).is_file()):
+            raise InputError(f"{out} holds files that no stage made", remedy="choose another --out, or empty it")
+        clear_folder(out)
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_json(mark, {"verb": verb, "key": key})
+    return "made"
+
+
+def _marked_key(mark: Path) -> str:
+    try:
+        value = read_json(mark)
+    except InputError:
+        return ""  # torn mark: the work under it cannot be trusted
+    return str(value.get("key", "")) if isinstance(value, dict) else ""

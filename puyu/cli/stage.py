@@ -1,0 +1,66 @@
+"""`puyu data|tokenizer|pretrain|sft|reward|ppo|quantize|eval|talk`: one stage, from a recipe or from its own config.
+
+    puyu sft recipes/nano.yaml                          that recipe's stage, in its folder
+    puyu sft my.yaml --out runs/mine                    a config of this stage alone
+    puyu sft --base DIR --set lr=1e-3 --out runs/mine   no file at all
+
+All three go through the chain's runner: resumable, skipped when nothing changed, with a lineage.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from puyu.cli.options import Options, all_overrides, help_lines, parse
+from puyu.errors import ConfigError
+from puyu.log import duration, say
+
+
+def main(arguments: Sequence[str]) -> int:
+    verb, options = arguments[0], parse(arguments[1:])
+    from puyu.chain.stages import stage_of
+
+    if options.help:
+        print(f"usage: puyu {verb} [RECIPE.yaml | CONFIG.yaml] [--out DIR] [--set key=value ...] [--stage NAME]\n")
+        print(f"{stage_of(verb).help}; any field below can be given as --field value\n")
+        print("\n".join(help_lines(stage_of(verb).config_class())))
+        return 0
+    name, config, out = _prepared(verb, options)
+    from puyu.chain.run import headline
+    from puyu.chain.runner import run_stage
+
+    result = run_stage(name, stage_of(verb), config, out)
+    word = "nothing to do: up to date" if result.status == "kept" else f"done in {duration(result.seconds)}"
+    say(f"{name}: {word}; {headline(result.numbers)}")
+    print(json.dumps({"out": str(out), "seconds": round(result.seconds, 2), **result.numbers}, ensure_ascii=False))
+    return 0
+
+
+def _prepared(verb: str, options: Options):  # type: ignore[no-untyped-def]
+    from puyu.chain.recipe import is_recipe, load_recipe
+    from puyu.chain.stages import stage_of
+    from puyu.configure import apply_overrides, build, load_yaml
+
+    if len(options.positional) > 1:
+        raise ConfigError(f"puyu {verb} takes one YAML file, got {options.positional}")
+    values = load_yaml(Path(options.positional[0])) if options.positional else {}
+    overrides = all_overrides(options)
+    if is_recipe(values):
+        name = options.stage or _first_with(values["stages"], verb)
+        recipe = load_recipe(Path(options.positional[0]), [(f"{name}.{key}", value) for key, value in overrides])
+        step = recipe.step(name)
+        return name, step.config, options.out or step.out
+    where = options.positional[0] if options.positional else f"puyu {verb}"
+    config = build(stage_of(verb).config_class(), apply_overrides(values, overrides), where=where)
+    if options.out is None:
+        raise ConfigError(f"puyu {verb} needs --out DIR", remedy=f"for example --out runs/my-{verb}")
+    return verb, config, options.out
+
+
+def _first_with(stages: dict[str, dict[str, object]], verb: str) -> str:
+    for name, section in stages.items():
+        if (section or {}).get("verb", name) == verb:
+            return name
+    raise ConfigError(f"the recipe has no stage of verb {verb!r} (stages: {', '.join(stages)})")

@@ -1,0 +1,85 @@
+"""JSONL of conversations and preferences -> Conversation, Preference. Torch-free.
+
+A conversation line is OpenAI's form: `{"messages": [...], "tools": [...]?}`. A preference line has `prompt` (text or
+messages), `chosen`, `rejected` (text, a message, or a list with one message), `tools`? and `domain`? A torn line is
+quarantined and counted; a line that is valid JSON but no record is an error that names file, line and field.
+
+    >>> records, torn = read_conversations(Path("sft.jsonl"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from puyu.errors import InputError
+from puyu.files import BadRecord, read_jsonl_lines
+from puyu.types import Conversation, Message, Preference
+
+R = TypeVar("R")
+
+
+def read_conversations(path: Path) -> tuple[list[Conversation], list[BadRecord]]:
+    """All conversations of a file, and its torn lines."""
+    return _read(path, conversation_of)
+
+
+def read_preferences(path: Path) -> tuple[list[Preference], list[BadRecord]]:
+    """All preference pairs of a file, and its torn lines."""
+    return _read(path, preference_of)
+
+
+def _read(path: Path, build: Callable[[Mapping[str, Any]], R]) -> tuple[list[R], list[BadRecord]]:
+    torn: list[BadRecord] = []
+    records = []
+    for number, value in read_jsonl_lines(path, quarantine=torn.append):
+        try:
+            if not isinstance(value, Mapping):
+                raise InputError(f"a record must be a JSON object, not {type(value).__name__}")
+            records.append(build(value))
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error.message}", remedy=error.remedy) from error
+    if not records:
+        raise InputError(f"{path} holds no record ({len(torn)} torn lines)", remedy="check the path and the format")
+    return records, torn
+
+
+def conversation_of(value: Mapping[str, Any]) -> Conversation:
+    """One record; it needs at least one assistant turn."""
+    conversation = Conversation.from_openai(value)
+    if not any(message.role == "assistant" for message in conversation.messages):
+        raise InputError("field 'messages' has no assistant turn, so there is nothing to learn")
+    return conversation
+
+
+def preference_of(value: Mapping[str, Any]) -> Preference:
+    """One record; the answers are assistant turns."""
+    for name in ("prompt", "chosen", "rejected"):
+        if name not in value:
+            raise InputError(
+                f"a preference needs the field {name!r}", remedy="fields: prompt, chosen, rejected, domain"
+            )
+    prompt = value["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, list) or not messages:
+        raise InputError("field 'prompt' must be text or a list of messages")
+    return Preference(
+        prompt=Conversation.from_openai({"messages": messages, "tools": value.get("tools")}),
+        chosen=_answer(value["chosen"], "chosen"),
+        rejected=_answer(value["rejected"], "rejected"),
+        domain=str(value.get("domain") or "default"),
+    )
+
+
+def _answer(value: Any, name: str) -> Message:
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise InputError(f"field {name!r} must hold exactly one message, not {len(value)}")
+        value = value[0]
+    message = Message("assistant", value) if isinstance(value, str) else None
+    if message is None and isinstance(value, Mapping):
+        message = Message.from_openai({"role": "assistant", **value})
+    if message is None or message.role != "assistant":
+        raise InputError(f"field {name!r} must be text or an assistant message")
+    return message

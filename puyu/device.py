@@ -1,0 +1,83 @@
+"""Device, dtype and seeding: what this machine can do, asked once and printed by `puyu doctor`.
+
+Imports torch inside functions only where it must stay importable without it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from puyu.errors import ConfigError, DependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def require_torch() -> None:
+    """Raise DependencyError, with the install line, when torch cannot be imported."""
+    try:
+        import torch  # noqa: F401
+    except ImportError as error:
+        remedy = "run `make setup`, or: pip install torch==2.13.0 and then pip install 'puyu-llm[local]'"
+        raise DependencyError("this command needs PyTorch", remedy=remedy) from error
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes an accelerator when there is one; under torchrun, the one of the local rank."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("device 'cuda' was asked for, but torch sees no GPU", remedy="use device: auto or cpu")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}", remedy="use auto, cpu or cuda") from error
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Feature words of the processor (Linux; empty elsewhere)."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return frozenset()
+    for line in path.read_text(errors="replace").splitlines():
+        if line.lower().startswith(("flags", "features")):
+            return frozenset(line.split(":", 1)[1].split())
+    return frozenset()
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run in hardware: a recent GPU, or AVX512-BF16 / AMX / Arm BF16."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the processor has it, else fp32."""
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    known = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise ConfigError(f"unknown dtype {name!r}", remedy=f"use auto, {', '.join(known)}")
+    return known[name]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python and torch. Streams that must not depend on call order use their own generators."""
+    import torch
+
+    random.seed(seed)
+    torch.manual_seed(seed)

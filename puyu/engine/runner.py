@@ -1,0 +1,56 @@
+"""One step's schedule -> tensors -> forward -> logits of the tokens that are sampled from.
+
+Sees ids, positions and block tables; knows nothing of requests, text or sampling. All tensors of a step are built
+once, from flat lists, and the model's layers share them.
+
+    logits_SV = runner.run([Span(tokens=(5, 6, 7), context=0, blocks=(3,), samples=True)])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puyu.model.heads import CausalLM
+from puyu.model.paged import KVCache, PagedPlan, PagedSequence
+
+
+class Span(NamedTuple):
+    """Tokens of one sequence that follow `context` cached ones; `blocks` have room for both."""
+
+    tokens: Sequence[int]
+    context: int
+    blocks: Sequence[int]
+    samples: bool
+
+
+class Runner:
+    """A model and the cache that its steps write to. Shares the model's weights; never changes them."""
+
+    def __init__(self, model: CausalLM, cache: KVCache) -> None:
+        self.model, self.cache = model, cache
+        self.device = cache.device
+
+    @torch.inference_mode()
+    def run(self, spans: Sequence[Span]) -> Tensor:
+        """Logits [S, V] after the last token of each span that samples, in their order."""
+        starts = np.cumsum([0] + [len(span.tokens) for span in spans])
+        positions = np.concatenate([np.arange(span.context, span.context + len(span.tokens)) for span in spans])
+        sequences = [
+            PagedSequence(int(start), len(span.tokens), span.context, tuple(span.blocks))
+            for start, span in zip(starts, spans, strict=False)
+        ]
+        plan = PagedPlan.build(self.cache, sequences)
+        tokens_T = self._tensor(np.array([token for span in spans for token in span.tokens]))
+        hidden_TD = self.model.trunk(tokens_T, self._tensor(positions), plan)
+        last = [int(end) - 1 for end, span in zip(starts[1:], spans, strict=True) if span.samples]
+        if len(last) < hidden_TD.shape[0]:
+            hidden_TD = hidden_TD[self._tensor(np.array(last, dtype=np.int64))]
+        return self.model.logits(hidden_TD)
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64, copy=False)).to(self.device, non_blocking=True)

@@ -1,0 +1,97 @@
+"""Logits to tokens, all rows of a step at once: greedy, temperature, top-k, top-p, seeded, with log-probabilities.
+
+A row draws one uniform number from its request's own stream and inverts the cumulative distribution, so what a
+request gets depends on its seed and its logits, never on its batch mates. The log-probability is the model's own
+(temperature 1, no filter): what a trainer computes for the same token. A row that is not finite gives no token;
+the others are untouched. Top-p: Holtzman et al. 2020, arXiv 1904.09751.
+
+    >>> sample(torch.tensor([[0.0, 2.0]]), [Choice(SamplingParams())]).tokens
+    [1]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from puyu.types import SamplingParams
+
+
+class Choice(NamedTuple):
+    """How one row is sampled; `uniform` in [0, 1) decides when the temperature is above 0."""
+
+    params: SamplingParams
+    uniform: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """One entry a row. `tokens` holds None for a row that is not finite; `logprobs` is None when nobody asked."""
+
+    tokens: list[int | None]
+    logprobs: list[float] | None
+
+
+def sample(logits_BV: Tensor, choices: Sequence[Choice]) -> Sampled:
+    """One token for each row; rows of one kind are computed together."""
+    logits_BV = logits_BV.float() if logits_BV.dtype != torch.float64 else logits_BV
+    best_B, tokens_B = logits_BV.max(dim=-1)  # max carries NaN on, and +inf or all -inf show in it too
+    drawn = [row for row, choice in enumerate(choices) if choice.params.temperature > 0]
+    if drawn:
+        tokens_B = _draw_rows(logits_BV - best_B[:, None], tokens_B, drawn, choices)
+    logprobs = None
+    if any(choice.params.logprobs for choice in choices):
+        chosen_B = logits_BV.gather(-1, tokens_B[:, None])[:, 0]
+        logprobs = (chosen_B - logits_BV.logsumexp(dim=-1)).tolist()
+    finite = best_B.isfinite().tolist()
+    return Sampled([token if ok else None for token, ok in zip(tokens_B.tolist(), finite, strict=True)], logprobs)
+
+
+def _draw_rows(logits_BV: Tensor, tokens_B: Tensor, drawn: list[int], choices: Sequence[Choice]) -> Tensor:
+    """Replace the greedy tokens of the `drawn` rows; rows with a filter are sorted, the others are not.
+
+    The best logit of each row is 0, so that a tiny temperature cannot overflow.
+    """
+    vocab = logits_BV.shape[-1]
+    filtered = {row for row in drawn if choices[row].params.top_p < 1 or 0 < choices[row].params.top_k < vocab}
+    tokens_B = tokens_B.clone()
+    for rows, draw in (([row for row in drawn if row not in filtered], _draw), (sorted(filtered), _draw_filtered)):
+        if rows:
+            index = torch.tensor(rows, device=logits_BV.device)
+            scaled = logits_BV[index] / _column([choices[row].params.temperature for row in rows], logits_BV)
+            # a row that is not finite is refused by the caller; here it must only not raise
+            probs = scaled.softmax(dim=-1).nan_to_num(0.0)
+            tokens_B[index] = draw(probs, [choices[row] for row in rows])
+    return tokens_B
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
+
+
+def _draw(probs_RV: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """Invert the cumulative distribution: the first index whose sum exceeds uniform * total."""
+    sums_RV = probs_RV.cumsum(dim=-1)
+    total_R1 = sums_RV[:, -1:]
+    target_R1 = _column([choice.uniform for choice in choices], probs_RV) * total_R1
+    # strictly below the total, so that rounding never picks an index of probability zero
+    target_R1 = torch.minimum(target_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))
+    index_R = torch.searchsorted(sums_RV, target_R1, right=True)[:, 0]
+    return index_R.clamp(max=probs_RV.shape[-1] - 1)
+
+
+def _draw_filtered(probs_RV: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """Keep the top_k most likely, of these the fewest whose probability reaches top_p, and draw."""
+    vocab = probs_RV.shape[-1]
+    limits = [choice.params.top_k if choice.params.top_k else vocab for choice in choices]
+    sorted_RK, order_RK = probs_RV.topk(min(max(limits), vocab), dim=-1)
+    ranks_K = torch.arange(sorted_RK.shape[1], device=probs_RV.device)
+    sorted_RK = sorted_RK.masked_fill(ranks_K >= _column(limits, probs_RV), 0.0)
+    before_RK = sorted_RK.cumsum(dim=-1) - sorted_RK
+    mass_R1 = sorted_RK.sum(dim=-1, keepdim=True) * _column([choice.params.top_p for choice in choices], probs_RV)
+    sorted_RK = sorted_RK.masked_fill((before_RK >= mass_R1) & (ranks_K > 0), 0.0)
+    return order_RK.gather(-1, _draw(sorted_RK, choices)[:, None])[:, 0]

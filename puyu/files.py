@@ -1,0 +1,206 @@
+"""Files that a kill cannot tear: atomic write, JSONL streams, content hashes.
+
+Everything that another process may read appears by rename: first `NAME.tmp-PID`, fsync, then `os.replace`.
+A torn JSONL line is never lost in silence: `read_jsonl` hands it to the caller's quarantine, or raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from puyu.errors import DependencyError, InputError, ResourceError
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """Where a record could not be read: file, 1-based line, byte offset, reason, and the first bytes."""
+
+    path: str
+    line: int
+    offset: int
+    reason: str
+    head: str
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary sibling; on a clean exit fsync and rename it to `path`, else remove it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    encoding = None if "b" in mode else "utf-8"
+    try:
+        with (
+            disk_errors(path),
+            open(temporary, mode, encoding=encoding, newline=None if "b" in mode else "\n") as stream,
+        ):
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn 'no space left' and 'permission denied' into errors that name the path and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            folder = existing_parent(path)
+            free = shutil.disk_usage(folder).free // 2**20
+            remedy = f"free some space ({free} MiB left on {folder}) and run the same command again"
+            raise ResourceError(f"disk full while writing {path}", remedy=remedy) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise ResourceError(f"cannot write {path}: {error.strerror}", remedy="choose another --out") from error
+        raise
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    for folder in (path, *path.resolve().parents):
+        if folder.is_dir():
+            return folder
+    return Path("/")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file atomically."""
+    with atomic_write(path) as stream:
+        stream.write(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: two spaces, keys in their order, UTF-8, a newline at the end."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; errors name the file and the position."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} is not valid JSON: {error}", remedy="the file may be truncated; write it again"
+        ) from error
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
+    """Write rows atomically (`.gz`, `.zst` by suffix, byte-identical for equal rows); returns the count."""
+    count = 0
+    with atomic_write(path, "wb") as raw, _compressor(path, raw) as stream:
+        for row in rows:
+            stream.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+            count += 1
+    return count
+
+
+@contextlib.contextmanager
+def _compressor(path: Path, raw: IO[bytes]) -> Iterator[IO[bytes]]:
+    if path.suffix == ".gz":
+        with gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as stream:
+            yield stream  # type: ignore[misc]
+    elif path.suffix == ".zst":
+        with _zstandard().ZstdCompressor(level=6).stream_writer(raw, closefd=False) as stream:
+            yield stream
+    else:
+        yield raw
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """Open for reading, decompressing `.gz` and `.zst`."""
+    try:
+        raw = open(path, "rb")
+    except FileNotFoundError as error:
+        raise InputError(f"no such file: {path}") from error
+    with raw:
+        if path.suffix == ".gz":
+            with gzip.open(raw) as stream:
+                yield stream  # type: ignore[misc]
+        elif path.suffix == ".zst":
+            with _zstandard().ZstdDecompressor().stream_reader(raw) as stream:
+                yield io.BufferedReader(stream, 1 << 20)
+        else:
+            yield raw
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise DependencyError("reading .zst needs zstandard", remedy="pip install 'puyu-llm[data]'") from error
+    return zstandard
+
+
+def read_jsonl(path: Path, *, quarantine: Callable[[BadRecord], None] | None = None) -> Iterator[Any]:
+    """Yield one value a line. A torn line goes to `quarantine` (file, line, offset) or raises InputError."""
+    for _, value in read_jsonl_lines(path, quarantine=quarantine):
+        yield value
+
+
+def read_jsonl_lines(path: Path, *, quarantine: Callable[[BadRecord], None] | None = None) -> Iterator[tuple[int, Any]]:
+    """Like `read_jsonl`, with the 1-based line number."""
+    offset = 0
+    with open_bytes(path) as stream:
+        for number, line in enumerate(stream, 1):
+            start, offset = offset, offset + len(line)
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode("utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                bad = BadRecord(str(path), number, start, str(error), line[:80].decode("utf-8", "replace"))
+                if quarantine is None:
+                    raise InputError(f"{path}, line {number} (byte {start}) is not valid JSON: {error}") from error
+                quarantine(bad)
+                continue
+            yield number, value
+
+
+def hash_bytes(data: bytes) -> str:
+    """BLAKE2b, 128 bits, as hex: enough to name content, quick on any CPU."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """Hash of a JSON-able value, independent of the order of keys."""
+    return hash_bytes(json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode())
+
+
+def hash_file(path: Path) -> str:
+    """Content hash of one file."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_path(path: Path) -> str:
+    """Content hash of a file, or of a folder: relative names and contents, in sorted order."""
+    if path.is_file():
+        return hash_file(path)
+    if not path.is_dir():
+        raise InputError(f"no such file or folder: {path}")
+    members = sorted(p for p in path.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return hash_json([[p.relative_to(path).as_posix(), hash_file(p)] for p in members])
+
+
+def clear_folder(path: Path) -> None:
+    """Remove a folder and all in it; no error when it is not there."""
+    shutil.rmtree(path, ignore_errors=False) if path.exists() else None

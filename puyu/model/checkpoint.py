@@ -1,0 +1,241 @@
+"""A checkpoint is a directory in Hugging Face layout: config.json, safetensors (sharded or not), tokenizer files.
+
+    model = load_model(Path("runs/nano/sft"))
+    save_model(model, Path("out"))
+
+Every tensor is accounted for: a missing, extra, misshapen or truncated one is an error that names it.
+Pickle weights are never read. Knows no tokenizer: `copy_side_files` carries those files along unread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from puyu.errors import CheckpointError
+from puyu.files import disk_errors, read_json, write_json
+from puyu.model.config import ModelConfig
+from puyu.model.families import fuse_qkv, name_pairs, split_qkv
+from puyu.model.heads import CausalLM, ScalarModel
+from puyu.model.linear import Linear, QuantFormat, QuantLinear
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+M = TypeVar("M", CausalLM, ScalarModel)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a checkpoint directory."""
+    if not folder.is_dir():
+        raise CheckpointError(f"no such checkpoint directory: {folder}", remedy="check the path")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json", remedy="it is not a checkpoint directory")
+    return ModelConfig.from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> CausalLM:
+    """Load a language model, quantized or not."""
+    config = read_config(folder)
+    return _filled(CausalLM, config, folder, head=None if config.tie_embeddings else config.row.head, dtype=dtype).to(
+        device
+    )
+
+
+def load_scalar_model(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> ScalarModel:
+    """Load a reward or value model."""
+    config = read_config(folder)
+    return _filled(ScalarModel, config, folder, head=config.row.reward_head, dtype=dtype).to(device)
+
+
+def is_scalar_checkpoint(folder: Path) -> bool:
+    """Whether the directory holds a reward model (by its architecture)."""
+    names = read_json(folder / "config.json").get("architectures") or [""]
+    return names[0] == read_config(folder).row.reward_architecture
+
+
+def scalar_from_language(folder: Path, *, dtype: torch.dtype = torch.float32) -> ScalarModel:
+    """A scalar model on the trunk of a language model; its head is zero."""
+    language = load_model(folder, dtype=dtype)
+    model = ScalarModel(language.config)
+    model.trunk.load_state_dict(language.trunk.state_dict())
+    return model.to(dtype)
+
+
+def _filled(kind: type[M], config: ModelConfig, folder: Path, *, head: str | None, dtype: torch.dtype) -> M:
+    with torch.device("meta"):
+        model = kind(config)
+    if config.quantization:
+        make_quantized(model, QuantFormat.from_config(dict(config.quantization)))
+    with _opened(folder) as stored:
+        state = _our_state(model, stored, head=head, dtype=dtype, folder=folder)
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def make_quantized(model: nn.Module, form: QuantFormat) -> None:
+    """Replace every Linear of the trunk by an empty QuantLinear of the same shape, in place."""
+    for name, child in list(model.named_modules()):
+        if isinstance(child, Linear) and name.startswith("trunk."):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            empty = QuantLinear(child.in_features, child.out_features, form=form, bias=child.bias is not None)
+            setattr(parent, name.rpartition(".")[2], empty)
+
+
+class _Stored:
+    """All tensors of a checkpoint by name, memory-mapped; remembers which were taken."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Any]) -> None:
+        self.folder, self._files = folder, files
+        self.unused = set(files)
+
+    def take(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing", remedy="copy the checkpoint again")
+        self.unused.discard(name)
+        try:
+            return self._files[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder}: tensor {name!r} cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[_Stored]:
+    if (folder / INDEX).is_file():
+        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
+    else:
+        names = [WEIGHTS]
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for name in names:
+            stream = stack.enter_context(_open_safetensors(folder / name))
+            files |= dict.fromkeys(stream.keys(), stream)
+        yield _Stored(folder, files)
+
+
+def _open_safetensors(path: Path) -> Any:
+    if not path.is_file():
+        pickles = [p.name for p in path.parent.glob("*.bin")]
+        remedy = f"convert {pickles[0]} to safetensors; pickle weights are not read" if pickles else "copy it again"
+        raise CheckpointError(f"{path.parent} has no {path.name}", remedy=remedy)
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or not safetensors: {error}", remedy="copy it again") from error
+
+
+def _our_state(
+    model: nn.Module, stored: _Stored, *, head: str | None, dtype: torch.dtype, folder: Path
+) -> dict[str, Tensor]:
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    config: ModelConfig = model.trunk.config  # type: ignore[union-attr, assignment]
+    state: dict[str, Tensor] = {}
+    for ours, theirs in name_pairs(config.row, config.num_layers, head=head):
+        for suffix in (key[len(ours) + 1 :] for key in expected if key.startswith(ours + ".")):
+            parts = [stored.take(f"{name}.{suffix}") for name in theirs]
+            tensor = fuse_qkv(parts, num_kv_heads=config.num_kv_heads) if ours.endswith(".qkv") else torch.cat(parts)
+            key = f"{ours}.{suffix}"
+            if tensor.shape != expected[key]:
+                shapes = f"{tuple(tensor.shape)} stored, {tuple(expected[key])} by config.json"
+                raise CheckpointError(f"{folder}: tensor {theirs[0]}.{suffix} has the wrong shape: {shapes}")
+            state[key] = tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor.contiguous()
+    left = sorted(name for name in stored.unused if not _ignorable(name))
+    if left:
+        raise CheckpointError(f"{folder}: {len(left)} tensors are not part of a {config.family} model: {left[:3]}")
+    return state
+
+
+def _ignorable(name: str) -> bool:
+    """Old exports store rotary tables; tied models may store the head a second time."""
+    return name.endswith("rotary_emb.inv_freq") or name in ("lm_head.weight", "output.weight")
+
+
+def their_state(model: CausalLM | ScalarModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The model's tensors under the names of its family (`state`: a full state dict gathered by the caller)."""
+    config = model.config
+    state = model.state_dict() if state is None else state
+    head = config.row.reward_head if isinstance(model, ScalarModel) else config.row.head
+    result: dict[str, Tensor] = {}
+    for ours, theirs in name_pairs(config.row, config.num_layers, head=head):
+        for key in [key for key in state if key.startswith(ours + ".")]:
+            suffix = key[len(ours) + 1 :]
+            for name, part in zip(theirs, _split(ours, state[key], len(theirs), config), strict=True):
+                result[f"{name}.{suffix}"] = part.detach().cpu().contiguous().clone()
+    return result
+
+
+def _split(ours: str, tensor: Tensor, num_parts: int, config: ModelConfig) -> list[Tensor]:
+    if ours.endswith(".qkv"):
+        sizes = {"num_kv_heads": config.num_kv_heads, "queries_per_kv": config.queries_per_kv}
+        return split_qkv(tensor, num_parts=num_parts, **sizes)
+    return list(tensor.chunk(num_parts))
+
+
+def save_model(
+    model: CausalLM | ScalarModel,
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    config: ModelConfig | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write config.json, generation_config.json and model.safetensors (each by rename).
+
+    `dtype` casts floating tensors; `extra` adds keys to config.json (a reward token id, for example).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config or model.config
+    tensors = their_state(model, state)
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    scalar = isinstance(model, ScalarModel)
+    value = config.to_hf(architecture=config.row.reward_architecture if scalar else None)
+    value["torch_dtype"] = str(next(t.dtype for t in tensors.values() if t.is_floating_point())).removeprefix("torch.")
+    _save_tensors(folder / WEIGHTS, tensors)
+    write_json(folder / "config.json", {**value, **(extra or {})})
+    if not scalar:
+        ids = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id}
+        write_json(folder / "generation_config.json", ids)
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    with disk_errors(path):
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(*_errno_of(error)) from error
+        temporary.replace(path)
+
+
+def _errno_of(error: SafetensorError) -> tuple[int, str]:
+    """safetensors reports I/O failures as text ('... (os error 28)'); give them their number back."""
+    text = str(error)
+    number = text.rpartition("os error ")[2].rstrip(')" ')
+    return (int(number) if number.isdigit() else 5, text)
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Carry the tokenizer's files from one checkpoint directory to another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

@@ -1,0 +1,52 @@
+"""One decoder for all families: tokens in, hidden states out. Knows no tokenizer, no trainer, no scheduler.
+
+    hidden_TD = trunk(tokens_T, positions_T, plan)
+
+Heads stand apart (`heads.py`), so that a loss can choose at which tokens it wants logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from puyu.model.attention import Attention, Plan
+from puyu.model.config import ModelConfig
+from puyu.model.layers import GatedMLP, RMSNorm, Rotation, rotation
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, plan: Plan, layer: int) -> Tensor:
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, plan, layer)
+        return x_TD + self.mlp(self.mlp_norm(x_TD))
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks, final norm. Activations run in `compute_dtype` (None: the dtype of the weights)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.rope_theta = config.rope_theta
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, tokens_T: Tensor, positions_T: Tensor, plan: Plan, embeds_TD: Tensor | None = None) -> Tensor:
+        """Hidden states [T, D] after the final norm."""
+        x_TD = self.embedding(tokens_T) if embeds_TD is None else embeds_TD
+        x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
+        turn = rotation(positions_T, theta=self.rope_theta, head_dim=self.config.head_dim, dtype=x_TD.dtype)
+        for index, block in enumerate(self.layers):
+            x_TD = block(x_TD, turn, plan, index)
+        return self.norm(x_TD)

@@ -1,0 +1,166 @@
+"""The tokenizer stage: kept corpus (and chats) -> tokenizer.json, tokenizer_config.json, report.json.
+
+    puyu tokenizer --data runs/nano/data --out runs/nano/tokenizer
+
+The same config and input give the same bytes. It takes seconds, so a killed run simply starts again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from puyu.configure import Config
+from puyu.errors import ConfigError, InputError
+from puyu.files import hash_json, read_jsonl_lines, write_json
+from puyu.log import Progress
+from puyu.tokenizer.bpe import count_pieces, learn_merges
+from puyu.tokenizer.measure import compression
+from puyu.tokenizer.template import CHAT_TEMPLATE
+from puyu.tokenizer.tokenizer import LEADING_SPECIALS, TRAILING_SPECIALS, Tokenizer, from_merges
+
+_SPECIALS = len(LEADING_SPECIALS) + len(TRAILING_SPECIALS)
+
+
+class TokenizerConfig(Config):
+    data: Path | None = None
+    """Folder of the data stage (its kept.jsonl), or one JSONL file of objects with the field 'text'."""
+    extra_texts: list[Path] = Field(default_factory=list)
+    """JSONL files of chats or preferences (.jsonl, .jsonl.gz) whose words should get tokens too."""
+    vocab_size: int = Field(default=8192, ge=256 + _SPECIALS, le=1 << 20)
+    """Number of tokens, special tokens and the 256 bytes included."""
+    min_count: int = Field(default=2, ge=1)
+    """A pair of tokens must occur this often to be merged."""
+    max_bytes: int = Field(default=16_000_000, ge=1)
+    """Learn from at most this many bytes of the corpus (documents drawn by seed)."""
+    report_bytes: int = Field(default=1_000_000, ge=1)
+    """Measure compression on at most this many bytes of each language."""
+    seed: int = 0
+    """Which documents are drawn when there are more than max_bytes."""
+
+
+def run(config: TokenizerConfig, *, out: Path) -> dict[str, Any]:
+    """Train and save; returns vocabulary, merges, bytes per token of each language, seconds."""
+    began = time.monotonic()
+    documents = _draw(list(_documents(config.data)) if config.data else [], config)
+    chats = [text for path in config.extra_texts for text in _chat_texts(path)]
+    tokenizer = _train(_counted([text for _, text in documents] + chats), config)
+    tokenizer.save(out)
+    report = _report(tokenizer, config, documents, chats)
+    write_json(out / "report.json", report)
+    rates = {f"bytes_per_token_{name}": row["bytes_per_token"] for name, row in report["compression"].items()}
+    numbers = {key: report[key] for key in ("vocab_size", "merges", "train_bytes")}
+    return numbers | rates | {"seconds": round(time.monotonic() - began, 2)}
+
+
+def _train(pieces: Counter[bytes], config: TokenizerConfig) -> Tokenizer:
+    if not pieces:
+        raise ConfigError(
+            "the tokenizer has nothing to learn from", remedy="set data or extra_texts to files with text"
+        )
+    wanted = config.vocab_size - _SPECIALS
+    progress = Progress("merges", wanted - 256, unit="merge")
+    merges = learn_merges(pieces, num_tokens=wanted, min_count=config.min_count, on_merge=progress.update)
+    progress.close()
+    return from_merges(merges, chat_template=CHAT_TEMPLATE)
+
+
+def _counted(texts: list[str]) -> Counter[bytes]:
+    progress = Progress("pre-tokens", len(texts), unit="B")
+
+    def watched() -> Iterator[str]:
+        for text in texts:
+            yield text
+            progress.update(work=len(text.encode("utf-8")))
+
+    pieces = count_pieces(watched())
+    progress.close()
+    return pieces
+
+
+def _documents(data: Path) -> Iterator[tuple[str, str]]:
+    """(group, text): the group is `code` for code, else the language."""
+    path = data / "kept.jsonl" if data.is_dir() else data
+    if not path.is_file():
+        raise InputError(f"no such file: {path}", remedy="run the data stage first (`puyu data`)")
+    for line, row in read_jsonl_lines(path):
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            raise InputError(f"{path}, line {line}: the field 'text' is missing or not text")
+        yield ("code" if row.get("domain") == "code" else str(row.get("language") or "other")), text
+
+
+def _draw(documents: list[tuple[str, str]], config: TokenizerConfig) -> list[tuple[str, str]]:
+    """All documents, or those of the smallest seeded hashes until max_bytes are reached; in file order."""
+    sizes = [len(text.encode("utf-8")) for _, text in documents]
+    if sum(sizes) <= config.max_bytes:
+        return documents
+    order = sorted(range(len(documents)), key=lambda i: hash_json([config.seed, documents[i][1]]))
+    chosen, total = [], 0
+    for index in order:
+        if total + sizes[index] <= config.max_bytes:
+            chosen.append(index)
+            total += sizes[index]
+    return [documents[index] for index in sorted(chosen)]
+
+
+def _chat_texts(path: Path) -> Iterator[str]:
+    """Every string that a chat renders: contents, tool calls, tool lists."""
+    for line, row in read_jsonl_lines(path):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {line}: a JSON object is needed, not {type(row).__name__}")
+        yield from _strings({key: value for key, value in row.items() if key not in ("metadata", "id", "check")})
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, dict):
+        if "function" in value:
+            function = value["function"]
+            yield function if isinstance(function, str) else json.dumps(function, ensure_ascii=False)
+        else:
+            yield from _strings(list(value.values()))
+
+
+def _report(
+    tokenizer: Tokenizer, config: TokenizerConfig, documents: list[tuple[str, str]], chats: list[str]
+) -> dict[str, Any]:
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for group, text in documents:
+        groups[group].append(text)
+    if chats:
+        groups["chat"] = chats
+    shown = {name: list(_first_bytes(texts, config.report_bytes)) for name, texts in groups.items()}
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "wanted_vocab_size": config.vocab_size,
+        "merges": tokenizer.vocab_size - 256 - _SPECIALS,
+        "train_documents": len(documents),
+        "train_bytes": _size(text for _, text in documents) + _size(chats),
+        "special_tokens": tokenizer.special_tokens,
+        "fingerprint": tokenizer.fingerprint,
+        "compression": compression(tokenizer, shown),
+    }
+
+
+def _size(texts: Iterable[str]) -> int:
+    return sum(len(text.encode("utf-8")) for text in texts)
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    total = 0
+    for text in texts:
+        if total >= limit:
+            return
+        total += len(text.encode("utf-8"))
+        yield text

@@ -1,0 +1,80 @@
+"""The stage: same bytes again, report that adds up, errors that name the field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from puyu.configure import build
+from puyu.errors import ConfigError, InputError
+from puyu.files import hash_path, write_jsonl
+from puyu.tokenizer.measure import compression
+from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.tokenizer.train import TokenizerConfig, run
+
+
+@pytest.fixture
+def data(tmp_path: Path, corpus: list[str]) -> Path:
+    kinds = [
+        ("web", "en"),
+        ("web", "en"),
+        ("web", "zh"),
+        ("code", "code"),
+        ("code", "code"),
+        ("web", ""),
+        ("web", "en"),
+    ]
+    rows = [
+        {"id": str(n), "domain": kinds[n % 7][0], "language": kinds[n % 7][1], "text": text}
+        for n, text in enumerate(corpus)
+    ]
+    write_jsonl(tmp_path / "data" / "kept.jsonl", rows)
+    return tmp_path / "data"
+
+
+def test_same_config_gives_the_same_bytes(data: Path, tmp_path: Path) -> None:
+    config = TokenizerConfig(data=data, vocab_size=400)
+    numbers = [run(config, out=tmp_path / name) for name in ("one", "two")]
+    assert hash_path(tmp_path / "one") == hash_path(tmp_path / "two")
+    assert {k: v for k, v in numbers[0].items() if k != "seconds"} == {
+        k: v for k, v in numbers[1].items() if k != "seconds"
+    }
+    assert numbers[0]["vocab_size"] == 400 == Tokenizer.load(tmp_path / "one").vocab_size
+    report = json.loads((tmp_path / "one" / "report.json").read_text(encoding="utf-8"))
+    assert set(report["compression"]) == {"code", "en", "other", "zh"}
+
+
+def test_words_of_chats_get_tokens(data: Path, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "zyzzyva", "arguments": "{}"}}
+    chat = {"messages": [{"role": "user", "content": "quokka"}, {"role": "assistant", "tool_calls": [call]}]}
+    write_jsonl(tmp_path / "chat.jsonl.gz", [chat] * 50)
+    run(TokenizerConfig(data=data, extra_texts=[tmp_path / "chat.jsonl.gz"], vocab_size=600), out=tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert len(tokenizer.encode("quokka")) == len(tokenizer.encode("zyzzyva")) == 1
+
+
+def test_a_draw_stays_below_the_limit(data: Path, tmp_path: Path, corpus: list[str]) -> None:
+    numbers = run(TokenizerConfig(data=data, vocab_size=300, max_bytes=300), out=tmp_path / "out")
+    assert 0 < numbers["train_bytes"] <= 300 < sum(len(text.encode("utf-8")) for text in corpus)
+
+
+def test_compression_counts_bytes_and_tokens(tokenizer: Tokenizer) -> None:
+    rows = compression(tokenizer, {"zh": ["我是浦语"], "en": ["zq7"], "none": []})
+    assert set(rows) == {"en", "zh"}
+    assert rows["en"] == {"texts": 1, "bytes": 3, "tokens": 3, "bytes_per_token": 1.0, "chars_per_token": 1.0}
+    assert rows["zh"]["bytes"] == 12
+    assert rows["zh"]["tokens"] == len(tokenizer.encode("我是浦语"))
+
+
+def test_bad_input_is_named(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to learn from"):
+        run(TokenizerConfig(), out=tmp_path / "out")
+    with pytest.raises(InputError, match=r"no such file: .*kept\.jsonl"):
+        run(TokenizerConfig(data=tmp_path), out=tmp_path / "out")
+    write_jsonl(data / "kept.jsonl", [{"text": "fine"}, {"txt": "not fine"}])
+    with pytest.raises(InputError, match=r"kept\.jsonl, line 2: the field 'text'"):
+        run(TokenizerConfig(data=data), out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="did you mean 'vocab_size'"):
+        build(TokenizerConfig, {"vocab_sise": 300})
