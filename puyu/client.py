@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,9 @@ import httpx
 from puyu.errors import ConfigError, RequestError, ResourceError
 from puyu.types import Completion, Delta, GenerateRequest, Message, SamplingParams, Scored, ToolSpec
 from puyu.wire import SseDecoder, StreamReader, read_completion, read_echo, read_models, read_scores, request_body
+
+Chat = str | Sequence[Message | Mapping[str, Any]]
+"""A user's text, messages, or OpenAI's dicts."""
 
 LONGEST_WAIT_S = 30.0
 BUSY = (429, 503)
@@ -101,29 +105,31 @@ class Client:
 
     def chat(
         self,
-        messages: str | Sequence[Message | Mapping[str, Any]],
-        tools: Sequence[ToolSpec | Mapping[str, Any]] = (),
+        messages: Chat,
         *,
+        tools: Sequence[ToolSpec | Mapping[str, Any]] = (),
         params: SamplingParams | None = None,
+        **changes: Any,
     ) -> Completion:
-        """Answer a conversation (Messages, OpenAI's dicts, or one user text)."""
-        path, body = request_body(_request(messages, tools, params), self._name_now())
+        """Answer a conversation. `changes` are fields of SamplingParams: `client.chat("Hi", temperature=0.7)`."""
+        path, body = request_body(_request(messages, tools, _params(params, changes)), self._name_now())
         return read_completion(self._ask_now("POST", path, body))
 
-    def complete(self, text: str, *, params: SamplingParams | None = None) -> Completion:
+    def complete(self, text: str, *, params: SamplingParams | None = None, **changes: Any) -> Completion:
         """Continue plain text, without the chat template."""
-        path, body = request_body(GenerateRequest(text, params or SamplingParams()), self._name_now())
+        path, body = request_body(GenerateRequest(text, _params(params, changes)), self._name_now())
         return read_completion(self._ask_now("POST", path, body))
 
     def stream_chat(
         self,
-        messages: str | Sequence[Message | Mapping[str, Any]],
-        tools: Sequence[ToolSpec | Mapping[str, Any]] = (),
+        messages: Chat,
         *,
+        tools: Sequence[ToolSpec | Mapping[str, Any]] = (),
         params: SamplingParams | None = None,
+        **changes: Any,
     ) -> Iterator[Delta]:
         """Like `chat`, delta by delta; the last one has the finish reason and the usage."""
-        path, body = request_body(_request(messages, tools, params), self._name_now(), stream=True)
+        path, body = request_body(_request(messages, tools, _params(params, changes)), self._name_now(), stream=True)
         reader = StreamReader()
         for event in self._events_now(path, body):
             yield from reader.push(event)
@@ -228,10 +234,10 @@ class Client:
     def _refusal(self, response: httpx.Response) -> RequestError | ResourceError:
         message, param = _error_text(response)
         where = f"{self.url} answered {response.status_code}: {message}"
-        if response.status_code in BUSY:
+        if response.status_code == 429:
             return ResourceError(where, remedy="the server is busy: ask later, or raise its --max-queue")
         if response.status_code >= 500:
-            return ResourceError(where, remedy="look into the server's log")
+            return ResourceError(where, remedy="ask later; look into the server's log")
         if response.status_code in (401, 403):
             return RequestError(where, param=param, remedy="give the server's key: Client(url, api_key=...)")
         if response.status_code in (404, 405) and param is None:
@@ -265,16 +271,16 @@ def _base_url(url: str) -> str:
     return base
 
 
-def _request(
-    messages: str | Sequence[Message | Mapping[str, Any]],
-    tools: Sequence[ToolSpec | Mapping[str, Any]],
-    params: SamplingParams | None,
-) -> GenerateRequest:
+def _params(params: SamplingParams | None, changes: Mapping[str, Any]) -> SamplingParams:
+    return replace(params or SamplingParams(), **changes)
+
+
+def _request(messages: Chat, tools: Sequence[ToolSpec | Mapping[str, Any]], params: SamplingParams) -> GenerateRequest:
     if isinstance(messages, str):
         messages = (Message("user", messages),)
     turns = tuple(turn if isinstance(turn, Message) else Message.from_openai(turn) for turn in messages)
     specs = tuple(spec if isinstance(spec, ToolSpec) else ToolSpec.from_openai(spec) for spec in tools)
-    return GenerateRequest(turns, params or SamplingParams(), specs)
+    return GenerateRequest(turns, params, specs)
 
 
 def _error_text(response: httpx.Response) -> tuple[str, str | None]:

@@ -120,7 +120,7 @@ def parse_overrides(items: Iterable[str]) -> list[tuple[str, Any]]:
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """A new mapping with each dotted key set; list items are reached by number (`phases.0.lr`)."""
-    result = _copied(values)
+    result: dict[str, Any] = _copied(values)
     for dotted, value in overrides:
         _set(result, dotted.split("."), value, dotted)
     return result

@@ -59,7 +59,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 

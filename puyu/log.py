@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -129,9 +128,8 @@ class MetricsWriter:
 
 
 def _summary_writer(folder: Path) -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.summary import Writer
     except ImportError as error:
         raise DependencyError("tensorboard: true needs TensorBoard", remedy="pip install 'puyu-llm[train]'") from error
-    return SummaryWriter(str(folder))
+    return Writer(str(folder))

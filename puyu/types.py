@@ -120,12 +120,15 @@ class Message:
 def _content_to_openai(content: str | tuple[Part, ...]) -> str | list[dict[str, Any]]:
     if isinstance(content, str):
         return content
-    form = {
-        "text": lambda v: {"type": "text", "text": v},
-        "image": lambda v: {"type": "image_url", "image_url": {"url": v}},
-        "audio": lambda v: {"type": "input_audio", "input_audio": {"data": v, "format": "wav"}},
-    }
-    return [form[part.kind](part.value) for part in content]
+    return [_part_to_openai(part) for part in content]
+
+
+def _part_to_openai(part: Part) -> dict[str, Any]:
+    if part.kind == "image":
+        return {"type": "image_url", "image_url": {"url": part.value}}
+    if part.kind == "audio":
+        return {"type": "input_audio", "input_audio": {"data": part.value, "format": "wav"}}
+    return {"type": "text", "text": part.value}
 
 
 def _content_from_openai(content: Any) -> str | tuple[Part, ...]:

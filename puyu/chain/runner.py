@@ -39,16 +39,24 @@ class Result:
 
 def stage_key(stage: Stage, config: Config) -> tuple[str, tuple[Input, ...]]:
     """The key of this work and the inputs it covers; InputError names an input that is missing."""
-    inputs = []
+    groups: dict[str, list[Path]] = {}
     for name, path in config.inputs():
         if not path.exists():
             remedy = "run the stage that makes it first, or check the path (relative to the working directory)"
             raise InputError(f"puyu {stage.verb}: {name}: no such file or folder: {path}", remedy=remedy)
-        inputs.append(input_of(name, path))
-    names = {item.path: item.key for item in inputs}
-    plain = _without_paths(dump(config), names)
+        groups.setdefault(name, []).append(path)
+    inputs = tuple(_input(name, paths) for name, paths in groups.items())
+    keys = {item.path: item.key for item in inputs}
     covered = [[item.name, item.key] for item in inputs]
-    return hash_json([stage.verb, stage.version, plain, covered]), tuple(inputs)
+    return hash_json([stage.verb, stage.version, _without_paths(dump(config), keys), covered]), inputs
+
+
+def _input(name: str, paths: list[Path]) -> Input:
+    """One input; the files of one source are one input, under the folder that holds them all."""
+    if len(paths) == 1:
+        return input_of(name, paths[0])
+    folder = Path(os.path.commonpath(paths))
+    return Input(name, str(folder), hash_json([[p.relative_to(folder).as_posix(), hash_file(p)] for p in paths]))
 
 
 def _without_paths(value: Any, names: Mapping[str, str]) -> Any:

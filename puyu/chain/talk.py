@@ -91,14 +91,16 @@ def _converse(client: Any, config: TalkConfig, prompt: TalkPrompt) -> dict[str, 
     return {"title": title, "messages": [message.to_openai() for message in messages]}
 
 
-def _answered(client: Any, messages: list[Message], text: str, tools: list[Any], params: SamplingParams) -> list[Message]:
+def _answered(
+    client: Any, messages: list[Message], text: str, tools: list[Any], params: SamplingParams
+) -> list[Message]:
     """The user's turn and all that follows it."""
     asked = [*messages, Message("user", text)]
     if not tools:
         return [asked[-1], client.chat(asked, params=params).message]
     from puyu.agent.loop import Agent
 
-    trajectory = Agent(client, tools=tools, params=params).run(asked)
+    trajectory = Agent(client, tools=tools, params=params).run(text, history=messages)
     return list(trajectory.messages[len(messages) :])
 
 

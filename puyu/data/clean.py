@@ -37,7 +37,7 @@ VERSION = 1
 """Raised by hand when the same config gives other bytes."""
 HEAD = 160
 # Below this size the start of worker processes costs more than they save.
-_POOL_FROM_BYTES = 4_000_000
+_POOL_FROM_BYTES = 32_000_000
 
 
 class DataConfig(Config):
@@ -55,6 +55,10 @@ class DataConfig(Config):
     """Personal data to replace by placeholders: email, id_number, card, phone, ip."""
     workers: int = 0
     """Processes; 0: one per core for large inputs, none for small ones."""
+
+    def inputs(self) -> list[tuple[str, Path]]:
+        """Every file that is read, under the name of its source."""
+        return [(f"sources.{source.name}", path) for source in self.sources for path in input_files(source)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,10 @@
 
 Among copies the one of best quality stays, then the longer, then the smaller id: an order of contents, so that neither
 the order of the input nor its cut into shards changes what is kept. Every document that goes names the one that stays
-and their similarity. MinHash after Broder (1997); 128 hashes, 5-grams and 0.7 are InternLM2's (2024, section 3.1.1);
-16 bands of 8 rows put the steepest part of the LSH curve at (1/16)^(1/8) = 0.71.
+and their similarity. Ids must be unique among the keys.
+
+MinHash after Broder (1997); 128 hashes, 5-grams and 0.7 are InternLM2's (2024, section 3.1.1); 16 bands of 8 rows put
+the steepest part of the LSH curve at (1/16)^(1/8) = 0.71.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ class NearDedup:
         return _key(document, scores, signature=self.signature(document.text))
 
     def shingles(self, text: str) -> Units:
-        """Hashes of the n-grams of words (characters for Chinese), without case, punctuation and the value of numbers."""
+        """Hashes of n-grams of words (characters for Chinese), without case, punctuation and the value of numbers."""
         hashes = unit_hashes(UNIT.findall(_DIGITS.sub("0", text.lower())))
         return ngram_hashes(hashes, min(self.config.ngram, len(hashes))) if len(hashes) else hashes
 

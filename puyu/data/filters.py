@@ -2,7 +2,7 @@
 
     >>> drop = judge({"chars": 10.0}, ChinesePolicy())
     >>> drop.rule, drop.value, drop.threshold
-    ('chars_min', 10.0, 60.0)
+    ('chars_min', 10.0, 40.0)
 
 A field `NAME_min` or `NAME_max` bounds the score NAME of `puyu.data.measure`; null switches the rule off. Rules are
 asked in the order of the fields and the first that fails is the reason. Thresholds are configuration, so that they can
@@ -57,7 +57,7 @@ class WordPolicy(Config):
     """Share of digits, at most (NeMo-Curator has 0.15; bound ours)."""
     odd_chars_max: Bound = 0.005
     """Share of replacement, private-use and control characters, at most (InternLM2; bound ours)."""
-    char_runs_max: Bound = 0.1
+    char_runs_max: Bound = 0.2
     """Share of characters in runs of 20 and more of one character, at most (InternLM2; bound ours)."""
     mean_line_min: Bound = 8
     """Mean length of a line, at least: menus and link lists are shorter (InternLM2's line breaks; bound ours)."""
@@ -92,11 +92,11 @@ class WordPolicy(Config):
 class ChinesePolicy(Config):
     """Chinese: characters instead of words, marks instead of stop words; all bounds ours."""
 
-    chars_min: Bound = 60
+    chars_min: Bound = 40
     """Characters, at least."""
-    han_min: Bound = 40
+    han_min: Bound = 20
     """Han characters, at least."""
-    han_share_min: Bound = 0.15
+    han_share_min: Bound = 0.08
     """Han characters among all that are not blank, at least."""
     sentence_marks_min: Bound = 0.01
     """Commas, stops and the like per Han character, at least: lists of keywords have none."""
@@ -110,7 +110,7 @@ class ChinesePolicy(Config):
     """Share of digits, at most."""
     odd_chars_max: Bound = 0.005
     """Share of replacement, private-use and control characters, at most."""
-    char_runs_max: Bound = 0.1
+    char_runs_max: Bound = 0.2
     """Share of characters in runs of 20 and more of one character, at most."""
     bullet_lines_max: Bound = 0.9
     """Share of lines that begin with a bullet, at most (Gopher)."""

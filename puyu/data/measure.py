@@ -1,7 +1,7 @@
 """A text -> its scores: the numbers that every rule looks at, computed once and kept with the document.
 
     >>> round(measure("the cat sat. the cat sat. the cat sat.", language="en")["dup_5gram"], 2)
-    0.52
+    0.67
 
 Words are runs of non-blanks for languages with blanks; for Chinese each Han character is a unit and each run of
 letters or digits another, because word rules have no meaning there. It knows no threshold and drops nothing.
@@ -80,17 +80,24 @@ def _characters(text: str) -> dict[str, float]:
 def _line_scores(text: str) -> dict[str, float]:
     lines = [stripped for line in text.split("\n") if (stripped := line.strip())]
     total, characters = len(lines), sum(map(len, lines))
-    repeated = _repeated(lines)
+    # A line without a letter (a fence, a brace, a rule of a table) may stand twice in any good text.
+    repeated = _repeated([line for line in lines if any(map(str.isalpha, line))])
     return {
         "lines": total,
         "mean_line": _share(characters, total),
         "bullet_lines": _share(sum(line.startswith(_BULLETS) for line in lines), total),
         "ellipsis_lines": _share(sum(line.endswith(("...", "…")) for line in lines), total),
-        "ended_lines": _share(sum(line.endswith(_ENDS) for line in lines), total),
-        "boilerplate_lines": _share(sum(_BOILERPLATE.search(line) is not None for line in lines), total),
+        # One or two lines are one paragraph, perhaps cut: how they end says nothing.
+        "ended_lines": _share(sum(line.endswith(_ENDS) for line in lines), total) if total > 2 else 1.0,
+        "boilerplate_lines": _share(sum(map(_is_boilerplate, lines)), total),
         "dup_lines": _share(len(repeated), total),
         "dup_line_chars": _share(sum(map(len, repeated)), characters),
     }
+
+
+def _is_boilerplate(line: str) -> bool:
+    """A short line about cookies or shopping; in a long one the words may be what the text is about."""
+    return len(line) <= 200 and _BOILERPLATE.search(line) is not None
 
 
 def _paragraph_scores(text: str) -> dict[str, float]:

@@ -149,7 +149,7 @@ def check_weights(weights: Mapping[str, float], sources: Mapping[str, Documents]
     for name, weight in weights.items():
         if name not in sources:
             raise ConfigError(
-                f"mixture names the source {name!r}", remedy=f"the data has: {', '.join(sorted(sources))}"
+                f"mixture names the unknown source {name!r}", remedy=f"the data has: {', '.join(sorted(sources))}"
             )
         if not math.isfinite(weight) or weight < 0:
             raise ConfigError(f"mixture weight of {name!r} must be a number >= 0, not {weight}")

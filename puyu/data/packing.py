@@ -189,7 +189,7 @@ class EpochCursor:
     def next_group(self) -> list[int]:
         """Indices of the next group, in order."""
         group, room = [], self.budget
-        while (index := self._peek()) is not None and self.sizes[index] <= room:
+        while self.sizes[index := self._peek()] <= room:
             group.append(index)
             room -= self.sizes[index]
             self._advance()
@@ -228,12 +228,13 @@ class EpochCursor:
 class ConversationSource:
     """Whole documents with loss masks, in batches of at most `tokens_per_batch` tokens.
 
-    Documents above the budget are dropped and counted in `dropped["too_long"]`; those without a learned token in
-    `dropped["nothing_to_learn"]`.
+    Documents above that (or above `max_tokens`) are dropped and counted in `dropped["too_long"]`; those without a
+    learned token in `dropped["nothing_to_learn"]`.
     """
 
-    def __init__(self, docs: Sequence[Doc], *, tokens_per_batch: int, seed: int) -> None:
-        fits = [doc for doc in docs if len(doc[0]) <= tokens_per_batch]
+    def __init__(self, docs: Sequence[Doc], *, tokens_per_batch: int, seed: int, max_tokens: int | None = None) -> None:
+        limit = min(tokens_per_batch, max_tokens or tokens_per_batch)
+        fits = [doc for doc in docs if len(doc[0]) <= limit]
         self.docs = [doc for doc in fits if doc[1] is None or any(doc[1][1:])]
         self.dropped = {"too_long": len(docs) - len(fits), "nothing_to_learn": len(fits) - len(self.docs)}
         self.cursor = EpochCursor([len(ids) for ids, _ in self.docs], tokens_per_batch, seed=seed)

@@ -51,7 +51,7 @@ class ShardWriter:
     def __init__(self, prefix: Path, *, tokenizer_hash: str, vocab_size: int) -> None:
         self.prefix, self.tokenizer_hash, self.vocab_size = prefix, tokenizer_hash, vocab_size
         self.dtype = np.dtype("uint16" if vocab_size <= 1 << 16 else "uint32")
-        self.num_tokens, self.info = 0, None
+        self.num_tokens = 0
         self._ends: list[int] = []
         self._masks: list[tuple[int, np.ndarray]] = []
         self._stack = ExitStack()

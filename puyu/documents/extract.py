@@ -18,7 +18,9 @@ from puyu.errors import DependencyError
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?([\w-]{2,20})", re.IGNORECASE)
 # Web pages say gb2312 and gbk and mean the superset; latin-1 means windows-1252 (WHATWG encoding standard).
 _WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "iso-8859-1": "cp1252", "latin-1": "cp1252", "ascii": "cp1252"}
-_SKIP = ["[aria-hidden=true]", "[role=navigation]", "[role=banner]", "button", "sup.reference", ".headerlink"]
+_TABS = re.compile(r"[ \t]*\t[ \t]*(?=\S)")
+_SKIP = ["[aria-hidden=true]", "[role=navigation]", "[role=banner]", "button", ".headerlink"]
+_SKIP += [".cookie-banner", ".social-share", ".comments", ".related", ".newsletter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def page(html: bytes | str) -> Page:
         comments=False,
         skip_elements=_SKIP,
     )
-    return Page(_title(tree), main.strip())
+    return Page(_title(tree), _TABS.sub("\t", main).strip())
 
 
 def _title(tree: Any) -> str:

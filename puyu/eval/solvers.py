@@ -64,17 +64,39 @@ def agent(tools: Sequence[Tool], *, params: SamplingParams, max_turns: int = 4) 
 def split_bytes(text: str, size: int) -> list[str]:
     """Cut into pieces of at most `size` UTF-8 bytes, never inside a character; nothing is lost.
 
-    >>> split_bytes("ab浦语", 4)
-    ['ab', '浦', '语']
+    A cut prefers to stand before white space and never stands after it where that can be had: models count the
+    spaces at the end of a context as part of what follows, and would score them twice.
+
+    >>> split_bytes("ab浦语", 4), split_bytes("one two three", 8)
+    (['ab', '浦', '语'], ['one two', ' three'])
     """
-    pieces, start, used = [], 0, 0
-    for place, character in enumerate(text):
-        width = len(character.encode("utf-8", "surrogatepass"))
-        if used + width > size and used:
-            pieces.append(text[start:place])
-            start, used = place, 0
-        used += width
-    return [*pieces, text[start:]] if start < len(text) else pieces
+    pieces, start = [], 0
+    while start < len(text):
+        end = _good_cut(text, start, _reach(text, start, size))
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
+def _reach(text: str, start: int, size: int) -> int:
+    """The end of the longest piece from `start` within `size` bytes; one character at least."""
+    used, end = 0, start
+    while end < len(text):
+        used += len(text[end].encode("utf-8", "surrogatepass"))
+        if used > size and end > start:
+            break
+        end += 1
+    return end
+
+
+def _good_cut(text: str, start: int, end: int) -> int:
+    """The last place in the later half of text[start:end] before white space; else not after it; else `end`."""
+    if end == len(text):
+        return end
+    half = start + (end - start) // 2
+    spots = (i for i in range(end, half, -1) if text[i].isspace() and not text[i - 1].isspace())
+    solid = (i for i in range(end, start, -1) if not text[i - 1].isspace())
+    return next(spots, next(solid, end))
 
 
 def _output(messages: tuple[Message, ...], ended: str) -> Output:

@@ -83,7 +83,7 @@ def _filled(kind: type[M], config: ModelConfig, folder: Path, *, head: str | Non
     with torch.device("meta"):
         model = kind(config)
     if config.quantization:
-        make_quantized(model, QuantFormat.from_config(dict(config.quantization)))
+        make_quantized(model, QuantFormat.from_config(config.quantization))
     with _opened(folder) as stored:
         state = _our_state(model, stored, head=head, dtype=dtype, folder=folder)
     model.load_state_dict(state, strict=True, assign=True)
@@ -94,6 +94,9 @@ def make_quantized(model: nn.Module, form: QuantFormat) -> None:
     """Replace every Linear of the trunk by an empty QuantLinear of the same shape, in place."""
     for name, child in list(model.named_modules()):
         if isinstance(child, Linear) and name.startswith("trunk."):
+            if not form.fits(child.in_features):
+                remedy = "choose a group that divides the number of inputs"
+                raise CheckpointError(f"{name}: {child.in_features} inputs, groups of {form.group}", remedy=remedy)
             parent = model.get_submodule(name.rpartition(".")[0])
             empty = QuantLinear(child.in_features, child.out_features, form=form, bias=child.bias is not None)
             setattr(parent, name.rpartition(".")[2], empty)
@@ -218,12 +221,15 @@ def save_model(
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(path.name + ".partial")
-    with disk_errors(path):
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(*_errno_of(error)) from error
-        temporary.replace(path)
+    try:
+        with disk_errors(path):
+            try:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(*_errno_of(error)) from error
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _errno_of(error: SafetensorError) -> tuple[int, str]:

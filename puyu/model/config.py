@@ -81,7 +81,9 @@ class ModelConfig:
             fields = {ours: value[hf] for ours, hf in _KEYS.items() if hf in value or ours in _REQUIRED}
         except KeyError as error:
             raise CheckpointError(f"{where}: missing key {error.args[0]!r}") from error
-        fields.setdefault("num_kv_heads", fields["num_heads"])
+        fields["num_kv_heads"] = fields.get("num_kv_heads") or fields["num_heads"]
+        if value.get("hidden_act") not in (None, "silu"):
+            raise CheckpointError(f"{where}: hidden_act {value['hidden_act']!r} is not supported", remedy="only silu")
         fields["rope_theta"], fields["rope_scaling"] = _read_rope(value)
         biased = bool(value.get(row.bias_key, False)) if row.bias_key else row.qkv_bias
         ignored = set(known_keys) | {"model_type", "architectures", "rope_theta", "rope_scaling", "rope_parameters"}

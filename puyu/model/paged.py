@@ -190,7 +190,7 @@ class _Continued:
     def attend(self, rows: Tensor, q_LNH: Tensor, k_LKH: Tensor, v_LKH: Tensor) -> Tensor:
         """[L, N, H]."""
         past = rows.index_select(0, self.rows).view(self.shape).to(q_LNH.dtype)
-        q_KgLH = q_LNH.unflatten(1, (self.shape[1], -1)).permute(1, 2, 0, 3)
+        q_KgLH = torch.unflatten(q_LNH, 1, (self.shape[1], -1)).permute(1, 2, 0, 3)
         keys, values = (x[:, None].expand(-1, q_KgLH.shape[1], -1, -1) for x in (past[0], past[1]))
         out_KgLH = F.scaled_dot_product_attention(q_KgLH, keys, values, attn_mask=self.seen_LC)
         return out_KgLH.permute(2, 0, 1, 3).flatten(1, 2)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -104,43 +104,42 @@ class _Corpus:
 
     def merge(self, pair: int, new: int) -> set[int]:
         """Replace the pair everywhere; returns the pairs that became more frequent."""
+        pairs, where = self.pairs, self.where
         grown: set[int] = set()
-        for index in sorted(self.where.pop(pair)):
+        for index in where.pop(pair):
             count = self.counts[index]
-            word, lost, gained = merge_word(self.words[index], pair, new)
-            self.words[index] = word
+            lost, gained = merge_word(self.words[index], pair, new)
             for other in lost:
-                self.pairs[other] -= count
+                pairs[other] -= count
             for other in gained:
-                self.pairs[other] += count
-                self.where[other].add(index)
+                pairs[other] += count
+                where[other].add(index)
             grown.update(gained)
-        del self.pairs[pair]
+        del pairs[pair]
         return grown
 
 
-def merge_word(word: Sequence[int], pair: int, new: int) -> tuple[list[int], list[int], list[int]]:
-    """Merge a pair from left to right in one word: (new word, pairs lost, pairs gained), with repeats."""
+def merge_word(word: list[int], pair: int, new: int) -> tuple[list[int], list[int]]:
+    """Merge a pair from left to right in one word, in place: (pairs lost, pairs gained), with repeats."""
     left, right = pair >> _SHIFT, pair & _MASK
-    out: list[int] = []
     lost: list[int] = []
     gained: list[int] = []
-    position, last = 0, len(word) - 1
-    while position <= last:
-        symbol = word[position]
-        if symbol != left or position == last or word[position + 1] != right:
-            out.append(symbol)
-            position += 1
+    at, remaining = 0, word.count(left)
+    while remaining:
+        at = word.index(left, at)
+        if at + 1 == len(word) or word[at + 1] != right:
+            at, remaining = at + 1, remaining - 1
             continue
-        if out:
-            lost.append(out[-1] << _SHIFT | left)
-            gained.append(out[-1] << _SHIFT | new)
-        position += 2
-        if position <= last:
-            lost.append(right << _SHIFT | word[position])
-            gained.append(new << _SHIFT | word[position])
-        out.append(new)
-    return out, lost, gained
+        word[at : at + 2] = (new,)
+        remaining -= 2 if left == right else 1
+        if at:
+            lost.append(word[at - 1] << _SHIFT | left)
+            gained.append(word[at - 1] << _SHIFT | new)
+        at += 1
+        if at < len(word):
+            lost.append(right << _SHIFT | word[at])
+            gained.append(new << _SHIFT | word[at])
+    return lost, gained
 
 
 def learn_merges(

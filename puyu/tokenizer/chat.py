@@ -27,7 +27,17 @@ from puyu.tokenizer.template import CHAT_TEMPLATE, render_jinja
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import Conversation, Message, ToolCall, ToolSpec
 
-__all__ = ["CHAT_TEMPLATE", "INTERPRETER", "Rendered", "is_native", "parse", "render", "render_prompt", "render_text"]
+__all__ = [
+    "CHAT_TEMPLATE",
+    "INTERPRETER",
+    "Rendered",
+    "is_native",
+    "parse",
+    "plain_pieces",
+    "render",
+    "render_prompt",
+    "render_text",
+]
 
 INTERPRETER = "interpreter"  # the name of the tool that an <|interpreter|> block calls
 
@@ -76,6 +86,11 @@ def render_prompt(messages: Sequence[Message], tools: Sequence[ToolSpec], tokeni
 def render_text(conversation: Conversation, *, add_generation_prompt: bool = False) -> str:
     """The rendered conversation as a person would read it."""
     return "".join(piece.text for piece in _pieces(conversation, add_generation_prompt=add_generation_prompt))
+
+
+def plain_pieces(conversation: Conversation) -> list[str]:
+    """What stands between the markers: role words, contents, tool lists, bodies of calls."""
+    return [piece.text for piece in _pieces(conversation, add_generation_prompt=False) if not piece.marker]
 
 
 @lru_cache(maxsize=16)

@@ -7,10 +7,9 @@ The same config and input give the same bytes. It takes seconds, so a killed run
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,11 @@ from puyu.errors import ConfigError, InputError
 from puyu.files import hash_json, read_jsonl_lines, write_json
 from puyu.log import Progress
 from puyu.tokenizer.bpe import count_pieces, learn_merges
+from puyu.tokenizer.chat import plain_pieces
 from puyu.tokenizer.measure import compression
 from puyu.tokenizer.template import CHAT_TEMPLATE
 from puyu.tokenizer.tokenizer import LEADING_SPECIALS, TRAILING_SPECIALS, Tokenizer, from_merges
+from puyu.types import Conversation
 
 _SPECIALS = len(LEADING_SPECIALS) + len(TRAILING_SPECIALS)
 
@@ -33,6 +34,8 @@ class TokenizerConfig(Config):
     """Folder of the data stage (its kept.jsonl), or one JSONL file of objects with the field 'text'."""
     extra_texts: list[Path] = Field(default_factory=list)
     """JSONL files of chats or preferences (.jsonl, .jsonl.gz) whose words should get tokens too."""
+    extra_weight: int = Field(default=3, ge=1)
+    """Each text of extra_texts counts this many times."""
     vocab_size: int = Field(default=8192, ge=256 + _SPECIALS, le=1 << 20)
     """Number of tokens, special tokens and the 256 bytes included."""
     min_count: int = Field(default=2, ge=1)
@@ -50,7 +53,10 @@ def run(config: TokenizerConfig, *, out: Path) -> dict[str, Any]:
     began = time.monotonic()
     documents = _draw(list(_documents(config.data)) if config.data else [], config)
     chats = [text for path in config.extra_texts for text in _chat_texts(path)]
-    tokenizer = _train(_counted([text for _, text in documents] + chats), config)
+    pieces = _counted("corpus", [text for _, text in documents])
+    for piece, count in _counted("chats", chats).items():
+        pieces[piece] += count * config.extra_weight
+    tokenizer = _train(pieces, config)
     tokenizer.save(out)
     report = _report(tokenizer, config, documents, chats)
     write_json(out / "report.json", report)
@@ -71,8 +77,8 @@ def _train(pieces: Counter[bytes], config: TokenizerConfig) -> Tokenizer:
     return from_merges(merges, chat_template=CHAT_TEMPLATE)
 
 
-def _counted(texts: list[str]) -> Counter[bytes]:
-    progress = Progress("pre-tokens", len(texts), unit="B")
+def _counted(name: str, texts: list[str]) -> Counter[bytes]:
+    progress = Progress(f"pre-tokens of {name}", len(texts), unit="B")
 
     def watched() -> Iterator[str]:
         for text in texts:
@@ -111,25 +117,21 @@ def _draw(documents: list[tuple[str, str]], config: TokenizerConfig) -> list[tup
 
 
 def _chat_texts(path: Path) -> Iterator[str]:
-    """Every string that a chat renders: contents, tool calls, tool lists."""
+    """What a chat renders between its markers; of a preference pair, the prompt with each answer."""
     for line, row in read_jsonl_lines(path):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, line {line}: a JSON object is needed, not {type(row).__name__}")
-        yield from _strings({key: value for key, value in row.items() if key not in ("metadata", "id", "check")})
+        try:
+            yield from plain_pieces(Conversation.from_openai({"messages": _messages(row), "tools": row.get("tools")}))
+        except (InputError, AttributeError, KeyError, TypeError) as error:
+            remedy = "extra_texts needs conversations ('messages') or preferences ('prompt', 'chosen', 'rejected')"
+            raise InputError(f"{path}, line {line} is not a chat: {error!r}", remedy=remedy) from error
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-    elif isinstance(value, dict):
-        if "function" in value:
-            function = value["function"]
-            yield function if isinstance(function, str) else json.dumps(function, ensure_ascii=False)
-        else:
-            yield from _strings(list(value.values()))
+def _messages(row: Mapping[str, Any]) -> list[Any]:
+    if "messages" in row:
+        return list(row["messages"])
+    turns = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
+    answers = [row["chosen"], row["rejected"]]
+    return turns + [{"role": "assistant", "content": a} if isinstance(a, str) else a for a in answers]
 
 
 def _report(

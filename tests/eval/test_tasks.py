@@ -61,6 +61,16 @@ def test_split_bytes_loses_nothing_and_cuts_no_character(text: str, size: int) -
     assert all(pieces)
 
 
+def test_split_bytes_cuts_before_spaces_not_after_them() -> None:
+    text = "The quick  brown fox jumps over the lazy dog. " * 5
+    pieces = split_bytes(text, 24)
+    assert "".join(pieces) == text
+    assert not any(piece[-1].isspace() for piece in pieces[:-1])
+    assert all(piece[0].isspace() for piece in pieces[1:])
+    assert split_bytes("one two three", 8) == ["one two", " three"]
+    assert split_bytes("ab浦语", 4) == ["ab", "浦", "语"]
+
+
 def reckoner(request: GenerateRequest) -> Message:
     """Calls the calculator when it is on offer and reads its answer; guesses otherwise."""
     last = request.prompt[-1]

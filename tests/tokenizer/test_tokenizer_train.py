@@ -78,3 +78,10 @@ def test_bad_input_is_named(data: Path, tmp_path: Path) -> None:
         run(TokenizerConfig(data=data), out=tmp_path / "out")
     with pytest.raises(ConfigError, match="did you mean 'vocab_size'"):
         build(TokenizerConfig, {"vocab_sise": 300})
+
+
+def test_a_line_that_is_no_chat_is_named(data: Path, tmp_path: Path) -> None:
+    for bad in ({"question": "?"}, {"messages": [{"role": "boss", "content": "x"}]}, {"messages": ["x"]}):
+        write_jsonl(tmp_path / "chat.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, bad])
+        with pytest.raises(InputError, match=r"chat\.jsonl, line 2 is not a chat"):
+            run(TokenizerConfig(data=data, extra_texts=[tmp_path / "chat.jsonl"], vocab_size=300), out=tmp_path / "out")

@@ -1,0 +1,59 @@
+"""What `puyu serve` can be told. Imports neither torch nor a web framework: help pages and parents stay quick."""
+
+from __future__ import annotations
+
+import ipaddress
+
+from pydantic import Field
+
+from puyu.configure import Config
+from puyu.errors import ConfigError
+
+
+class ServeConfig(Config):
+    """A model behind an OpenAI-compatible HTTP server. Loopback only, unless told otherwise."""
+
+    model: str = "runs/nano/ppo"
+    """Model folder, or a hub id owner/name."""
+    host: str = "127.0.0.1"
+    """Address to listen on; one that other machines reach needs an api_key (or open: true)."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    api_key: str = ""
+    """Bearer token that requests must carry; better set as the environment variable PUYU_API_KEY."""
+    open: bool = False
+    """Listen beyond this machine without a key."""
+    served_name: str = ""
+    """Name of the model in the API; empty takes the folder's name."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """auto, float32, bfloat16 or float16."""
+    max_running: int = Field(default=128, ge=1)
+    """Requests that run at the same time."""
+    max_queue: int = Field(default=256, ge=0)
+    """Requests that may wait; one more is answered 429 with Retry-After."""
+    cache_tokens: int = Field(default=0, ge=0)
+    """Tokens that the key/value cache holds; 0 takes what fits."""
+    max_body_mb: float = Field(default=8.0, gt=0)
+    """Largest request body in MB; a larger one is answered 413."""
+    drain_seconds: int = Field(default=30, ge=0)
+    """How long requests under way may go on after SIGTERM."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the address."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def check_open(self) -> None:
+        """ConfigError for a server that strangers could use by mistake."""
+        if not self.is_local and not self.api_key and not self.open:
+            raise ConfigError(
+                f"host {self.host} can be reached from other machines, and no api_key is set",
+                remedy="set PUYU_API_KEY or --api-key, or say --open true, or keep --host 127.0.0.1",
+            )

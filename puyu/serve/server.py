@@ -1,0 +1,218 @@
+"""Starting and stopping a server: `run(config)` in this process, `running_server(config)` as a child of this one.
+
+    with running_server(ServeConfig(model="runs/nano/ppo", port=0)) as url:
+        print(Client(url).chat("Who are you?").text)
+
+The port is taken before the model is loaded, so that a port in use is said at once. SIGTERM and Ctrl-C stop taking
+connections, let requests under way finish for `drain_seconds`, and end with exit code 0. A child also stops when
+its parent is gone, however that ended. This module imports torch only inside `run`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import httpx
+
+from puyu.configure import build, dump
+from puyu.errors import DependencyError, ResourceError
+from puyu.files import read_json
+from puyu.log import say
+from puyu.serve.config import ServeConfig
+from puyu.types import SamplingParams
+
+__all__ = ["ServeConfig", "bind", "run", "running_server"]
+
+BACKLOG = 512
+START_SECONDS = 600.0
+
+
+def bind(config: ServeConfig) -> socket.socket:
+    """A listening socket; ResourceError names the flag that helps."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise _bind_error(config, error) from error
+    return listener
+
+
+def _bind_error(config: ServeConfig, error: OSError) -> ResourceError:
+    if error.errno == errno.EADDRINUSE:
+        remedy = f"choose another, for example --port {config.port + 1}, or --port 0 for any free one"
+        return ResourceError(f"port {config.port} of {config.host} is in use", remedy=remedy)
+    if error.errno == errno.EACCES:
+        remedy = "ports below 1024 need rights that you do not have; choose another with --port"
+        return ResourceError(f"port {config.port} of {config.host} may not be used", remedy=remedy)
+    remedy = "--host must be an address of this machine, for example 127.0.0.1"
+    return ResourceError(f"cannot listen on {config.host}: {error}", remedy=remedy)
+
+
+def address(listener: socket.socket) -> str:
+    """The base URL of a listening socket; one that listens everywhere is reached by loopback."""
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(config: ServeConfig, *, listener: socket.socket | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C; returns after draining."""
+    config = config.model_copy(update={"api_key": config.api_key or os.environ.get("PUYU_API_KEY", "")})
+    config.check_open()
+    uvicorn = _uvicorn()
+    with contextlib.closing(listener or bind(config)) as listening:
+        url = address(listening)
+        say(f"loading {config.model} ...")
+        app = _load(config)
+        say(f"serving {app.state.service.name} at {url}   (OpenAI clients: base_url={url}/v1)   Ctrl-C stops")
+        options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "on"}
+        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=config.drain_seconds, **options))
+        # uvicorn drains on these signals and then raises them again; by then the work is done.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _already_handled)
+        server.run(sockets=[listening])
+        say("stopped")
+
+
+def _already_handled(number: int, frame: FrameType | None) -> None:
+    """The signal has led to a clean shutdown."""
+
+
+def _uvicorn() -> Any:
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise DependencyError("serving needs FastAPI and uvicorn", remedy="pip install 'puyu-llm[serve]'") from error
+    return uvicorn
+
+
+def _load(config: ServeConfig) -> Any:
+    from puyu.engine.core import EngineConfig
+    from puyu.engine.llm import LLM, resolve
+    from puyu.serve.app import build_app
+
+    folder = resolve(config.model)
+    engine = EngineConfig(max_running=config.max_running, cache_tokens=config.cache_tokens)
+    llm = LLM(folder, device=config.device, dtype=config.dtype, config=engine)
+    llm.name = Path(config.model).name
+    return build_app(llm, config, defaults=read_defaults(folder))
+
+
+def read_defaults(folder: Path) -> SamplingParams:
+    """What a request leaves out, from generation_config.json: greedy unless the model's makers say `do_sample`."""
+    path = folder / "generation_config.json"
+    values = read_json(path) if path.is_file() else {}
+    if not isinstance(values, dict) or not values.get("do_sample"):
+        return SamplingParams()
+    return SamplingParams(
+        temperature=float(values.get("temperature", 1.0)),
+        top_p=float(values.get("top_p", 1.0)),
+        top_k=int(values.get("top_k", 0)),
+    )
+
+
+# -- as a child process ----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running_server(config: ServeConfig, *, log: Path | None = None) -> Iterator[str]:
+    """Start a server, wait until it answers, give its base URL; stop it on leaving.
+
+    The child writes to `log` (a temporary file by default), whose end is shown when it does not start.
+    """
+    with contextlib.closing(bind(config)) as listener, open(log, "w+b") if log else tempfile.TemporaryFile() as output:
+        child = _start(config, listener, output)
+        try:
+            url = address(listener)
+            listener.close()
+            _wait_until_up(child, url, output)
+            yield url
+        finally:
+            _stop(child, config.drain_seconds)
+
+
+def _start(config: ServeConfig, listener: socket.socket, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """The config goes through stdin (a key must not stand in the process list), which stays open as a life line."""
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-m", "puyu.serve.server", str(listener.fileno())]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        pass_fds=[listener.fileno()],
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert child.stdin is not None
+    child.stdin.write(json.dumps(dump(config)).encode() + b"\n")
+    child.stdin.flush()
+    return child
+
+
+def _wait_until_up(child: subprocess.Popen[bytes], url: str, output: IO[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if child.poll() is not None:
+            break
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", timeout=1.0, trust_env=False).status_code == 200:
+                return
+        time.sleep(0.05)
+    output.seek(0)
+    tail = output.read().decode("utf-8", "replace").strip()[-2000:]
+    raise ResourceError(f"the server did not start (exit code {child.poll()}): {tail}", remedy="mend what its log says")
+
+
+def _stop(child: subprocess.Popen[bytes], drain_seconds: int) -> None:
+    child.terminate()
+    try:
+        child.wait(drain_seconds + 10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    assert child.stdin is not None
+    child.stdin.close()
+
+
+def _child(descriptor: int) -> int:
+    """The child's side of `running_server`."""
+    from puyu.errors import PuyuError
+
+    config = build(ServeConfig, json.loads(sys.stdin.buffer.readline()))
+    threading.Thread(target=_end_with_parent, name="life-line", daemon=True).start()
+    try:
+        run(config, listener=socket.socket(fileno=descriptor))
+    except PuyuError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    return 0
+
+
+def _end_with_parent() -> None:
+    """The pipe ends when the parent does, even by SIGKILL."""
+    os.read(sys.stdin.fileno(), 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(_child(int(sys.argv[1])))

@@ -1,0 +1,184 @@
+"""What a step minimizes: `(model, Batch) -> LossOutput`, sums that the Trainer divides by the *global* weight.
+
+- `lm_loss`: next-token cross-entropy. The head runs only where a weight is above 0, in chunks, and the gradient of
+  the logits is formed in the forward pass, so that no [T, V] tensor is ever held (Wijmans et al. 2024, "Cut your
+  losses"; Hsu et al. 2024, Liger).
+- `ranking_loss`: InternLM2's focal ranking loss with the log barrier (arXiv 2403.17297, section 4.3), in fp32.
+
+An objective may hold frozen models; it never steps, logs or knows a schedule.
+
+    output = lm_loss(model, batch); (output.loss_sum / output.weight_sum).backward()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from puyu.data.packing import Batch
+from puyu.model.attention import PackedPlan
+from puyu.model.heads import CausalLM, ScalarModel
+
+CHUNK_BYTES = 32 << 20
+"""Target size of a chunk of fp32 logits: small enough for a cache-friendly pass, large enough for a full product."""
+
+
+class LossOutput(NamedTuple):
+    """Sums over this rank's batch. Each metric is a sum too; the Trainer divides it by the global weight."""
+
+    loss_sum: Tensor
+    weight_sum: Tensor
+    metrics: dict[str, Tensor]
+
+
+Objective = Callable[[Any, Batch], LossOutput]
+
+
+def hidden_states(model: CausalLM | ScalarModel, batch: Batch) -> Tensor:
+    """Trunk over a packed batch -> hidden [T, D]."""
+    plan = PackedPlan.build(batch.starts_S, batch.num_tokens, batch.tokens_T.device)
+    hidden_TD: Tensor = model.trunk(batch.tokens_T, batch.positions_T, plan)
+    return hidden_TD
+
+
+def lm_loss(model: CausalLM, batch: Batch) -> LossOutput:
+    """Weighted next-token cross-entropy, summed (nats)."""
+    hidden_TD = hidden_states(model, batch)
+    learned = batch.weights_T.nonzero().squeeze(-1)
+    if learned.numel() < batch.num_tokens:
+        hidden_TD = hidden_TD[learned]
+    loss_sum, _ = chunked_cross_entropy(
+        hidden_TD, head_weight(model), batch.targets_T[learned], batch.weights_T[learned]
+    )
+    return LossOutput(loss_sum, batch.weights_T.sum(), {})
+
+
+def token_losses(model: CausalLM, batch: Batch) -> Tensor:
+    """Cross-entropy of every token [T], weight 0 where nothing is predicted; no gradient."""
+    with torch.no_grad():
+        hidden_TD = hidden_states(model, batch)
+        _, losses_T = chunked_cross_entropy(hidden_TD, head_weight(model), batch.targets_T, batch.weights_T)
+    return losses_T
+
+
+def head_weight(model: CausalLM) -> Tensor:
+    """The [V, D] matrix that gives logits: the head's, or the embedding's when tied."""
+    return model.trunk.embedding.weight if model.head is None else model.head.weight
+
+
+def chunked_cross_entropy(
+    hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, weights_P: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum of weights * cross-entropy, and the weighted loss of each position (without gradient)."""
+    learns = torch.is_grad_enabled()
+    loss_sum, losses_P = _ChunkedCrossEntropy.apply(hidden_PD, weight_VD, targets_P, weights_P, learns)  # type: ignore[no-untyped-call]
+    return loss_sum, losses_P
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Logits of one chunk at a time; their gradient is multiplied out at once and only [P, D] and [V, D] are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, weights_P: Tensor, learns: bool
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if hidden_PD.dtype == torch.float64 else torch.float32
+        cast_VD = weight_VD.to(hidden_PD.dtype)
+        grad_PD = torch.empty_like(hidden_PD) if learns else None
+        grad_VD = torch.zeros_like(weight_VD) if learns else None
+        losses_P = torch.zeros(len(targets_P), dtype=wide, device=hidden_PD.device)
+        rows = max(64, CHUNK_BYTES // (weight_VD.shape[0] * wide.itemsize))
+        for start in range(0, len(targets_P), rows):
+            cut = slice(start, start + rows)
+            logits_CV = hidden_PD[cut] @ cast_VD.T
+            scaled_C = weights_P[cut].to(wide)
+            losses_P[cut], grad_CV = _softmax_step(logits_CV, targets_P[cut], scaled_C, learns=learns)
+            if grad_PD is not None and grad_VD is not None:
+                torch.mm(grad_CV, cast_VD, out=grad_PD[cut])
+                _accumulate(grad_VD, grad_CV, hidden_PD[cut])
+        ctx.save_for_backward(grad_PD, grad_VD)
+        ctx.mark_non_differentiable(losses_P)
+        return losses_P.sum(), losses_P
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_PD, grad_VD = ctx.saved_tensors
+        return grad_PD * scale.to(grad_PD.dtype), grad_VD * scale.to(grad_VD.dtype), None, None, None
+
+
+def _softmax_step(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
+    """Weighted losses [C], and the weighted gradient of the logits in their own dtype."""
+    wide_CV = logits_CV.to(weights_C.dtype)
+    logs_CV = torch.log_softmax(wide_CV, dim=-1)
+    losses_C = -logs_CV.gather(-1, targets_C[:, None]).squeeze(-1) * weights_C
+    if not learns:
+        return losses_C, logits_CV
+    grad_CV = logs_CV.exp_().mul_(weights_C[:, None])
+    grad_CV.scatter_add_(-1, targets_C[:, None], -weights_C[:, None])
+    return losses_C, grad_CV.to(logits_CV.dtype)
+
+
+def _accumulate(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    if total_VD.dtype == hidden_CD.dtype:
+        total_VD.addmm_(grad_CV.T, hidden_CD)
+    else:
+        total_VD.add_(grad_CV.T @ hidden_CD)
+
+
+def focal_ranking(margin_S: Tensor, *, gamma: float) -> Tensor:
+    """-(1 - 2 max(0, P - 1/2))^gamma log P with P = sigmoid(chosen - rejected); easy pairs fade out."""
+    ease_S = torch.relu(torch.sigmoid(margin_S) - 0.5) * 2
+    return -((1 - ease_S) ** gamma) * F.logsigmoid(margin_S)
+
+
+def barrier(score_S: Tensor, *, bound: float = 5.0, eps: float = 0.1) -> Tensor:
+    """-(log(bound + x) + log(bound - x)), continued as a line (C1) beyond bound - eps.
+
+    So a score that escaped is still pulled back; a clamp, as in XTuner, would leave it without a gradient.
+    """
+    edge = bound - eps
+    inside_S = score_S.clamp(-edge, edge)
+    slope = 2 * edge / (bound**2 - edge**2)
+    return -(torch.log(bound + inside_S) + torch.log(bound - inside_S)) + slope * torch.relu(score_S.abs() - edge)
+
+
+def pair_losses(chosen_S: Tensor, rejected_S: Tensor, *, gamma: float = 2.0, penalty: float = 0.02) -> Tensor:
+    """Focal ranking loss plus `penalty` times the barrier's mean over the two scores, per pair."""
+    rank_S = focal_ranking(chosen_S - rejected_S, gamma=gamma)
+    return rank_S + penalty * (barrier(chosen_S) + barrier(rejected_S)) / 2
+
+
+def pair_scores(model: ScalarModel, batch: Batch) -> Tensor:
+    """Scores [S] at the reward tokens, fp32 or wider."""
+    return model.scalar(hidden_states(model, batch)[batch.extras["last_S"]])
+
+
+def ranking_loss(*, gamma: float = 2.0, penalty: float = 0.02) -> Objective:
+    """The objective of a reward model; `gamma` 0 and `penalty` 0 give the plain Bradley-Terry loss."""
+
+    def objective(model: ScalarModel, batch: Batch) -> LossOutput:
+        if not len(batch.extras["last_S"]):  # a rank without a pair still takes part in collectives
+            nothing = model.scalar(hidden_states(model, batch)).sum() * 0.0
+            return LossOutput(nothing, nothing.detach(), {name: nothing.detach() for name in ("accuracy", "margin")})
+        chosen_S, rejected_S = pair_scores(model, batch).reshape(-1, 2).unbind(-1)
+        margin_S = (chosen_S - rejected_S).detach()
+        loss_sum = pair_losses(chosen_S, rejected_S, gamma=gamma, penalty=penalty).sum()
+        metrics = {"accuracy": (margin_S > 0).sum(), "margin": margin_S.sum()}
+        return LossOutput(loss_sum, loss_sum.new_tensor(float(len(margin_S))), metrics)
+
+    return objective
+
+
+class Step(nn.Module):
+    """Model and objective as one module, so that sharding sees the whole computation as one forward pass."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> LossOutput:
+        return self.objective(self.model, batch)

@@ -1,0 +1,87 @@
+"""AdamW as InternLM2 used it, and one pass over the gradients that averages and clips them.
+
+Loshchilov and Hutter 2019; betas (0.9, 0.95), eps 1e-8, decay on matrices only, global norm clipped at 1.
+
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-3))
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from puyu.configure import Config
+from puyu.train.schedule import Kind, lr_at
+
+
+class OptimConfig(Config):
+    """Optimizer and learning-rate schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Kind = "cosine"
+    """cosine, constant, or wsd (warm-up, stable, linear decay)."""
+    warmup: float = 0.05
+    """Steps of linear warm-up; below 1 it is a share of all steps."""
+    floor: float = 0.1
+    """Share of the peak rate at the last step (cosine and wsd)."""
+    decay: float = 0.2
+    """Share of the steps in which wsd falls."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on matrices only."""
+    beta1: float = 0.9
+    """AdamW's first moment."""
+    beta2: float = 0.95
+    """AdamW's second moment."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    scale: dict[str, float] = Field(default={})
+    """Prefix of parameter names -> factor on their learning rate."""
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of the 0-based `step` of `steps`."""
+        warmup = round(self.warmup * steps) if self.warmup < 1 else round(self.warmup)
+        return lr_at(
+            step, steps=steps, peak=self.lr, kind=self.schedule, warmup=warmup, floor=self.floor, decay=self.decay
+        )
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW over the parameters that train, grouped by decay (matrices alone have it) and rate factor."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            scale = next((factor for prefix, factor in config.scale.items() if name.startswith(prefix)), 1.0)
+            groups.setdefault((decay, scale), []).append(parameter)
+    rows = [{"params": params, "weight_decay": decay, "scale": scale} for (decay, scale), params in groups.items()]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(rows, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all groups, each times its factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    """The gradients there are."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def global_norm(grads: list[Tensor]) -> float:
+    """Euclidean norm over all gradients and all ranks."""
+    norm = torch.nn.utils.get_total_norm(grads)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def average_and_clip(grads: list[Tensor], *, weight: float, norm: float, clip: float) -> None:
+    """Divide summed gradients by the global weight and clip to `clip`, in one pass. `norm` is that of the average."""
+    factor = 1.0 / weight
+    if clip > 0 and norm > clip:
+        factor *= clip / norm
+    torch._foreach_mul_(grads, factor)

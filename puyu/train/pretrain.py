@@ -1,0 +1,254 @@
+"""Pretraining: documents -> a base model, in phases (short then longer context, rotary base raised, mixture changed).
+
+    $ puyu pretrain --data runs/nano/data --tokenizer runs/nano/tokenizer --out runs/nano/pretrain
+    $ torchrun --nproc-per-node 2 -m puyu pretrain ...            # the same losses on two processes
+
+Recipe of InternLM2 (arXiv 2403.17297): AdamW(0.9, 0.95), cosine to 10 %, packed documents hidden from each other.
+Knows documents only as rows of kept.jsonl; samples and benchmarks come from the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from puyu.configure import Config
+from puyu.data.mix import Mixture
+from puyu.data.packing import Batch, Piece, PretrainSource, pack_pieces
+from puyu.data.shards import TokenShard
+from puyu.device import pick_device
+from puyu.dist import barrier, world
+from puyu.errors import ConfigError
+from puyu.model.checkpoint import save_model
+from puyu.model.config import ModelConfig
+from puyu.model.heads import CausalLM
+from puyu.model.init import init_weights
+from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.corpus import Corpus, open_corpus
+from puyu.train.objectives import lm_loss
+from puyu.train.optim import OptimConfig
+from puyu.train.stage import count_parameters, finish, finished, identity_of, place
+from puyu.train.trainer import OnStep, Trainer, TrainerConfig
+
+
+class ModelShape(Config):
+    """Shape of a new model (InternLM2 architecture); the vocabulary is the tokenizer's."""
+
+    hidden_size: int = 256
+    """Width."""
+    num_layers: int = 6
+    """Blocks."""
+    num_heads: int = 8
+    """Query heads."""
+    num_kv_heads: int = 4
+    """Key/value heads (grouped-query attention)."""
+    intermediate_size: int = 704
+    """Width inside the gated MLP."""
+    head_dim: int = 0
+    """Width of a head; 0: hidden_size / num_heads."""
+    tie_embeddings: bool = False
+    """Use the embedding as output head."""
+    norm_eps: float = 1e-5
+    """RMSNorm's epsilon."""
+    family: str = "internlm2"
+    """Family of the checkpoint's names and config.json."""
+
+
+class Phase(Config):
+    """A stretch of training with one context length and one mixture."""
+
+    steps: int
+    """Optimizer steps."""
+    seq_len: int = 512
+    """Tokens of a row."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary positions."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Share of each domain, in tokens; empty: by size."""
+
+
+class PretrainConfig(Config):
+    """Train a model from documents."""
+
+    data: Path
+    """Folder of the data stage (its kept.jsonl), or a JSONL file with `text`, `domain` and `language`."""
+    tokenizer: Path
+    """Folder of the tokenizer."""
+    model: ModelShape = ModelShape()
+    """Shape of the model."""
+    phases: list[Phase] = Field(default_factory=lambda: [Phase(steps=300)])
+    """Phases in order."""
+    batch_tokens: int = 8192
+    """Tokens of one optimizer step, over all processes."""
+    accumulate: int = 1
+    """Micro-batches that a step is split into (less memory)."""
+    optim: OptimConfig = OptimConfig(lr=2e-3)
+    """Optimizer and schedule."""
+    heldout: float = 0.01
+    """Share of the documents kept apart for the validation loss."""
+    seed: int = 0
+    """Seed of weights and data order."""
+    dtype: str = "auto"
+    """Compute dtype: auto, bfloat16, float32, float64."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 200
+    """Steps between saved states."""
+    tensorboard: bool = False
+    """Write TensorBoard files too."""
+
+
+def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
+    """Train (or go on), validate, save; returns the key numbers."""
+    device = pick_device(config.device)
+    with world(device):
+        identity = identity_of(config)
+        if numbers := finished(out, identity):
+            return numbers
+        tokenizer = Tokenizer.load(config.tokenizer)
+        corpus = open_corpus(config.data, tokenizer, out / "shards", heldout=config.heldout)
+        model = place(new_model(config, tokenizer), dtype=config.dtype, device=device)
+        parameters = count_parameters(model)
+        phases = Phases(config, corpus, model)
+        trainer = Trainer(model, lm_loss, phases.source, trainer_config(config, identity), out=out)
+        trainer.before_step, trainer.on_step = phases.enter, on_step
+        numbers = trainer.fit()
+        phases.enter(numbers["steps"] - 1)
+        validation = validate(trainer, corpus, seq_len=config.phases[-1].seq_len, batch_tokens=config.batch_tokens)
+        _save(trainer, tokenizer, out)
+        numbers |= {"parameters": parameters, "heldout": validation, "sources": phases.mixture.report()}
+        return finish(out, identity, {**numbers, "headline": _headline(numbers)})
+
+
+def trainer_config(config: PretrainConfig, identity: str) -> TrainerConfig:
+    """The part of the config that the Trainer reads."""
+    return TrainerConfig(
+        steps=sum(phase.steps for phase in config.phases),
+        optim=config.optim,
+        accumulate=config.accumulate,
+        checkpoint_every=config.checkpoint_every,
+        dtype=config.dtype,
+        seed=config.seed,
+        identity=identity,
+        name="pretrain",
+        tensorboard=config.tensorboard,
+    )
+
+
+def new_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
+    """A model with initial weights that depend on the seed and the parameters' names only."""
+    shape = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        rope_theta=config.phases[0].rope_theta if config.phases else 10_000.0,
+        max_positions=max((phase.seq_len for phase in config.phases), default=0),
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        **config.model.model_dump(),
+    )
+    model = CausalLM(shape)
+    init_weights(model, seed=config.seed)
+    return model
+
+
+class Phases:
+    """Source and mixture of a run, moved from phase to phase as steps pass."""
+
+    def __init__(self, config: PretrainConfig, corpus: Corpus, model: CausalLM) -> None:
+        if not config.phases:
+            raise ConfigError("phases: at least one is needed", remedy="for example phases: [{steps: 300}]")
+        self.phases, self.model, self.config = config.phases, model, config
+        self.sizes = {name: float(shard.num_tokens) for name, shard in corpus.train.items()}
+        first = config.phases[0]
+        self.mixture = Mixture(corpus.train, first.weights or self.sizes, seed=config.seed)
+        self.source = PretrainSource(corpus.train, self.mixture, seq_len=first.seq_len, rows=self._rows(first))
+        for phase in config.phases:
+            self._rows(phase)
+
+    def _rows(self, phase: Phase) -> int:
+        rows, rest = divmod(self.config.batch_tokens, phase.seq_len * self.config.accumulate)
+        if rows < 1 or rest:
+            size = f"seq_len {phase.seq_len} x accumulate {self.config.accumulate}"
+            raise ConfigError(f"batch_tokens {self.config.batch_tokens} is not a multiple of {size}")
+        return rows
+
+    def enter(self, step: int) -> None:
+        """Set everything as the phase of the 0-based `step` wants it (nothing changes inside a phase)."""
+        for phase in self.phases:
+            if step < phase.steps:
+                break
+            step -= phase.steps
+        self.model.set_rope_theta(phase.rope_theta)
+        self.mixture.set_weights(phase.weights or self.sizes)
+        self.source.set_shape(seq_len=phase.seq_len, rows=self._rows(phase))
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    doc: int
+    begin: int
+    end: int
+
+
+def validate(trainer: Trainer, corpus: Corpus, *, seq_len: int, batch_tokens: int) -> dict[str, dict[str, float]]:
+    """Loss and bits per byte of each held-out language. Every rank must call it."""
+    result = {}
+    for language, shard in corpus.heldout.items():
+        rank, size = trainer.world.rank, trainer.world.size
+        groups = _groups(shard, seq_len=seq_len, batch_tokens=batch_tokens)
+        sums = trainer.evaluate(_packed(shard, group[rank::size]) for group in groups)
+        result[language] = {
+            "loss": sums["loss"] / sums["weight"],
+            "bits_per_byte": sums["loss"] / math.log(2) / corpus.heldout_bytes[language],
+            "documents": shard.num_docs,
+            "tokens": shard.num_tokens,
+        }
+    return result
+
+
+def _groups(shard: TokenShard, *, seq_len: int, batch_tokens: int) -> Iterator[list[_Cut]]:
+    """Documents cut to `seq_len`, in groups of at most `batch_tokens`; every token is predicted once."""
+    group: list[_Cut] = []
+    for doc in range(shard.num_docs):
+        length = shard.length(doc)
+        for begin in range(0, length, seq_len):
+            cut = _Cut(doc, begin, min(begin + seq_len, length))
+            if sum(c.end - c.begin for c in group) + cut.end - cut.begin > batch_tokens:
+                yield group
+                group = []
+            group.append(cut)
+    if group:
+        yield group
+
+
+def _packed(shard: TokenShard, cuts: list[_Cut]) -> Batch:
+    pieces = []
+    for cut in cuts:
+        ids, _ = shard.doc(cut.doc)
+        pieces.append(Piece(ids[cut.begin : cut.end], None, int(ids[cut.end]) if cut.end < len(ids) else None))
+    return pack_pieces(pieces)
+
+
+def _save(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
+    weights = trainer.full_weights()
+    model = trainer.model
+    assert isinstance(model, CausalLM)
+    if trainer.world.is_main:
+        save_model(model, out, state=weights, dtype=torch.float32)
+        tokenizer.save(out)
+    barrier()
+
+
+def _headline(numbers: dict[str, Any]) -> str:
+    heldout = ", ".join(f"{name} {row['bits_per_byte']:.3f}" for name, row in numbers["heldout"].items())
+    return (
+        f"{numbers['parameters'] / 1e6:.2f} M parameters, {numbers['tokens']:,} tokens, "
+        f"loss {numbers['loss_first']:.3f} -> {numbers['loss_last']:.3f}, "
+        f"{numbers['tokens_per_s']:,.0f} tokens/s, bits per byte: {heldout or 'nothing held out'}"
+    )

@@ -1,0 +1,212 @@
+"""Reward model: preference pairs -> a scalar model on the SFT trunk, one model for several domains.
+
+    $ puyu reward --base runs/nano/sft --data.0 pairs.jsonl --out runs/nano/reward
+
+Focal ranking loss with log barrier, domain rubrics, score at a reward token: InternLM2's COOL RLHF
+(arXiv 2403.17297, section 4.3). Some prompts are held out by hash, and their pair accuracy is reported per domain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from puyu.configure import Config
+from puyu.data.chats import read_preferences
+from puyu.data.packing import Batch, Pair, PreferenceSource, pack_pairs
+from puyu.device import pick_device
+from puyu.dist import barrier, world
+from puyu.errors import ConfigError, InputError
+from puyu.files import hash_json
+from puyu.log import logger
+from puyu.model.checkpoint import save_model, scalar_from_language
+from puyu.model.heads import ScalarModel
+from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.objectives import ranking_loss
+from puyu.train.optim import OptimConfig
+from puyu.train.scoring import Rubrics, reward_token, scoring_ids
+from puyu.train.stage import check_vocabulary, finish, finished, identity_of, place
+from puyu.train.trainer import OnStep, Trainer, TrainerConfig
+from puyu.types import Preference
+
+
+class RewardConfig(Config):
+    """Train a reward model on preference pairs."""
+
+    base: Path
+    """Checkpoint to start from (the SFT model)."""
+    data: list[Path]
+    """JSONL files of preference pairs: prompt, chosen, rejected, domain."""
+    domains: dict[str, str] = Field(default_factory=lambda: {"default": ""})
+    """Domain -> rubric: the system turn that only the reward model sees; empty text: none."""
+    epochs: float = 2.0
+    """Passes over the data; used when steps is 0."""
+    steps: int = 0
+    """Optimizer steps; 0: by epochs."""
+    batch_tokens: int = 8192
+    """Most tokens of one optimizer step, over all processes."""
+    accumulate: int = 1
+    """Micro-batches that a step is split into (less memory)."""
+    max_tokens: int = 0
+    """Longer sequences are cut at the end, the reward token stays; 0: the model's context."""
+    gamma: float = 2.0
+    """Exponent of the focal ranking loss; 0: plain ranking."""
+    penalty: float = 0.02
+    """Weight of the log barrier that keeps scores in (-5, 5), as a mean over the two scores."""
+    heldout: float = 0.1
+    """Share of the prompts kept apart for the pair accuracy."""
+    reward_token: str = "<|reward|>"
+    """Token that carries the score."""
+    optim: OptimConfig = OptimConfig(lr=5e-4, weight_decay=0.01)
+    """Optimizer and schedule."""
+    seed: int = 0
+    """Seed of the data order."""
+    dtype: str = "auto"
+    """Compute dtype: auto, bfloat16, float32, float64."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 200
+    """Steps between saved states."""
+    tensorboard: bool = False
+    """Write TensorBoard files too."""
+
+
+def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
+    """Train (or go on), measure held-out accuracy, save; returns the key numbers."""
+    device = pick_device(config.device)
+    with world(device):
+        identity = identity_of(config)
+        if numbers := finished(out, identity):
+            return numbers
+        tokenizer = Tokenizer.load(config.base)
+        loaded = scalar_from_language(config.base)
+        check_vocabulary(tokenizer, loaded.config.vocab_size, folder=config.base)
+        limit = config.max_tokens or loaded.config.max_positions
+        rubrics = Rubrics(config.domains, reward_token(tokenizer, config.reward_token), limit)
+        pairs = read_pairs(config, rubrics, tokenizer)
+        budget = config.batch_tokens // config.accumulate
+        source = PreferenceSource(pairs.train, tokens_per_batch=budget, seed=config.seed)
+        steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
+        model = place(loaded, dtype=config.dtype, device=device)
+        objective = ranking_loss(gamma=config.gamma, penalty=config.penalty)
+        trainer = Trainer(model, objective, source, _trainer_config(config, steps, identity), out=out)
+        trainer.on_step = on_step
+        numbers = trainer.fit()
+        numbers["heldout"] = measure(trainer, pairs.heldout, rubrics, batch_tokens=budget)
+        _save(trainer, tokenizer, rubrics, out)
+        numbers |= {"pairs": len(source.pairs), "dropped": source.dropped, "quarantined": pairs.torn}
+        return finish(out, identity, {**numbers, "headline": _headline(numbers)})
+
+
+def _trainer_config(config: RewardConfig, steps: int, identity: str) -> TrainerConfig:
+    return TrainerConfig(
+        steps=steps,
+        optim=config.optim,
+        accumulate=config.accumulate,
+        checkpoint_every=config.checkpoint_every,
+        dtype=config.dtype,
+        seed=config.seed,
+        identity=identity,
+        name="reward",
+        tensorboard=config.tensorboard,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Rendered pairs, split by the hash of their prompt, and the number of torn lines."""
+
+    train: list[Pair]
+    heldout: list[Pair]
+    torn: int
+
+
+def read_pairs(config: RewardConfig, rubrics: Rubrics, tokenizer: Tokenizer) -> Pairs:
+    """Read, render and split all files; a pair of a domain without a rubric is an error that names it."""
+    train: list[Pair] = []
+    heldout: list[Pair] = []
+    torn = 0
+    for path in config.data:
+        preferences, bad = read_preferences(path)
+        torn += len(bad)
+        for record in bad:
+            logger.warning("torn record left out: %s, line %d (byte %d)", record.path, record.line, record.offset)
+        for preference in preferences:
+            chosen_part = heldout if _is_heldout(preference, config.heldout) else train
+            chosen_part.append(_pair(preference, rubrics, tokenizer, path))
+    if not train:
+        raise InputError("no preference pair is left for training", remedy="give more data, or lower heldout")
+    return Pairs(train, heldout, torn)
+
+
+def _is_heldout(preference: Preference, share: float) -> bool:
+    return int(hash_json(preference.prompt.to_openai()["messages"])[:15], 16) < share * 16**15
+
+
+def _pair(preference: Preference, rubrics: Rubrics, tokenizer: Tokenizer, path: Path) -> Pair:
+    prompt, domain = preference.prompt, preference.domain
+    try:
+        number = rubrics.number(domain)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error.message}", remedy=f"add it under domains; {error.remedy}") from error
+    chosen, rejected = (
+        scoring_ids(prompt, answer, domain, rubrics, tokenizer) for answer in (preference.chosen, preference.rejected)
+    )
+    return Pair(chosen, rejected, number)
+
+
+def measure(
+    trainer: Trainer, pairs: Sequence[Pair], rubrics: Rubrics, *, batch_tokens: int
+) -> dict[str, dict[str, float]]:
+    """Held-out pair accuracy with its binomial standard error, per domain and over all. Every rank must call it."""
+    result = {}
+    for number, domain in enumerate([*rubrics.domains, "all"]):
+        chosen = [pair for pair in pairs if domain == "all" or pair.domain == number]
+        if not chosen:
+            continue
+        sums = trainer.evaluate(_batches(chosen, batch_tokens, trainer.world.rank, trainer.world.size))
+        accuracy = sums["accuracy"] / sums["weight"]
+        error = math.sqrt(accuracy * (1 - accuracy) / len(chosen))
+        margin = sums["margin"] / sums["weight"]
+        result[domain] = {"accuracy": accuracy, "stderr": error, "margin": margin, "pairs": len(chosen)}
+    return result
+
+
+def _batches(pairs: Sequence[Pair], batch_tokens: int, rank: int, world_size: int) -> Iterator[Batch]:
+    group: list[Pair] = []
+    size = 0
+    for pair in pairs:
+        length = len(pair.chosen) + len(pair.rejected)
+        if group and size + length > batch_tokens:
+            yield pack_pairs(group[rank::world_size])
+            group, size = [], 0
+        group.append(pair)
+        size += length
+    if group:
+        yield pack_pairs(group[rank::world_size])
+
+
+def _save(trainer: Trainer, tokenizer: Tokenizer, rubrics: Rubrics, out: Path) -> None:
+    weights = trainer.full_weights()
+    assert isinstance(trainer.model, ScalarModel)
+    if trainer.world.is_main:
+        extra = {"reward_token_id": rubrics.reward_id, "reward_domains_hash": rubrics.key()}
+        save_model(trainer.model, out, state=weights, dtype=torch.float32, extra=extra)
+        tokenizer.save(out)
+        rubrics.save(out)
+    barrier()
+
+
+def _headline(numbers: dict[str, Any]) -> str:
+    found = numbers["heldout"].get("all")
+    share = f"{found['accuracy']:.1%} ± {found['stderr']:.1%} of {found['pairs']}" if found else "none"
+    return (
+        f"{numbers['pairs']:,} pairs, {numbers['steps']} steps, "
+        f"loss {numbers['loss_first']:.3f} -> {numbers['loss_last']:.3f}, held-out pairs right: {share}"
+    )

@@ -1,0 +1,153 @@
+"""Supervised fine-tuning: conversations -> a chat model; loss on what the assistant wrote and nowhere else.
+
+    $ puyu sft --base runs/nano/pretrain --data.0.path chats.jsonl --out runs/nano/sft
+
+Conversations are rendered in InternLM2's ChatML and packed whole; each sees only itself. Full weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puyu.configure import Config
+from puyu.data.chats import read_conversations
+from puyu.data.mix import key_of, permuted
+from puyu.data.packing import ConversationSource, Doc
+from puyu.device import pick_device
+from puyu.dist import barrier, world
+from puyu.errors import ConfigError
+from puyu.files import BadRecord
+from puyu.log import logger
+from puyu.model.checkpoint import load_model, save_model
+from puyu.model.heads import CausalLM
+from puyu.tokenizer.chat import render
+from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.objectives import lm_loss
+from puyu.train.optim import OptimConfig
+from puyu.train.stage import check_vocabulary, finish, finished, identity_of, place
+from puyu.train.trainer import OnStep, Trainer, TrainerConfig
+
+
+class ChatData(Config):
+    """One file of conversations."""
+
+    path: Path
+    """JSONL in OpenAI's form, one conversation a line."""
+    repeat: float = 1.0
+    """How often an epoch sees it; 0.5 takes a fixed half."""
+
+
+class SFTConfig(Config):
+    """Fine-tune on conversations."""
+
+    base: Path
+    """Checkpoint to start from."""
+    data: list[ChatData]
+    """Files of conversations."""
+    epochs: float = 2.0
+    """Passes over the data; used when steps is 0."""
+    steps: int = 0
+    """Optimizer steps; 0: by epochs."""
+    batch_tokens: int = 8192
+    """Most tokens of one optimizer step, over all processes."""
+    accumulate: int = 1
+    """Micro-batches that a step is split into (less memory)."""
+    max_tokens: int = 0
+    """Longer conversations are dropped and counted; 0: the model's context."""
+    optim: OptimConfig = OptimConfig(lr=1e-3, weight_decay=0.01)
+    """Optimizer and schedule. The default suits models of a few million parameters; 7B wants 4e-5."""
+    seed: int = 0
+    """Seed of the data order."""
+    dtype: str = "auto"
+    """Compute dtype: auto, bfloat16, float32, float64."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 200
+    """Steps between saved states."""
+    tensorboard: bool = False
+    """Write TensorBoard files too."""
+
+
+def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
+    """Train (or go on), save; returns the key numbers."""
+    device = pick_device(config.device)
+    with world(device):
+        identity = identity_of(config)
+        if numbers := finished(out, identity):
+            return numbers
+        tokenizer = Tokenizer.load(config.base)
+        loaded = load_model(config.base)
+        check_vocabulary(tokenizer, loaded.config.vocab_size, folder=config.base)
+        docs, torn = read_docs(config.data, tokenizer, seed=config.seed)
+        limit = config.max_tokens or loaded.config.max_positions
+        source = ConversationSource(
+            docs, tokens_per_batch=config.batch_tokens // config.accumulate, max_tokens=limit, seed=config.seed
+        )
+        steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
+        model = place(loaded, dtype=config.dtype, device=device)
+        trainer = Trainer(model, lm_loss, source, _trainer_config(config, steps, identity), out=out)
+        trainer.on_step = on_step
+        numbers = trainer.fit()
+        save(trainer, tokenizer, out)
+        numbers |= {"conversations": len(source.docs), "dropped": source.dropped, "quarantined": len(torn)}
+        return finish(out, identity, {**numbers, "headline": _headline(numbers)})
+
+
+def read_docs(data: Sequence[ChatData], tokenizer: Tokenizer, *, seed: int) -> tuple[list[Doc], list[BadRecord]]:
+    """Rendered conversations of all files, repeated as asked, and the torn lines."""
+    docs: list[Doc] = []
+    torn: list[BadRecord] = []
+    for number, part in enumerate(data):
+        conversations, bad = read_conversations(part.path)
+        rendered = [render(conversation, tokenizer) for conversation in conversations]
+        order = repeated(len(rendered), part.repeat, key=key_of(seed, number))
+        docs += [(rendered[i].ids, rendered[i].loss) for i in order]
+        torn += bad
+    for record in torn:
+        logger.warning("torn record left out: %s, line %d (byte %d)", record.path, record.line, record.offset)
+    return docs, torn
+
+
+def repeated(count: int, repeat: float, *, key: int) -> list[int]:
+    """Indices 0..count-1 as often as `repeat` says; the fraction is a seeded choice."""
+    if repeat < 0:
+        raise ConfigError(f"repeat must be >= 0, not {repeat}")
+    whole, share = divmod(repeat, 1)
+    some = sorted(permuted(i, count, key) for i in range(round(share * count)))
+    return list(range(count)) * int(whole) + some
+
+
+def _trainer_config(config: SFTConfig, steps: int, identity: str) -> TrainerConfig:
+    return TrainerConfig(
+        steps=steps,
+        optim=config.optim,
+        accumulate=config.accumulate,
+        checkpoint_every=config.checkpoint_every,
+        dtype=config.dtype,
+        seed=config.seed,
+        identity=identity,
+        name="sft",
+        tensorboard=config.tensorboard,
+    )
+
+
+def save(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
+    """Write a language model's checkpoint; every rank must call it."""
+    weights = trainer.full_weights()
+    assert isinstance(trainer.model, CausalLM)
+    if trainer.world.is_main:
+        save_model(trainer.model, out, state=weights, dtype=torch.float32)
+        tokenizer.save(out)
+    barrier()
+
+
+def _headline(numbers: dict[str, Any]) -> str:
+    dropped = sum(numbers["dropped"].values()) + numbers["quarantined"]
+    return (
+        f"{numbers['conversations']:,} conversations ({dropped} left out), {numbers['steps']} steps, "
+        f"loss {numbers['loss_first']:.3f} -> {numbers['loss_last']:.3f}, {numbers['tokens_per_s']:,.0f} tokens/s"
+    )

@@ -1,0 +1,97 @@
+"""What pretrain, sft and reward share: placing a model, checking that tokenizer and model fit, finishing a run.
+
+A finished run leaves `train_state/result.json` with its numbers, and its saved states are removed: the same call
+again returns the numbers at once. Another config or other inputs in the same folder are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from puyu.configure import Config, dump
+from puyu.device import pick_dtype
+from puyu.errors import CheckpointError, InputError
+from puyu.files import clear_folder, hash_json, read_json, write_json
+from puyu.lineage import input_of
+from puyu.model.heads import CausalLM, ScalarModel
+from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.parallel import current_world
+from puyu.train.state import FOLDER
+
+_RESULT = "result.json"
+_FREE = {"device", "checkpoint_every", "tensorboard"}
+"""Fields that may change between a run and its continuation."""
+
+_PADDING = 1024
+"""Models may have this many rows beyond the tokenizer (vocabularies are padded to round numbers)."""
+
+M = TypeVar("M", CausalLM, ScalarModel)
+
+
+def identity_of(config: Config) -> str:
+    """A hash of the config and the content of its inputs, without the fields that change nothing."""
+    keys = {str(path): input_of(name, path).key for name, path in config.inputs() if path.exists()}
+    values = {name: value for name, value in dump(config).items() if name not in _FREE}
+    return hash_json(_replaced(values, keys))
+
+
+def _replaced(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _replaced(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replaced(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def finished(out: Path, identity: str) -> dict[str, Any] | None:
+    """The numbers of a run that has finished here, or None."""
+    path = out / FOLDER / _RESULT
+    if not path.is_file():
+        return None
+    try:
+        value = read_json(path)
+        numbers: dict[str, Any] = value["numbers"]
+    except (InputError, KeyError, TypeError):
+        return None  # torn: the states before it are gone, the run is made again
+    if value["identity"] != identity:
+        raise CheckpointError(
+            f"{out} holds a finished run with another config or other inputs",
+            remedy="choose another --out, or empty it",
+        )
+    return numbers
+
+
+def finish(out: Path, identity: str, numbers: dict[str, Any]) -> dict[str, Any]:
+    """Record the numbers, then drop the saved states; returns the numbers."""
+    if current_world().is_main:
+        write_json(out / FOLDER / _RESULT, {"identity": identity, "numbers": numbers})
+        for folder in (out / FOLDER).glob("step-*"):
+            clear_folder(folder)
+    return numbers
+
+
+def place(model: M, *, dtype: str, device: torch.device) -> M:
+    """Move a model to its device; master weights fp32 (fp64 when computing in fp64), activations in `dtype`."""
+    compute = pick_dtype(dtype, device)
+    master = torch.float64 if compute == torch.float64 else torch.float32
+    model = model.to(device=device, dtype=master).train()
+    model.set_compute_dtype(compute)
+    return model
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, folder: Path) -> None:
+    """CheckpointError, with both sizes, when the tokenizer is not the model's."""
+    if not tokenizer.vocab_size <= vocab_size < tokenizer.vocab_size + _PADDING:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, the model has {vocab_size}",
+            remedy="use the tokenizer that the model was trained with",
+        )
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters (of the whole model, also when it is sharded)."""
+    return sum(parameter.numel() for parameter in model.parameters())

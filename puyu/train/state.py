@@ -1,0 +1,146 @@
+"""Training state on disk: weights, moments, data cursor and step, in a folder that a kill cannot tear.
+
+`train_state/step-00000100/` holds `model.safetensors`, `optimizer.safetensors` and `state.json` with their checksums.
+It is written under another name and renamed when it is whole; a folder that fails its checksums is passed over for
+the one before. Random streams are functions of (seed, step, rank), so there is no generator to save. All tensors are
+whole, so the state fits any number of processes. No pickle.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from puyu.dist import barrier
+from puyu.errors import CheckpointError, InputError
+from puyu.files import clear_folder, disk_errors, hash_file, read_json, write_json
+from puyu.log import logger
+from puyu.train.parallel import current_world, like, whole, whole_state
+
+FOLDER = "train_state"
+_PARTS = ("model.safetensors", "optimizer.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: completed steps, tokens seen, the source's cursor."""
+
+    step: int
+    tokens: int
+    source: Mapping[str, Any]
+
+
+def save_state(
+    out: Path,
+    progress: Progress,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: str,
+    keep: int = 2,
+) -> Path:
+    """Write one state; every rank must call it, rank 0 writes. Older ones beyond `keep` are removed."""
+    main = current_world().is_main
+    weights = {name: tensor for name, tensor in whole_state(model) if main}
+    moments = {name: tensor for name, tensor in _moments(model, optimizer) if main}
+    folder = out / FOLDER / f"step-{progress.step:08d}"
+    if main:
+        _write(folder, (weights, moments), progress, identity)
+        for old in sorted(folder.parent.glob("step-????????"))[:-keep]:
+            clear_folder(old)
+    barrier()
+    return folder
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    for name, parameter in model.named_parameters():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            yield f"{kind}/{name}", whole(value)
+
+
+def _write(folder: Path, parts: tuple[dict[str, Tensor], ...], progress: Progress, identity: str) -> None:
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    clear_folder(temporary)
+    with disk_errors(folder):
+        temporary.mkdir(parents=True)
+        for name, tensors in zip(_PARTS, parts, strict=True):
+            _save_tensors(temporary / name, tensors)
+    value = {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "identity": identity,
+        "source": dict(progress.source),
+        "checksums": {name: hash_file(temporary / name) for name in _PARTS},
+    }
+    write_json(temporary / "state.json", value)
+    if folder.exists():
+        clear_folder(folder)
+    temporary.rename(folder)
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # I/O failures come as text: "... (os error 28)"
+        number = str(error).rpartition("os error ")[2].rstrip(')" ')
+        raise OSError(int(number) if number.isdigit() else 5, str(error)) from error
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def find_state(out: Path) -> Path | None:
+    """The newest state whose checksums hold; torn ones are named and passed over."""
+    for folder in sorted((out / FOLDER).glob("step-????????"), reverse=True):
+        if problem := _problem(folder):
+            logger.warning("%s is torn (%s): going on from the state before it", folder, problem)
+            continue
+        return folder
+    return None
+
+
+def _problem(folder: Path) -> str:
+    try:
+        value = read_json(folder / "state.json")
+        for name, checksum in value["checksums"].items():
+            if hash_file(folder / name) != checksum:
+                return f"{name} does not match its checksum"
+    except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def load_state(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> Progress:
+    """Restore weights and moments in place; CheckpointError when the state is of another run."""
+    value = read_json(folder / "state.json")
+    if value["identity"] != identity:
+        raise CheckpointError(
+            f"{folder} was saved by a run with another config or other inputs",
+            remedy=f"choose another --out, or remove {folder.parent} to start over",
+        )
+    weights, moments = (load_file(folder / name) for name in _PARTS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(like(weights[name], parameter))
+            optimizer.state[parameter] = _restored(moments, name, parameter)
+    return Progress(value["step"], value["tokens"], value["source"])
+
+
+def _restored(moments: dict[str, Tensor], name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """The optimizer's entries of one parameter; scalars (the step count) keep their own dtype."""
+    found = {key.removesuffix(f"/{name}"): value for key, value in moments.items() if key.endswith(f"/{name}")}
+    return {kind: like(value, parameter) if value.ndim else value.to(parameter.device) for kind, value in found.items()}
+
+
+def drop_states(out: Path) -> None:
+    """Remove all training state (the finished model stands beside it)."""
+    if current_world().is_main:
+        shutil.rmtree(out / FOLDER, ignore_errors=True)

@@ -1,0 +1,143 @@
+"""Mixture: a permutation per epoch, shares in tokens, and no document twice whatever happens to the weights."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puyu.data.mix import Mixture, permuted
+from puyu.errors import CheckpointError, ConfigError
+
+
+@dataclass
+class Lengths:
+    lengths: list[int]
+
+    @property
+    def num_docs(self):
+        return len(self.lengths)
+
+    def length(self, index):
+        return self.lengths[index]
+
+
+def two(web=200, code=200):
+    return {
+        "web": Lengths([1 + (i * 7) % 50 for i in range(web)]),
+        "code": Lengths([1 + (i * 11) % 90 for i in range(code)]),
+    }
+
+
+@given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+@settings(max_examples=50, deadline=None)
+def test_permuted_is_a_permutation(size, key):
+    assert sorted(permuted(i, size, key) for i in range(size)) == list(range(size))
+
+
+def test_permutations_differ_by_key_and_move_almost_everything():
+    first, second = ([permuted(i, 500, key) for i in range(500)] for key in (1, 2))
+    assert first != second
+    assert sum(i == j for i, j in enumerate(first)) < 10
+    # A shuffle has no trend: the mean distance of neighbors in the image is about size / 3.
+    distance = sum(abs(a - b) for a, b in zip(first, first[1:], strict=False)) / 499
+    assert 130 < distance < 200
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    weights=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_no_repeats_until_a_source_is_exhausted(sizes, weights, seed):
+    sources = two(*sizes)
+    mixture = Mixture(sources, {"web": 1, "code": 1}, seed=seed)
+    drawn = []
+    for web, code in weights:
+        mixture.set_weights({"web": web, "code": code})
+        drawn += [mixture.draw() for _ in range(30)]
+    for name, source in sources.items():
+        mine = [draw.doc for draw in drawn if draw.source == name]
+        size = source.num_docs
+        for epoch in range(0, len(mine), size):
+            part = mine[epoch : epoch + size]
+            assert len(set(part)) == len(part)
+        # every earlier epoch is complete: counts differ by at most one
+        counts = Counter(mine)
+        assert max(counts.values(), default=0) - min((counts[d] for d in range(size)), default=0) <= 1
+
+
+def test_shares_are_of_tokens_and_within_one_document():
+    sources = two(5000, 5000)
+    mixture = Mixture(sources, {"web": 3, "code": 1}, seed=0)
+    tokens = Counter()
+    for _ in range(4000):
+        draw = mixture.draw()
+        tokens[draw.source] += sources[draw.source].length(draw.doc)
+        assert abs(tokens["web"] - 0.75 * tokens.total()) <= 90
+    assert tokens["web"] / tokens.total() == pytest.approx(0.75, abs=1e-3)
+
+
+def test_a_phase_counts_its_own_tokens():
+    sources = two(5000, 5000)
+    mixture = Mixture(sources, {"web": 1}, seed=0)
+    for _ in range(1000):
+        assert mixture.draw().source == "web"
+    mixture.set_weights({"web": 1, "code": 1})
+    tokens = Counter()
+    for _ in range(1000):
+        draw = mixture.draw()
+        tokens[draw.source] += sources[draw.source].length(draw.doc)
+    assert tokens["code"] / tokens.total() == pytest.approx(0.5, abs=0.01)
+
+
+def test_state_is_small_json_and_continues_exactly():
+    sources = two()
+    mixture = Mixture(sources, {"web": 1, "code": 2}, seed=3)
+    for _ in range(950):
+        mixture.draw()
+    state = json.loads(json.dumps(mixture.state()))
+    expected = [mixture.draw() for _ in range(300)]
+    other = Mixture(sources, {"web": 9}, seed=3)
+    other.load(state)
+    assert [other.draw() for _ in range(300)] == expected
+    assert len(json.dumps(state)) < 1024
+    for _ in range(20_000):
+        mixture.draw()
+    assert len(json.dumps(mixture.state())) < len(json.dumps(state)) + 32
+
+
+def test_equal_weights_change_nothing():
+    sources = two()
+    plain, told = (Mixture(sources, {"web": 1, "code": 2}, seed=3) for _ in range(2))
+    draws = []
+    for _ in range(100):
+        told.set_weights({"code": 4, "web": 2})
+        draws.append(told.draw())
+    assert draws == [plain.draw() for _ in range(100)]
+
+
+def test_a_foreign_state_is_refused():
+    state = Mixture(two(), {"web": 1}, seed=0).state()
+    with pytest.raises(CheckpointError, match="seed 0"):
+        Mixture(two(), {"web": 1}, seed=1).load(state)
+    with pytest.raises(CheckpointError, match="documents"):
+        Mixture(two(web=10), {"web": 1}, seed=0).load(state)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"wbe": 1}, "unknown source 'wbe'"),
+        ({"web": -1}, "'web' must be"),
+        ({"web": float("nan")}, "'web' must be"),
+        ({"web": 0}, "above 0"),
+        ({"none": 1}, "'none' has no documents"),
+    ],
+)
+def test_bad_weights_are_named(weights, words):
+    with pytest.raises(ConfigError, match=words):
+        Mixture({**two(), "none": Lengths([])}, weights, seed=0)

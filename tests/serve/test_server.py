@@ -1,0 +1,121 @@
+"""The server as a process: start, port in use, SIGTERM, a parent that dies, and what the config refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from puyu import Client
+from puyu.errors import ConfigError, ResourceError
+from puyu.serve.config import ServeConfig
+from puyu.serve.server import bind, read_defaults, running_server
+from puyu.types import SamplingParams
+from tests.serve.conftest import NAME, wait_until
+
+
+def test_a_child_process_serves_and_stops_cleanly(checkpoint: Path, tmp_path: Path) -> None:
+    config = ServeConfig(model=str(checkpoint), port=0, api_key="s3cret", dtype="float32", cache_tokens=2048)
+    log = tmp_path / "server.log"
+    with running_server(config, log=log) as url:
+        client = Client(url, api_key="s3cret")
+        assert client.models() == [NAME]
+        assert client.chat("Who are you?").text == "I am 浦语."
+        secret = f"/proc/{os.getpid()}/task"
+        assert Path(secret).exists() or sys.platform != "linux"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{url}/health")
+    written = log.read_text()
+    assert "serving tiny at http://127.0.0.1" in written and written.rstrip().endswith("stopped")
+    assert "s3cret" not in written and "Who are you" not in written and "浦语" not in written
+
+
+def test_sigterm_lets_the_answer_under_way_finish_and_exits_0(checkpoint: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from puyu.cli.serve import main; sys.exit(main(sys.argv[1:]))"]
+    flags = ["--port", "0", "--dtype", "float32", "--cache-tokens", "2048"]
+    child = subprocess.Popen([*command, str(checkpoint), *flags], stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    url = next(line.split(" at ")[1].split()[0] for line in child.stderr if " at " in line)
+    client = Client(url)
+    deltas = client.stream_chat("Count", params=SamplingParams(max_tokens=700, ignore_eos=True))
+    next(deltas)
+    child.send_signal(signal.SIGTERM)
+    last = list(deltas)[-1]
+    assert last.finish_reason == "length" and last.usage is not None and last.usage.completion_tokens == 700
+    assert child.wait(20) == 0
+    assert child.stderr.read().rstrip().endswith("stopped")
+    child.stderr.close()
+    client.close()
+
+
+def test_a_child_does_not_outlive_its_parent(checkpoint: Path) -> None:
+    code = (
+        "import sys, time\nfrom puyu.serve.server import ServeConfig, running_server\n"
+        "with running_server(ServeConfig(model=sys.argv[1], port=0, cache_tokens=64)) as url:\n"
+        "    print(url, flush=True)\n    time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(checkpoint)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        url = parent.stdout.readline().strip()
+        assert httpx.get(f"{url}/health").status_code == 200
+        parent.kill()
+        wait_until(lambda: not _answers(url))
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_port_in_use_names_the_flag() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError) as caught:
+            bind(ServeConfig(port=port))
+    assert f"port {port} of 127.0.0.1 is in use" in str(caught.value) and "--port" in caught.value.remedy
+
+
+def test_an_address_of_another_machine() -> None:
+    with pytest.raises(ResourceError, match="cannot listen on 203.0.113.7") as caught:
+        bind(ServeConfig(host="203.0.113.7", port=0))
+    assert "--host" in caught.value.remedy
+
+
+def test_a_child_that_cannot_start_says_why(tmp_path: Path) -> None:
+    config = ServeConfig(model=str(tmp_path / "nothing"), port=0)
+    with pytest.raises(ResourceError, match="no such model folder"), running_server(config):
+        raise AssertionError("it started")
+    assert threading.active_count() < 20
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_open_addresses_need_a_key_or_a_word(host: str) -> None:
+    with pytest.raises(ConfigError, match="no api_key"):
+        ServeConfig(host=host).check_open()
+    ServeConfig(host=host, api_key="k").check_open()
+    ServeConfig(host=host, open=True).check_open()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])
+def test_loopback_needs_none(host: str) -> None:
+    ServeConfig(host=host).check_open()
+
+
+def test_defaults_come_from_the_models_makers(tmp_path: Path) -> None:
+    assert read_defaults(tmp_path) == SamplingParams()
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"do_sample": true, "temperature": 0.7, "top_p": 0.8, "top_k": 20}')
+    assert read_defaults(tmp_path) == SamplingParams(temperature=0.7, top_p=0.8, top_k=20)
+    path.write_text('{"temperature": 0.7}')
+    assert read_defaults(tmp_path) == SamplingParams()
