@@ -21,7 +21,7 @@ from puyu.files import clear_folder, disk_errors, hash_file, hash_json, read_jso
 from puyu.lineage import FILE, Input, Lineage, code_version, find_lineage, input_of, machine, now, write_lineage
 
 MARK = "stage.json"
-_NOT_OUTPUTS = {FILE, MARK, "metrics.jsonl"}
+_NOT_OUTPUTS = {FILE, MARK, "metrics.jsonl", "server.log"}
 _NOT_OUTPUT_FOLDERS = {"train_state", "tensorboard"}
 
 

@@ -56,7 +56,7 @@ def run(config: TalkConfig, *, out: Path) -> dict[str, Any]:
 
     entries: list[dict[str, Any]] = []
     began = time.monotonic()
-    with running_server(ServeConfig(model=str(config.model), port=0)) as url:
+    with running_server(ServeConfig(model=str(config.model), port=0), log=out / "server.log") as url:
         started = time.monotonic() - began
         client = Client(url)
         progress = Progress("talk", len(config.prompts), unit="conversation")

@@ -37,7 +37,7 @@ from puyu.serve.protocol import (
     explain,
     read_messages,
 )
-from puyu.serve.stream import Head, chat_answer, events, text_answer
+from puyu.serve.stream import BROKEN, Head, chat_answer, events, text_answer
 from puyu.types import Completion, Delta, GenerateRequest, SamplingParams, Usage
 
 PAIRS_AT_ONCE = 64
@@ -92,8 +92,9 @@ class Service:
         with self.seat(), self._watched() as watch:
             completion = await self.llm.generate(request)
             watch.ended(completion.finish_reason, completion.usage)
-        if completion.finish_reason in ("error", "abort"):
-            raise Refused(500, error_body("the engine failed on this request", kind="server_error"))
+        if completion.finish_reason in BROKEN:
+            status = 503 if completion.finish_reason == "abort" else 500
+            raise Refused(status, error_body(BROKEN[completion.finish_reason], kind="server_error"))
         return completion
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:

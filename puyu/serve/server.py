@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 import httpx
 
@@ -34,6 +34,9 @@ from puyu.files import read_json
 from puyu.log import say
 from puyu.serve.config import ServeConfig
 from puyu.types import SamplingParams
+
+if TYPE_CHECKING:
+    from puyu.serve.drain import DrainingServer
 
 __all__ = ["ServeConfig", "bind", "run", "running_server"]
 
@@ -77,14 +80,12 @@ def run(config: ServeConfig, *, listener: socket.socket | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; returns after draining."""
     config = config.model_copy(update={"api_key": config.api_key or os.environ.get("PUYU_API_KEY", "")})
     config.check_open()
-    uvicorn = _uvicorn()
+    _require_web()
     with contextlib.closing(listener or bind(config)) as listening:
         url = address(listening)
         say(f"loading {config.model} ...")
-        app = _load(config)
-        say(f"serving {app.state.service.name} at {url}   (OpenAI clients: base_url={url}/v1)   Ctrl-C stops")
-        options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "on"}
-        server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=config.drain_seconds, **options))
+        server, name = _load(config)
+        say(f"serving {name} at {url}   (OpenAI clients: base_url={url}/v1)   Ctrl-C stops")
         # uvicorn drains on these signals and then raises them again; by then the work is done.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _already_handled)
@@ -96,25 +97,27 @@ def _already_handled(number: int, frame: FrameType | None) -> None:
     """The signal has led to a clean shutdown."""
 
 
-def _uvicorn() -> Any:
+def _require_web() -> None:
     try:
         import fastapi  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise DependencyError("serving needs FastAPI and uvicorn", remedy="pip install 'puyu-llm[serve]'") from error
-    return uvicorn
 
 
-def _load(config: ServeConfig) -> Any:
+def _load(config: ServeConfig) -> tuple[DrainingServer, str]:
+    """The server, ready to run, and the model's name in the API."""
     from puyu.engine.core import EngineConfig
     from puyu.engine.llm import LLM, resolve
     from puyu.serve.app import build_app
+    from puyu.serve.drain import DrainingServer
 
     folder = resolve(config.model)
     engine = EngineConfig(max_running=config.max_running, cache_tokens=config.cache_tokens)
     llm = LLM(folder, device=config.device, dtype=config.dtype, config=engine)
     llm.name = Path(config.model).name
-    return build_app(llm, config, defaults=read_defaults(folder))
+    app = build_app(llm, config, defaults=read_defaults(folder))
+    return DrainingServer(app, llm, drain_seconds=config.drain_seconds), app.state.service.name
 
 
 def read_defaults(folder: Path) -> SamplingParams:

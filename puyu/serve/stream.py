@@ -19,6 +19,10 @@ from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import Completion, Delta, ToolCall, Usage
 
 DONE = b"data: [DONE]\n\n"
+BROKEN = {
+    "error": "the engine failed on this request",
+    "abort": "the server is stopping; the answer is incomplete",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +139,8 @@ def _delta_events(head: Head, delta: Delta, *, include_usage: bool) -> Iterator[
         yield _text_chunk(head, delta.text, include_usage=include_usage)
     for part in _call_parts(delta.tool_calls):
         yield _chunk(head, {"tool_calls": [part]}, include_usage=include_usage)
-    if delta.finish_reason == "error":
-        yield event(error_body("the engine failed on this request", kind="server_error"))
+    if delta.finish_reason in BROKEN:
+        yield event(error_body(BROKEN[delta.finish_reason], kind="server_error"))
     elif delta.finish_reason is not None:
         yield _finish_chunk(head, delta.finish_reason, include_usage=include_usage)
         if include_usage:

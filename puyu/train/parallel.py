@@ -9,13 +9,14 @@ are gathered for checkpoints, so a checkpoint fits any world. Source: Zhao et al
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from puyu.dist import World
+from puyu.dist import World, world
 from puyu.train.objectives import Step
 
 
@@ -24,6 +25,16 @@ def current_world() -> World:
     if dist.is_available() and dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
     return World()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """Be part of the group of processes; a group that a caller has joined is used, and left to the caller."""
+    if dist.is_available() and dist.is_initialized():
+        yield current_world()
+        return
+    with world(device) as found:
+        yield found
 
 
 def shard(step: Step, device: torch.device) -> None:

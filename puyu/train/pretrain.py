@@ -23,7 +23,7 @@ from puyu.data.mix import Mixture
 from puyu.data.packing import Batch, Piece, PretrainSource, pack_pieces
 from puyu.data.shards import TokenShard
 from puyu.device import pick_device
-from puyu.dist import barrier, world
+from puyu.dist import barrier
 from puyu.errors import ConfigError
 from puyu.model.checkpoint import save_model
 from puyu.model.config import ModelConfig
@@ -33,6 +33,7 @@ from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.corpus import Corpus, open_corpus
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
+from puyu.train.parallel import joined
 from puyu.train.stage import count_parameters, finish, finished, identity_of, place
 from puyu.train.trainer import OnStep, Trainer, TrainerConfig
 
@@ -107,7 +108,7 @@ class PretrainConfig(Config):
 def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
     """Train (or go on), validate, save; returns the key numbers."""
     device = pick_device(config.device)
-    with world(device):
+    with joined(device):
         identity = identity_of(config)
         if numbers := finished(out, identity):
             return numbers

@@ -21,7 +21,7 @@ from puyu.configure import Config
 from puyu.data.chats import read_preferences
 from puyu.data.packing import Batch, Pair, PreferenceSource, pack_pairs
 from puyu.device import pick_device
-from puyu.dist import barrier, world
+from puyu.dist import barrier
 from puyu.errors import ConfigError, InputError
 from puyu.files import hash_json
 from puyu.log import logger
@@ -30,6 +30,7 @@ from puyu.model.heads import ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.objectives import ranking_loss
 from puyu.train.optim import OptimConfig
+from puyu.train.parallel import joined
 from puyu.train.scoring import Rubrics, reward_token, scoring_ids
 from puyu.train.stage import check_vocabulary, finish, finished, identity_of, place
 from puyu.train.trainer import OnStep, Trainer, TrainerConfig
@@ -80,7 +81,7 @@ class RewardConfig(Config):
 def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
     """Train (or go on), measure held-out accuracy, save; returns the key numbers."""
     device = pick_device(config.device)
-    with world(device):
+    with joined(device):
         identity = identity_of(config)
         if numbers := finished(out, identity):
             return numbers

@@ -18,7 +18,7 @@ from puyu.data.chats import read_conversations
 from puyu.data.mix import key_of, permuted
 from puyu.data.packing import ConversationSource, Doc
 from puyu.device import pick_device
-from puyu.dist import barrier, world
+from puyu.dist import barrier
 from puyu.errors import ConfigError
 from puyu.files import BadRecord
 from puyu.log import logger
@@ -28,6 +28,7 @@ from puyu.tokenizer.chat import render
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
+from puyu.train.parallel import joined
 from puyu.train.stage import check_vocabulary, finish, finished, identity_of, place
 from puyu.train.trainer import OnStep, Trainer, TrainerConfig
 
@@ -75,7 +76,7 @@ class SFTConfig(Config):
 def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
     """Train (or go on), save; returns the key numbers."""
     device = pick_device(config.device)
-    with world(device):
+    with joined(device):
         identity = identity_of(config)
         if numbers := finished(out, identity):
             return numbers

@@ -58,9 +58,9 @@ def test_a_folder_in_this_process(checkpoint: Path, capsys: pytest.CaptureFixtur
 
 
 def test_agent_verb(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert agent.main(["--url", url, "--task", "12*7?"]) == 0
+    assert agent.main(["--url", url, "12*7?"]) == 0
     assert capsys.readouterr().out.endswith("  = 84\nIt is 84.\n")
-    assert agent.main(["--url", url, "--task", "12*7?", "--max-turns", "1"]) == 1
+    assert agent.main(["--url", url, "12*7?", "--max-turns", "1"]) == 1
     assert "max_turns" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="no task"):
         agent.main(["--url", url])

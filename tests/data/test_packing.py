@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from puyu.data.mix import Mixture
 from puyu.data.packing import (
     ConversationSource,
     Pair,
-    PretrainSource,
     PreferenceSource,
+    PretrainSource,
     pack_documents,
     pack_pairs,
     with_reward_token,
@@ -83,7 +84,7 @@ def test_every_token_is_seen_once_and_every_successor_predicted_once(shards):
     source = source_of(shards)
     total = sum(shard.num_tokens for shard in shards.values())
     seen, predicted = Counter(), Counter()
-    while min((cursor["epoch"] for cursor in source.mixture.state()["cursors"].values())) < 1:
+    while min(cursor["epoch"] for cursor in source.mixture.state()["cursors"].values()) < 1:
         batch = source.next_batch()
         assert batch.num_tokens == 4 * 16
         seen.update(batch.tokens_T.tolist())
@@ -93,9 +94,9 @@ def test_every_token_is_seen_once_and_every_successor_predicted_once(shards):
     carry = source.state()["carry"]
     rest = shards[carry[0]].doc(carry[1])[0][carry[2] :].tolist() if carry else []
     assert set(range(total)) - set(seen) <= set(rest)
-    pairs = {(a, b) for ids in documents(shards) for a, b in zip(ids, ids[1:], strict=False)}
+    pairs = {(a, b) for ids in documents(shards) for a, b in pairwise(ids)}
     assert set(predicted) <= pairs
-    assert {pair for pair in pairs - set(predicted)} <= set(zip(rest, rest[1:], strict=False))
+    assert pairs - set(predicted) <= set(pairwise(rest))
     ends = {ids[-1] for ids in documents(shards)}
     assert all(predicted[pair] == seen[pair[0]] for pair in predicted)
     assert not ends & {a for a, _ in predicted}

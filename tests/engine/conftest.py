@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -63,7 +64,7 @@ def script_model(tokenizer: Tokenizer) -> Callable[[Sequence[int]], CausalLM]:
             block.mlp.down.weight.zero_()
             model.trunk.embedding.weight.copy_(torch.eye(size))
             model.head.weight.zero_()
-            for current, following in zip(script, script[1:], strict=False):
+            for current, following in itertools.pairwise(script):
                 model.head.weight[following, current] = 1.0
         return model
 

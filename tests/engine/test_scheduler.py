@@ -118,14 +118,14 @@ def test_prefix_is_shared_and_its_last_token_is_computed() -> None:
 
 
 def test_the_newest_is_preempted_and_comes_back_first() -> None:
-    scheduler = Scheduler(BlockPool(num_blocks=4, block_size=2, prefix_cache=False), max_running=3, max_step_tokens=16)
+    scheduler = Scheduler(BlockPool(num_blocks=6, block_size=2, prefix_cache=False), max_running=3, max_step_tokens=16)
     old, new = (Running(Request(n, (o, o, o), max_tokens=6), o) for o, n in enumerate("ab"))
     waiting = Running(Request("c", (5,), max_tokens=1), 2)
     scheduler.add(old)
     _one_step(scheduler)
     scheduler.add(new)
     scheduler.add(waiting)
-    while new.num_preemptions == 0:
+    while not new.num_preemptions and scheduler.has_work:
         _one_step(scheduler)
     assert old.status is Status.RUNNING and scheduler.waiting[0] is new
     while scheduler.has_work:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import uvicorn
 from torch import nn
 
 from puyu.engine.core import EngineConfig
@@ -23,6 +22,7 @@ from puyu.model.init import init_weights
 from puyu.model.packed import PackedPlan
 from puyu.serve.app import build_app
 from puyu.serve.config import ServeConfig
+from puyu.serve.drain import DrainingServer
 from puyu.serve.server import address, bind
 from puyu.tokenizer.chat import render
 from puyu.tokenizer.template import CHAT_TEMPLATE
@@ -90,21 +90,21 @@ def checkpoint(model: CausalLM, tokenizer: Tokenizer, tmp_path_factory: pytest.T
 
 @contextmanager
 def served(llm: LLM, **options: Any) -> Iterator[str]:
-    """A real uvicorn in a thread; the engine is audited when it has come to rest."""
+    """A real server in a thread, stopped as by SIGTERM; at the end every block of the engine is accounted for."""
     config = ServeConfig(port=0, **options)
     listener = bind(config)
     app = build_app(llm, config)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    server = DrainingServer(app, llm, drain_seconds=config.drain_seconds)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
         yield address(listener)
     finally:
-        wait_until(lambda: not llm.driver.has_work)
-        llm.driver.engine.audit()
         server.should_exit = True
         thread.join()
         listener.close()
+        assert not llm.driver.has_work
+        llm.driver.engine.audit()
 
 
 def wait_until(condition: Any, seconds: float = 20.0) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,11 +14,21 @@ import httpx
 import pytest
 
 from puyu import Client
+from puyu.engine.core import EngineConfig
+from puyu.engine.llm import LLM
 from puyu.errors import ConfigError, ResourceError
+from puyu.model.heads import CausalLM
 from puyu.serve.config import ServeConfig
 from puyu.serve.server import bind, read_defaults, running_server
+from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import SamplingParams
-from tests.serve.conftest import NAME, wait_until
+from tests.serve.conftest import NAME, served, wait_until
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children of these tests share the cores with other tests."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def test_a_child_process_serves_and_stops_cleanly(checkpoint: Path, tmp_path: Path) -> None:
@@ -28,8 +38,6 @@ def test_a_child_process_serves_and_stops_cleanly(checkpoint: Path, tmp_path: Pa
         client = Client(url, api_key="s3cret")
         assert client.models() == [NAME]
         assert client.chat("Who are you?").text == "I am 浦语."
-        secret = f"/proc/{os.getpid()}/task"
-        assert Path(secret).exists() or sys.platform != "linux"
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
     written = log.read_text()
@@ -43,16 +51,35 @@ def test_sigterm_lets_the_answer_under_way_finish_and_exits_0(checkpoint: Path) 
     child = subprocess.Popen([*command, str(checkpoint), *flags], stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     url = next(line.split(" at ")[1].split()[0] for line in child.stderr if " at " in line)
-    client = Client(url)
-    deltas = client.stream_chat("Count", params=SamplingParams(max_tokens=700, ignore_eos=True))
-    next(deltas)
-    child.send_signal(signal.SIGTERM)
-    last = list(deltas)[-1]
-    assert last.finish_reason == "length" and last.usage is not None and last.usage.completion_tokens == 700
+    with Client(url) as client:
+        deltas = client.stream_chat("Count", params=SamplingParams(max_tokens=200, ignore_eos=True))
+        next(deltas)
+        child.send_signal(signal.SIGTERM)
+        last = list(deltas)[-1]
+    assert last.finish_reason == "length" and last.usage is not None and last.usage.completion_tokens == 200
     assert child.wait(20) == 0
     assert child.stderr.read().rstrip().endswith("stopped")
     child.stderr.close()
-    client.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_after_the_drain_time_requests_end_with_a_stated_error(
+    model: CausalLM, tokenizer: Tokenizer, stream: bool
+) -> None:
+    llm = LLM.from_model(model, tokenizer, config=EngineConfig(cache_tokens=1024), name=NAME)
+    body = {"prompt": "one", "max_tokens": 900, "ignore_eos": True, "stream": stream}
+    answers: list[httpx.Response] = []
+
+    def ask(url: str) -> None:
+        answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=30))
+
+    with served(llm, drain_seconds=0) as url:
+        thread = threading.Thread(target=ask, args=(url,))
+        thread.start()
+        wait_until(lambda: llm.stats().num_generated_tokens > 2)
+    thread.join()
+    assert "the server is stopping" in answers[0].text and answers[0].status_code == (200 if stream else 503)
+    assert answers[0].text.endswith("data: [DONE]\n\n") is stream
 
 
 def test_a_child_does_not_outlive_its_parent(checkpoint: Path) -> None:
@@ -87,7 +114,7 @@ def test_a_port_in_use_names_the_flag() -> None:
 
 
 def test_an_address_of_another_machine() -> None:
-    with pytest.raises(ResourceError, match="cannot listen on 203.0.113.7") as caught:
+    with pytest.raises(ResourceError, match="cannot listen on 203") as caught:
         bind(ServeConfig(host="203.0.113.7", port=0))
     assert "--host" in caught.value.remedy
 
@@ -119,3 +146,11 @@ def test_defaults_come_from_the_models_makers(tmp_path: Path) -> None:
     assert read_defaults(tmp_path) == SamplingParams(temperature=0.7, top_p=0.8, top_k=20)
     path.write_text('{"temperature": 0.7}')
     assert read_defaults(tmp_path) == SamplingParams()
+
+
+def test_the_python_of_the_documentation_runs(url: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Path("docs/serve.md").read_text(encoding="utf-8")
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        here = code.replace("http://127.0.0.1:8000", url).replace("runs/nano/ppo", str(checkpoint))
+        exec(compile(here.replace('model="ppo"', f'model="{NAME}"'), "docs/serve.md", "exec"), {})
+        assert "I am 浦语." in capsys.readouterr().out

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from puyu.configure import build
+from puyu.dist import world
 
 CONFIGS = {"pretrain": "PretrainConfig", "sft": "SFTConfig", "reward": "RewardConfig"}
 
@@ -33,4 +34,5 @@ def run(plan: list) -> list:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(json.loads(Path(sys.argv[1]).read_text()))
+    with world(torch.device("cpu")):
+        run(json.loads(Path(sys.argv[1]).read_text()))

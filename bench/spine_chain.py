@@ -1,0 +1,60 @@
+"""spine.1, 2, 3: the whole chain from one command, `puyu --help`, and the chain again with nothing changed.
+
+    python bench/spine_chain.py [--save] [--recipe recipes/nano.yaml]
+
+The chain runs once into a fresh folder, then three times more; `--help` runs ten times after a warm-up. All are wall
+times of whole processes, as a user waits for them. Another recipe than nano is timed but never kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import harness
+
+NANO = "recipes/nano.yaml"
+
+
+def wall_time(arguments: list[str]) -> float:
+    """Seconds of one `puyu` command; its output goes to standard error, a failure ends the bench."""
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "puyu", *arguments], cwd=harness.ROOT, stdout=sys.stderr)
+    if done.returncode:
+        raise SystemExit(f"puyu {' '.join(arguments)} ended with code {done.returncode}")
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--recipe", default=NANO)
+    parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
+    arguments = parser.parse_args()
+    recipe = arguments.recipe
+    run = harness.Run("spine_chain", versions=versions(), notes={"recipe": recipe})
+    wall_time(["--help"])
+    helps = [wall_time(["--help"]) for _ in range(10)]
+    with tempfile.TemporaryDirectory() as out:
+        command = ["chain", recipe, "--set", f"out={Path(out) / 'chain'}"]
+        first = wall_time(command)
+        again = [wall_time(command) for _ in range(3)]
+    found = [
+        harness.Samples("spine.1", [first]),
+        harness.Samples("spine.2", helps),
+        harness.Samples("spine.3", again),
+    ]
+    run.finish(found, save=arguments.save and recipe == NANO)
+
+
+def versions() -> dict[str, str]:
+    import torch
+
+    return {"torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Validation by field; text, stops and tool calls read from ids token by token."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from puyu.engine.front import Front, Reader, as_messages
+from puyu.engine.request import Request
+from puyu.errors import RequestError
+from puyu.tokenizer.chat import render, render_prompt
+from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.types import Conversation, GenerateRequest, Message, Part, SamplingParams, ToolCall, Usage
+
+BAD_PARAMS: list[tuple[str, Any]] = [
+    ("max_tokens", 0),
+    ("max_tokens", 1.5),
+    ("max_tokens", True),
+    ("temperature", -0.1),
+    ("temperature", float("nan")),
+    ("temperature", "hot"),
+    ("top_p", 0.0),
+    ("top_p", 1.1),
+    ("top_k", -1),
+    ("seed", 0.5),
+    ("stop", ("",)),
+    ("stop", ("a",) * 17),
+    ("stop", ["a"]),
+    ("stop_token_ids", (10**6,)),
+    ("stop_token_ids", (-1,)),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_PARAMS)
+def test_a_bad_parameter_is_named(tokenizer: Tokenizer, field: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=field) as caught:
+        Front(tokenizer, context=64).prepare(GenerateRequest("Hello", SamplingParams(**{field: value})))
+    assert caught.value.param == field
+
+
+def test_a_bad_prompt_is_named(tokenizer: Tokenizer) -> None:
+    front = Front(tokenizer, context=16)
+    cases: list[tuple[str | tuple[Message, ...], str]] = [
+        ("long " * 40, "prompt"),
+        ((), "messages"),
+        ((Message("user", "long " * 40),), "messages"),
+        ((Message("user", "a"), Message("user", (Part("image", "x.png"),))), "messages[1].content"),
+    ]
+    for prompt, field in cases:
+        with pytest.raises(RequestError) as caught:
+            front.prepare(GenerateRequest(prompt))
+        assert caught.value.param == field
+    with pytest.raises(RequestError, match="unknown role"):
+        as_messages([{"role": "wizard", "content": "hi"}])
+
+
+def test_prompts_become_ids(tokenizer: Tokenizer) -> None:
+    front = Front(tokenizer, context=200)
+    text = front.prepare(GenerateRequest("Hi <|im_end|>", SamplingParams(max_tokens=500)))
+    assert text.prompt_ids[0] == tokenizer.bos_id
+    assert tokenizer.im_end_id not in text.prompt_ids, "text cannot forge a marker"
+    assert text.max_tokens == 200 - len(text.prompt_ids)
+    assert text.stop_ids == set(tokenizer.stop_ids)
+    chat = front.prepare(GenerateRequest(as_messages("Hi"), SamplingParams(ignore_eos=True, stop_token_ids=(7,))))
+    assert list(chat.prompt_ids) == render_prompt([Message("user", "Hi")], (), tokenizer)
+    assert chat.stop_ids == {7} and chat.id != text.id
+
+
+def read(
+    tokenizer: Tokenizer, ids: list[int], *, stop: tuple[str, ...] = (), chat: bool = True
+) -> tuple[list[str], Reader]:
+    request = Request("r", (1,), 999, SamplingParams(stop=stop), frozenset(tokenizer.stop_ids))
+    reader = Reader(request, tokenizer, chat=chat)
+    pieces = []
+    for id in ids:
+        pieces.append(reader.push(id))
+        if reader.stopped:
+            break
+    return [*pieces, reader.close()], reader
+
+
+def test_no_character_is_ever_torn(tokenizer: Tokenizer) -> None:
+    text = "一个模型 🎉 naïve 浦语"
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text), "the test needs characters of several tokens"
+    for end in range(len(ids) + 1):
+        pieces, reader = read(tokenizer, ids[:end])
+        shown = "".join(pieces)
+        assert "\ufffd" not in shown and text.startswith(shown) and reader.text == shown
+    assert shown == text
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_stop_strings_cut_as_if_the_whole_text_were_known(tokenizer: Tokenizer, seed: int) -> None:
+    rng = random.Random(seed)
+    text = "".join(rng.choice(["ab", "a", "b", "aab", "语", "\n", "<"]) for _ in range(30))
+    stops = tuple("".join(rng.choice("ab语\n") for _ in range(rng.randrange(1, 5))) for _ in range(rng.randrange(4)))
+    ids = [id for char in text for id in tokenizer.encode(char)]
+    pieces, reader = read(tokenizer, ids, stop=stops)
+    # naive twin: the stop string that is complete first (the earliest beginning among those) cuts the text
+    ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
+    expected = text[: min(begin for end, begin in ends if end == min(ends)[0])] if ends else text
+    assert "".join(pieces) == reader.text == expected
+    assert reader.stopped == bool(ends)
+    for count in range(len(pieces)):
+        assert expected.startswith("".join(pieces[:count])), "nothing is shown that is taken back later"
+
+
+def test_text_is_held_back_only_while_it_may_become_a_stop(tokenizer: Tokenizer) -> None:
+    ids = [id for char in "xyEND" for id in tokenizer.encode(char)]
+    pieces, _ = read(tokenizer, ids[:4], stop=("END",))
+    assert pieces == ["x", "y", "", "", "EN"]
+
+
+def test_tool_calls_are_read_and_their_text_is_not_shown(tokenizer: Tokenizer) -> None:
+    calls = (ToolCall("f", '{"a": 1}'), ToolCall("g", "{}"))
+    turn = Message("assistant", "Let me see: 浦", tool_calls=calls)
+    rendered = render(Conversation((Message("user", "?"), turn)), tokenizer)
+    ids = [id for id, loss in zip(rendered.ids, rendered.loss, strict=True) if loss]
+    pieces, reader = read(tokenizer, ids)
+    completion = reader.completion(ids, [], reason="stop", usage=Usage(1, len(ids)))
+    assert "".join(pieces) == completion.text == "Let me see: 浦"
+    assert completion.finish_reason == "tool_calls"
+    assert [(call.name, call.arguments) for call in completion.message.tool_calls] == [("f", '{"a": 1}'), ("g", "{}")]
+    assert len({call.id for call in completion.message.tool_calls}) == 2
+    assert "<|action_start|><|plugin|>" in completion.raw_text and completion.raw_text.endswith("<|im_end|>")
+    again = reader.completion(ids, [], reason="stop", usage=Usage())
+    assert again.message == completion.message, "ids of calls are the same in every run"
+    cut = reader.completion(ids[:-8], [], reason="length", usage=Usage())
+    assert cut.finish_reason == "length"
+    _, plain = read(tokenizer, ids, chat=False)
+    assert "parameters" in plain.text and not plain.completion(ids, [], reason="stop", usage=Usage()).message.tool_calls
