@@ -77,14 +77,17 @@ def peer(folder: Path) -> None:
 
 
 def save_inputs(folder: Path) -> None:
-    """The checkpoint, a tokenizer of single bytes, and the prompt's ids."""
+    """The checkpoint, a tokenizer that keeps the prompt's letters apart, and the prompt's ids."""
+    import itertools
     import json
 
     from puyu.tokenizer.template import CHAT_TEMPLATE
     from puyu.tokenizer.tokenizer import from_merges
 
     nano_shape.save_checkpoint(folder)
-    tokenizer = from_merges([], chat_template=CHAT_TEMPLATE)
+    small = from_merges([], chat_template=CHAT_TEMPLATE).vocab_size
+    pairs = ((bytes([a]), bytes([b])) for a in range(128, 256) for b in range(128, 256))
+    tokenizer = from_merges(list(itertools.islice(pairs, nano_shape.VOCAB - small)), chat_template=CHAT_TEMPLATE)
     tokenizer.save(folder)
     (folder / "prompt.json").write_text(json.dumps([tokenizer.bos_id, *tokenizer.encode(TEXT)]))
 

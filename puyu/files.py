@@ -14,6 +14,7 @@ import io
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def _compressor(path: Path, raw: IO[bytes]) -> Iterator[IO[bytes]]:
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Open for reading, decompressing `.gz` and `.zst`."""
     try:
-        raw = open(path, "rb")
+        raw = open(path, "rb")  # noqa: SIM115 - closed by the `with` below
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}") from error
     with raw:
@@ -133,10 +134,51 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
             with gzip.open(raw) as stream:
                 yield stream  # type: ignore[misc]
         elif path.suffix == ".zst":
-            with _zstandard().ZstdDecompressor().stream_reader(raw) as stream:
-                yield io.BufferedReader(stream, 1 << 20)
+            with io.BufferedReader(_ZstdStream(raw), 1 << 20) as stream:
+                yield stream
         else:
             yield raw
+
+
+class _ZstdStream(io.RawIOBase):
+    """Frames of a .zst one after the other; a truncated one raises EOFError (the library's reader just ends)."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._ready, self._rest = raw, b"", b""
+        self._frame = _zstandard().ZstdDecompressor().decompressobj()
+        self._open = True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and self._advance():
+            pass
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _advance(self) -> bool:
+        """Decompress one more block; False at the end."""
+        block = self._rest or self._raw.read(1 << 18)
+        if not block:
+            if self._open:
+                raise EOFError("the compressed stream ends early")
+            return False
+        if not self._open:
+            self._frame, self._open = _zstandard().ZstdDecompressor().decompressobj(), True
+        self._ready = self._frame.decompress(block)
+        self._open, self._rest = not self._frame.eof, self._frame.unused_data
+        return True
+
+
+def torn_errors() -> tuple[type[Exception], ...]:
+    """What a truncated or damaged .gz or .zst raises while it is read."""
+    try:
+        import zstandard
+    except ImportError:
+        return (EOFError, gzip.BadGzipFile, zlib.error)
+    return (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
 def _zstandard() -> Any:
@@ -154,22 +196,28 @@ def read_jsonl(path: Path, *, quarantine: Callable[[BadRecord], None] | None = N
 
 
 def read_jsonl_lines(path: Path, *, quarantine: Callable[[BadRecord], None] | None = None) -> Iterator[tuple[int, Any]]:
-    """Like `read_jsonl`, with the 1-based line number."""
-    offset = 0
-    with open_bytes(path) as stream:
-        for number, line in enumerate(stream, 1):
-            start, offset = offset, offset + len(line)
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                bad = BadRecord(str(path), number, start, str(error), line[:80].decode("utf-8", "replace"))
-                if quarantine is None:
-                    raise InputError(f"{path}, line {number} (byte {start}) is not valid JSON: {error}") from error
-                quarantine(bad)
-                continue
-            yield number, value
+    """Like `read_jsonl`, with the 1-based line number. A torn archive ends the reading in the same way."""
+    number, offset = 0, 0
+    try:
+        with open_bytes(path) as stream:
+            for number, line in enumerate(stream, 1):
+                start, offset = offset, offset + len(line)
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line.decode("utf-8"))
+                except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                    bad = BadRecord(str(path), number, start, str(error), line[:80].decode("utf-8", "replace"))
+                    if quarantine is None:
+                        raise InputError(f"{path}, line {number} (byte {start}) is not valid JSON: {error}") from error
+                    quarantine(bad)
+                    continue
+                yield number, value
+    except torn_errors() as error:
+        if quarantine is None:
+            remedy = "copy or download it again"
+            raise InputError(f"{path} is a damaged archive after line {number}: {error}", remedy=remedy) from error
+        quarantine(BadRecord(str(path), number + 1, offset, f"archive: {error}", ""))
 
 
 def hash_bytes(data: bytes) -> str:

@@ -108,3 +108,22 @@ def test_hash_of_a_folder_covers_names_and_contents(tmp_path):
     second = hash_path(tmp_path)
     (tmp_path / "a").rename(tmp_path / "b")
     assert len({first, second, hash_path(tmp_path)}) == 3
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_truncated_archives_are_noticed(tmp_path, suffix):
+    path = tmp_path / f"x.jsonl{suffix}"
+    write_jsonl(path, [{"n": hash_json(i)} for i in range(5000)])
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="x.jsonl.* is a damaged archive after line"):
+        list(read_jsonl(path))
+    bad: list[BadRecord] = []
+    assert 0 < len(list(read_jsonl(path, quarantine=bad.append))) < 5000 and "archive" in bad[-1].reason
+
+
+def test_several_zst_frames_are_read_as_one(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl.zst", [1, 2])
+    write_jsonl(tmp_path / "b.jsonl.zst", [3])
+    both = (tmp_path / "a.jsonl.zst").read_bytes() + (tmp_path / "b.jsonl.zst").read_bytes()
+    (tmp_path / "c.jsonl.zst").write_bytes(both)
+    assert list(read_jsonl(tmp_path / "c.jsonl.zst")) == [1, 2, 3]

@@ -16,9 +16,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     if options.help or len(options.positional) != 1:
         if options.help:
-            print(
-                "usage: puyu trace DIR\n\nPrints what made this directory, back to the raw files, and what was made from it."
-            )
+            print("usage: puyu trace DIR\n\nPrints what made this directory, and what was made from it.")
             return 0
         raise ConfigError("puyu trace needs one directory", remedy="for example: puyu trace runs/nano/ppo")
     folder = Path(options.positional[0])

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import gzip
 import json
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +25,7 @@ from puyu.documents.document import Document, make_document, normalize
 from puyu.documents.extract import page
 from puyu.documents.split import split
 from puyu.errors import InputError
-from puyu.files import BadRecord, open_bytes
+from puyu.files import BadRecord, open_bytes, torn_errors
 
 Kind = Literal["html", "text", "jsonl", "code"]
 Quarantine = Callable[[BadRecord], None]
@@ -190,16 +188,6 @@ def _read_member(source: SourceConfig, member: _Member, quarantine: Quarantine) 
         yield from _documents(source, normalize(text), {"path": member.origin})
 
 
-def _torn() -> tuple[type[BaseException], ...]:
-    """The errors of a damaged archive or compressed stream."""
-    common = (EOFError, zlib.error, zipfile.BadZipFile, gzip.BadGzipFile)
-    try:
-        from zstandard import ZstdError
-    except ImportError:
-        return common
-    return (*common, ZstdError)
-
-
 @contextlib.contextmanager
 def _open_member(member: _Member) -> Iterator[IO[bytes]]:
     if member.inside:
@@ -215,28 +203,10 @@ def _bytes_of(member: _Member, quarantine: Quarantine) -> bytes | None:
     try:
         with _open_member(member) as stream:
             data = stream.read()
-        if not member.inside and not _is_whole(member.path):
-            raise EOFError("the compressed stream ends early")
         return data
-    except _torn() as error:
+    except (zipfile.BadZipFile, *torn_errors()) as error:
         quarantine(BadRecord(member.label, 0, 0, f"archive: {error}", ""))
         return None
-
-
-def _is_whole(path: Path) -> bool:
-    """False for a truncated .zst, whose streaming reader ends without an error."""
-    if path.suffix != ".zst":
-        return True
-    import zstandard
-
-    frame, whole = zstandard.ZstdDecompressor().decompressobj(), False
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            while block:
-                frame.decompress(block)
-                whole, block = frame.eof, frame.unused_data
-                frame = zstandard.ZstdDecompressor().decompressobj() if whole else frame
-    return whole
 
 
 def _decode_lines(data: bytes, label: str, quarantine: Quarantine) -> str:
@@ -308,9 +278,7 @@ def _lines(member: _Member, quarantine: Quarantine) -> Iterator[tuple[int, int, 
                 if line.strip():
                     yield number, offset, line
                 offset += len(line)
-        if not member.inside and not _is_whole(member.path):
-            raise EOFError("the compressed stream ends early")
-    except _torn() as error:
+    except (zipfile.BadZipFile, *torn_errors()) as error:
         quarantine(BadRecord(member.label, number + 1, offset, f"archive: {error}", ""))
 
 

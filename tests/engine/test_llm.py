@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,6 @@ import torch
 
 from puyu.engine.core import EngineConfig
 from puyu.engine.llm import LLM
-from puyu.engine.score import encode_pair
 from puyu.errors import CheckpointError, InputError, RequestError
 from puyu.model.checkpoint import save_model
 from puyu.model.heads import CausalLM
@@ -27,8 +26,9 @@ SMALL = EngineConfig(cache_tokens=2048)
 
 
 @pytest.fixture(scope="module")
-def llm(tokenizer: Tokenizer) -> LLM:
-    return LLM.from_model(tiny_model(2, vocab_size=tokenizer.vocab_size), tokenizer, config=SMALL)
+def llm(tokenizer: Tokenizer) -> Iterator[LLM]:
+    with LLM.from_model(tiny_model(2, vocab_size=tokenizer.vocab_size), tokenizer, config=SMALL) as llm:
+        yield llm
 
 
 def said(tokenizer: Tokenizer, script_model: Build, text: str, *, markers: bool = False) -> LLM:
@@ -56,7 +56,7 @@ def test_stop_strings_cross_tokens_and_the_rest_is_not_generated(tokenizer: Toke
 
 
 def test_a_tool_call_comes_out_as_one(tokenizer: Tokenizer, script_model: Build) -> None:
-    text = '<|action_start|><|plugin|>\n{"name":"f","parameters":{}}<|action_end|>'
+    text = '<|action_start|><|plugin|>{"name":"f","parameters":{}}<|action_end|>'
     llm = said(tokenizer, script_model, text, markers=True)
     completion = llm.chat("?")
     assert completion.finish_reason == "tool_calls" and completion.text == ""
@@ -149,13 +149,14 @@ def test_scores_equal_the_direct_computation(llm: LLM, tokenizer: Tokenizer) -> 
     assert llm.score_all([]) == []
 
 
-def test_what_the_model_would_say_is_greedy_and_costs_what_it_says(llm: LLM) -> None:
-    completion = llm.complete("Hello", max_tokens=8, ignore_eos=True, logprobs=True)
-    text = llm.tokenizer.decode(completion.token_ids)
-    pair = encode_pair(llm.tokenizer, "Hello", text)
-    assert tuple(pair.ids[-pair.num_scored :]) == completion.token_ids, "the seed is chosen so that ids survive text"
-    scored = llm.score_all([("Hello", text)])[0]
-    assert scored.is_greedy and scored.logprob == pytest.approx(sum(completion.logprobs), abs=1e-4)
+def test_what_the_model_would_say_is_greedy_and_costs_what_it_says(tokenizer: Tokenizer, script_model: Build) -> None:
+    llm = LLM.from_model(script_model(tokenizer.encode("Hello world")), tokenizer, config=SMALL)
+    length = len(tokenizer.encode(" world"))
+    completion = llm.complete("Hello", max_tokens=length, logprobs=True)
+    assert completion.text == " world"
+    said, other = llm.score_all([("Hello", " world"), ("Hello", " answer")])
+    assert said.is_greedy and not other.is_greedy
+    assert said.logprob == pytest.approx(sum(completion.logprobs), abs=1e-5 * length)
 
 
 def test_a_long_context_is_cut_from_the_left(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
