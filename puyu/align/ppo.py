@@ -49,6 +49,8 @@ class PPOConfig(Config):
     """JSONL of training prompts with checks."""
     heldout: Path
     """JSONL of held-out prompts for the paired comparison before and after."""
+    heldout_limit: int = 0
+    """Compare on only the first held-out prompts; 0: all."""
     domain: str = "default"
     """Reward domain of prompts that name none."""
     steps: int = 24
@@ -199,7 +201,7 @@ def _objective(config: PPOConfig, source: RolloutSource) -> Any:
 
 def compare(config: PPOConfig, before: LLM, after: LLM, scorer: Scorer, *, out: Path) -> dict[str, Any]:
     """Rewards of both policies on the held-out prompts, sampled with equal seeds and greedy; 95 % paired intervals."""
-    prompts = read_prompts(config.heldout, domain=config.domain)
+    prompts = read_prompts(config.heldout, domain=config.domain)[: config.heldout_limit or None]
     result: dict[str, Any] = {"prompts": len(prompts)}
     rows: list[dict[str, Any]] = []
     for kind, temperature in (("sampled", config.temperature), ("greedy", 0.0)):

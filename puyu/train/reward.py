@@ -44,6 +44,8 @@ class RewardConfig(Config):
     """Checkpoint to start from (the SFT model)."""
     data: list[Path]
     """JSONL files of preference pairs: prompt, chosen, rejected, domain."""
+    limit: int = 0
+    """Use only the first pairs of each file; 0: all."""
     domains: dict[str, str] = Field(default_factory=lambda: {"default": ""})
     """Domain -> rubric: the system turn that only the reward model sees; empty text: none."""
     epochs: float = 2.0
@@ -138,7 +140,7 @@ def read_pairs(config: RewardConfig, rubrics: Rubrics, tokenizer: Tokenizer) -> 
         torn += len(bad)
         for record in bad:
             logger.warning("torn record left out: %s, line %d (byte %d)", record.path, record.line, record.offset)
-        for preference in preferences:
+        for preference in preferences[: config.limit or None]:
             chosen_part = heldout if _is_heldout(preference, config.heldout) else train
             chosen_part.append(_pair(preference, rubrics, tokenizer, path))
     if not train:

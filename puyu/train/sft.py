@@ -104,8 +104,8 @@ def read_docs(data: Sequence[ChatData], tokenizer: Tokenizer, *, seed: int) -> t
     torn: list[BadRecord] = []
     for number, part in enumerate(data):
         conversations, bad = read_conversations(part.path)
-        rendered = [render(conversation, tokenizer) for conversation in conversations]
-        order = repeated(len(rendered), part.repeat, key=key_of(seed, number))
+        order = repeated(len(conversations), part.repeat, key=key_of(seed, number))
+        rendered = {i: render(conversations[i], tokenizer) for i in sorted(set(order))}
         docs += [(rendered[i].ids, rendered[i].loss) for i in order]
         torn += bad
     for record in torn:
