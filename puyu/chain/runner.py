@@ -7,9 +7,11 @@ Same key and in progress: the stage goes on in its folder. Another key: the fold
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -73,15 +75,45 @@ def run_stage(name: str, stage: Stage, config: Config, out: Path) -> Result:
     key, inputs = stage_key(stage, config)
     if int(os.environ.get("RANK", "0")) > 0:
         return Result(name, stage.verb, out, "made", 0.0, stage.run(config, out))
-    if (done := find_finished(out, key)) is not None:
-        return Result(name, stage.verb, out, "kept", done.seconds, done.numbers)
-    status = prepare_folder(out, key, stage.verb)
-    began = time.monotonic()
-    try:
-        numbers = stage.run(config, out)
-    except MemoryError as error:
-        raise ResourceError(f"{name}: out of memory", remedy="use a smaller batch or model") from error
-    seconds = time.monotonic() - began
+    with locked(out):
+        if (done := find_finished(out, key)) is not None:
+            return Result(name, stage.verb, out, "kept", done.seconds, done.numbers)
+        status = prepare_folder(out, key, stage.verb)
+        began = time.monotonic()
+        try:
+            numbers = stage.run(config, out)
+        except MemoryError as error:
+            raise ResourceError(f"{name}: out of memory", remedy="use a smaller batch or model") from error
+        seconds = time.monotonic() - began
+        _finish(stage, config, key=key, inputs=inputs, numbers=numbers, seconds=seconds, out=out)
+    return Result(name, stage.verb, out, status, seconds, numbers)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold a stage's folder for this process; ResourceError when another one works there. A kill frees it."""
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.parent / f".{out.name}.lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            remedy = "wait for it, or stop it and run again"
+            raise ResourceError(f"another puyu process is working on {out}", remedy=remedy) from error
+        yield
+
+
+def _finish(
+    stage: Stage,
+    config: Config,
+    *,
+    key: str,
+    inputs: tuple[Input, ...],
+    numbers: Mapping[str, Any],
+    seconds: float,
+    out: Path,
+) -> None:
+    """Write the receipt; from here on the artifact is complete."""
     lineage = Lineage(
         stage=stage.verb,
         key=key,
@@ -97,7 +129,6 @@ def run_stage(name: str, stage: Stage, config: Config, out: Path) -> Result:
     )
     write_lineage(out, lineage)
     (out / MARK).unlink(missing_ok=True)
-    return Result(name, stage.verb, out, status, seconds, numbers)
 
 
 def find_finished(out: Path, key: str) -> Lineage | None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puyu.engine.native import MAX_BATCH, NativeStep
 from puyu.model.heads import CausalLM
 from puyu.model.paged import KVCache, PagedPlan, PagedSequence
 
@@ -34,10 +35,14 @@ class Runner:
     def __init__(self, model: CausalLM, cache: KVCache) -> None:
         self.model, self.cache = model, cache
         self.device = cache.device
+        self.native = NativeStep.make(model, cache)
+        """The quick way for a few decoding sequences, where this machine has it; None otherwise."""
 
     @torch.inference_mode()
     def run(self, spans: Sequence[Span]) -> Tensor:
         """Logits [S, V] after the last token of each span that samples, in their order."""
+        if self.native is not None and len(spans) <= MAX_BATCH and all(len(span.tokens) == 1 for span in spans):
+            return self._decode(self.native, spans)
         starts = np.cumsum([0] + [len(span.tokens) for span in spans])
         positions = np.concatenate([np.arange(span.context, span.context + len(span.tokens)) for span in spans])
         sequences = [
@@ -51,6 +56,10 @@ class Runner:
         if len(last) < hidden_TD.shape[0]:
             hidden_TD = hidden_TD[self._tensor(np.array(last, dtype=np.int64))]
         return self.model.logits(hidden_TD)
+
+    def _decode(self, native: NativeStep, spans: Sequence[Span]) -> Tensor:
+        logits_BV = native.run([s.tokens[0] for s in spans], [s.context for s in spans], [s.blocks for s in spans])
+        return logits_BV if all(span.samples for span in spans) else logits_BV[[span.samples for span in spans]]
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False)).to(self.device, non_blocking=True)

@@ -24,7 +24,10 @@ from puyu.model.attention import PackedPlan
 from puyu.model.heads import CausalLM, ScalarModel
 
 CHUNK_BYTES = 32 << 20
-"""Target size of a chunk of fp32 logits: small enough for a cache-friendly pass, large enough for a full product."""
+"""Size of a chunk of fp32 logits: small beside the model, large enough for an efficient product."""
+
+CACHE_BYTES = 2 << 20
+"""Size of the rows that the softmax works on at once, on a CPU."""
 
 
 class LossOutput(NamedTuple):
@@ -111,15 +114,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _softmax_step(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
-    """Weighted losses [C], and the weighted gradient of the logits in their own dtype."""
-    wide_CV = logits_CV.to(weights_C.dtype)
-    logs_CV = torch.log_softmax(wide_CV, dim=-1)
-    losses_C = -logs_CV.gather(-1, targets_C[:, None]).squeeze(-1) * weights_C
-    if not learns:
-        return losses_C, logits_CV
-    grad_CV = logs_CV.exp_().mul_(weights_C[:, None])
-    grad_CV.scatter_add_(-1, targets_C[:, None], -weights_C[:, None])
-    return losses_C, grad_CV.to(logits_CV.dtype)
+    """Weighted losses [C]; the logits are overwritten by their weighted gradient."""
+    rows = len(logits_CV)
+    if logits_CV.device.type == "cpu":  # a few rows at a time stay in the cache
+        rows = max(1, CACHE_BYTES // (logits_CV.shape[1] * weights_C.itemsize))
+    parts = []
+    for start in range(0, len(logits_CV), rows):
+        cut = slice(start, start + rows)
+        losses_R, grad_RV = _softmax_rows(logits_CV[cut].to(weights_C.dtype), targets_C[cut, None], weights_C[cut])
+        parts.append(losses_R)
+        if learns:
+            logits_CV[cut] = grad_RV
+    return torch.cat(parts), logits_CV
+
+
+def _softmax_rows(logits_RV: Tensor, targets_R1: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Weighted losses [R] and weighted gradient [R, V], in the wide dtype."""
+    grad_RV = torch.softmax(logits_RV, dim=-1)
+    # The largest probability never underflows, so the normalizer comes from it: log Z = max - log p_max.
+    log_z_R = logits_RV.amax(-1) - grad_RV.amax(-1).log()
+    losses_R = (log_z_R - logits_RV.gather(-1, targets_R1).squeeze(-1)) * weights_R
+    grad_RV.scatter_add_(-1, targets_R1, -torch.ones_like(targets_R1, dtype=grad_RV.dtype))
+    return losses_R, grad_RV.mul_(weights_R[:, None])
 
 
 def _accumulate(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:

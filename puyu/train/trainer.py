@@ -23,6 +23,7 @@ from puyu.data.packing import Batch
 from puyu.files import clear_folder, read_jsonl
 from puyu.log import MetricsWriter, Progress, say
 from puyu.train import health, optim, parallel, state
+from puyu.train.memory import keep_freed_pages
 from puyu.train.objectives import LossOutput, Objective, Step
 from puyu.train.optim import OptimConfig
 
@@ -75,6 +76,7 @@ class Trainer:
         self.model, self.source, self.config, self.out = model, source, config, out
         self.device = next(model.parameters()).device
         self.world = parallel.current_world()
+        keep_freed_pages(self.device)
         self.step_module = Step(model, objective)
         parallel.shard(self.step_module, self.device)
         self.optimizer = optim.make_optimizer(model, config.optim)

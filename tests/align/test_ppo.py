@@ -1,4 +1,4 @@
-"""PPO end to end on tiny models: it learns a checkable habit, resumes exactly, and the engine agrees with the trainer."""
+"""PPO end to end on tiny models: it learns a checkable habit, resumes exactly, and agrees with the trainer."""
 
 import json
 

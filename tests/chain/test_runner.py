@@ -106,6 +106,15 @@ def test_a_missing_input_is_named(tmp_path):
         go(tmp_path / "gone.txt", tmp_path / "out")
 
 
+def test_two_processes_do_not_work_on_one_folder(source, tmp_path):
+    from puyu.chain.runner import locked
+    from puyu.errors import ResourceError
+
+    with locked(tmp_path / "out"), pytest.raises(ResourceError, match="another puyu process is working on .*out"):
+        go(source, tmp_path / "out")
+    assert go(source, tmp_path / "out").status == "made"
+
+
 def test_lineage_walks_back_and_forward(source, tmp_path):
     first, second, third = (tmp_path / "runs" / name for name in ("one", "two", "three"))
     go(source, first)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
+from puyu.engine.native import build, load
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
@@ -24,6 +25,16 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The native decode step, built for these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PUYU_NATIVE_DIR", str(tmp_path_factory.mktemp("native")))
+        build()
+        yield
+    load.cache_clear()
 
 
 @pytest.fixture(scope="package")

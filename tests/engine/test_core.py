@@ -63,10 +63,14 @@ def run_audited(engine: Engine) -> None:
         engine.audit()
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("seed", range(3))
-def test_greedy_and_logprobs_equal_the_naive_loop(size: str, seed: int) -> None:
+def test_greedy_and_logprobs_equal_the_naive_loop(size: str, seed: int, native: bool) -> None:
     engine = Engine(tiny_model(seed), SIZES[size])
+    assert engine.runner.native is not None
+    if not native:
+        engine.runner.native = None
     runs = [engine.add(request) for request in traffic(seed)]
     run_audited(engine)
     for running, (ids, logprobs) in zip(runs, expected(seed, seed), strict=True):

@@ -55,6 +55,16 @@ def test_packed_equals_one_by_one():
     assert packed.weight_sum.item() == sum(s.weight_sum.item() for s in singles)
 
 
+def test_extreme_logits_neither_overflow_nor_underflow():
+    hidden = torch.tensor([[1000.0], [-1000.0], [0.0]])
+    head, targets, weights = torch.tensor([[1.0], [-1.0], [0.5]]), torch.tensor([1, 1, 2]), torch.ones(3)
+    total, losses = objectives.chunked_cross_entropy(hidden.requires_grad_(), head, targets, weights)
+    expected = F.cross_entropy(hidden.detach() @ head.T, targets, reduction="none")
+    assert losses.tolist() == pytest.approx(expected.tolist()) and losses[0].item() == 2000
+    total.backward()
+    assert hidden.grad.isfinite().all()
+
+
 def test_logits_exist_only_where_something_is_learned(monkeypatch):
     seen = []
     original = objectives._softmax_step
