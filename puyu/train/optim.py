@@ -7,19 +7,28 @@ Loshchilov and Hutter 2019; betas (0.9, 0.95), eps 1e-8, decay on matrices only,
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from puyu.configure import Config
+from puyu.train.muon import MuonAdamW
 from puyu.train.schedule import Kind, lr_at
 
 
 class OptimConfig(Config):
     """Optimizer and learning-rate schedule."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw; or muon for the matrices of the blocks and AdamW for the rest."""
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate (AdamW)."""
+    muon_lr: float = 0.03
+    """Peak learning rate of Muon's matrices; it follows the same schedule."""
+    muon_momentum: float = 0.95
+    """Muon's momentum."""
     schedule: Kind = "cosine"
     """cosine, constant, or wsd (warm-up, stable, linear decay)."""
     warmup: float = 0.05
@@ -49,17 +58,33 @@ class OptimConfig(Config):
         )
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the parameters that train, grouped by decay (matrices alone have it) and rate factor."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+class _Role(NamedTuple):
+    """What the parameters of one group have in common."""
+
+    decay: float
+    scale: float
+    momentum: float
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon beside it, over the parameters that train; matrices alone have weight decay."""
+    groups: dict[_Role, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-            scale = next((factor for prefix, factor in config.scale.items() if name.startswith(prefix)), 1.0)
-            groups.setdefault((decay, scale), []).append(parameter)
-    rows = [{"params": params, "weight_decay": decay, "scale": scale} for (decay, scale), params in groups.items()]
+            groups.setdefault(_role(name, parameter, config), []).append(parameter)
+    rows = [{"params": p, "weight_decay": r.decay, "scale": r.scale, "momentum": r.momentum} for r, p in groups.items()]
     betas = (config.beta1, config.beta2)
+    if config.kind == "muon":
+        return MuonAdamW(rows, betas=betas, eps=config.eps)
     return torch.optim.AdamW(rows, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def _role(name: str, parameter: nn.Parameter, config: OptimConfig) -> _Role:
+    decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+    scale = next((factor for prefix, factor in config.scale.items() if name.startswith(prefix)), 1.0)
+    if config.kind == "muon" and parameter.ndim == 2 and ".layers." in name:
+        return _Role(decay, scale * config.muon_lr / config.lr, config.muon_momentum)
+    return _Role(decay, scale, 0.0)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

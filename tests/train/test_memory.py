@@ -1,4 +1,4 @@
-"""keep_freed_pages: a large block that is freed and taken again costs no fresh pages."""
+"""keep_freed_pages: blocks taken from what was freed before cost no fresh pages."""
 
 import json
 import platform
@@ -10,13 +10,19 @@ import torch
 from puyu.train.memory import keep_freed_pages
 
 PROGRAM = """
-import json, resource, sys, torch
+import ctypes, json, resource, sys, torch
 from puyu.train.memory import keep_freed_pages
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 agreed = keep_freed_pages(torch.device("cpu")) if sys.argv[1] == "keep" else False
-torch.ones(1 << 23)
+def use():
+    block = libc.malloc(1 << 26)
+    ctypes.memset(block, 1, 1 << 26)
+    libc.free(block)
+use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
-    torch.ones(1 << 23)
+    use()
 print(json.dumps([agreed, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before]))
 """
 

@@ -1,0 +1,54 @@
+"""Muon against exact linear algebra, and MuonAdamW against torch's AdamW."""
+
+import pytest
+import torch
+from torch import nn
+
+from puyu.train.muon import MuonAdamW, orthogonal
+from puyu.train.optim import OptimConfig, make_optimizer, set_rate
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 40)])
+def test_newton_schulz_is_close_to_the_orthogonal_factor(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    found = orthogonal(matrix).float()
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.5 and values.max() < 1.35
+    exact = left @ right
+    assert torch.nn.functional.cosine_similarity(found.flatten(), exact.flatten(), dim=0) > 0.96
+
+
+def test_groups_without_momentum_take_exactly_torchs_adamw_step():
+    torch.manual_seed(0)
+    mine, theirs = nn.Linear(4, 3), nn.Linear(4, 3)
+    theirs.load_state_dict(mine.state_dict())
+    row = {"lr": 1e-2, "weight_decay": 0.1}
+    first = MuonAdamW([{"params": list(mine.parameters()), **row}], betas=(0.9, 0.95), eps=1e-8)
+    second = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.95), eps=1e-8, fused=True, **row)
+    for step in range(4):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in ((mine, first), (theirs, second)):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_muon_step_has_the_size_of_its_rate():
+    weight = nn.Parameter(torch.zeros(16, 4))
+    optimizer = MuonAdamW([{"params": [weight], "lr": 0.1, "momentum": 0.95}], betas=(0.9, 0.95), eps=1e-8)
+    weight.grad = torch.randn(16, 4, generator=torch.Generator().manual_seed(1)) * 1e-4  # the gradient's size is lost
+    optimizer.step()
+    sizes = torch.linalg.svdvals(weight.detach())
+    assert sizes.min() > 0.1 * 2 * 0.5 and sizes.max() < 0.1 * 2 * 1.35  # scale sqrt(16 / 4) = 2
+
+
+def test_only_the_matrices_of_the_blocks_take_muon():
+    from tests.engine.conftest import tiny_model
+
+    optimizer = make_optimizer(tiny_model(), OptimConfig(kind="muon", lr=1e-3, muon_lr=0.02, weight_decay=0.1))
+    set_rate(optimizer, 5e-4)
+    by_momentum = {group["momentum"]: group for group in optimizer.param_groups if group["weight_decay"] > 0}
+    assert len(by_momentum[0.95]["params"]) == 2 * 4 and by_momentum[0.95]["lr"] == pytest.approx(0.01)
+    assert {tuple(p.shape) for p in by_momentum[0.0]["params"]} == {(97, 32)} and by_momentum[0.0]["lr"] == 5e-4
