@@ -58,8 +58,8 @@ def record(messages: list[Row], kind: str, language: str, *, tools: bool = False
 def sft(seed: int, problems: Problems) -> list[Row]:
     dice = Dice(seed, "sft")
     rows = [row for talk in talks() for row in _dressed(talk, dice)]
-    rows += [_sums(count, problems, dice) for count, number in ((1, 600), (2, 400), (3, 800)) for _ in range(number)]
-    rows += [_direct(problems, dice) for _ in range(700)]
+    rows += [_sums(count, problems, dice) for count, number in ((1, 400), (3, 400), (5, 1000)) for _ in range(number)]
+    rows += [_direct(problems, dice) for _ in range(250)]
     rows += [_several_turns(problems, dice) for _ in range(700)]
     return dice.shuffled(rows)
 
@@ -111,6 +111,44 @@ def _several_turns(problems: Problems, dice: Dice) -> Row:
     if dice.chance(0.5):
         turns += dice.pick(by_topic[dice.pick(("thanks", "bye"))]).turns(dice)
     return record(turns, "several_turns", language, tools=tools, operands=operands)
+
+
+# --- pages for pretraining ---------------------------------------------------------------------------------------
+
+
+def pages(seed: int, problems: Problems, asked: set[str]) -> list[Row]:
+    """Worksheets of sums and pages of questions and answers, as documents: text that repeats what stands before it.
+
+    What is asked is added to `asked`, so that it is not held out.
+    """
+    dice = Dice(seed, "pages")
+    rows = [{"text": _worksheet(problems, dice), "license": "CC0-1.0"} for _ in range(500)]
+    rows += [{"text": _questions(dice, asked), "license": "CC0-1.0"} for _ in range(150)]
+    return dice.shuffled(rows)
+
+
+def _worksheet(problems: Problems, dice: Dice) -> str:
+    language = dice.pick(LANGUAGES)
+    title = {"en": "Worksheet {n}. Work out each sum.", "zh": "练习 {n}。算出下面各题。"}[language]
+    lines = [title.format(n=1 + dice.below(900))]
+    for _ in range(24):
+        problem = problems.draw(dice)
+        lines.append(f"{problem.question(language, dice, plain=True)} {problem.expression} = {problem.result}")
+    return "\n".join(lines)
+
+
+def _questions(dice: Dice, asked: set[str]) -> str:
+    """Questions and answers of one language; the answers without filler."""
+    language = dice.pick(LANGUAGES)
+    chosen = [talk for talk in ALL_TALKS if talk.language == language]
+    asks, answers = {"en": ("Question", "Answer"), "zh": ("问", "答")}[language]
+    lines = []
+    for _ in range(14):
+        talk = dice.pick(chosen)
+        question = talk.asked(dice)
+        asked.add(question)
+        lines.append(f"{asks}: {question}\n{answers}: {talk.answer}")
+    return "\n".join(lines)
 
 
 # --- preferences -------------------------------------------------------------------------------------------------
@@ -297,8 +335,11 @@ def build(seed: int = 7) -> dict[str, list[Row]]:
     """Path under samples/ -> rows."""
     problems = Problems(seed)
     chats = sft(seed, problems)
-    train, held = ppo_prompts(seed, problems, {message["content"] for row in chats for message in row["messages"]})
+    seen = {message["content"] for row in chats for message in row["messages"]}
+    documents = pages(seed, problems, seen)
+    train, held = ppo_prompts(seed, problems, seen)
     return {
+        "world/pages.jsonl.gz": documents,
         "world/sft.jsonl.gz": chats,
         "world/preference.jsonl.gz": preferences(seed, problems),
         "world/ppo_prompts.jsonl.gz": train,

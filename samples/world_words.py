@@ -116,7 +116,7 @@ def assistant(text: str) -> Row:
 
 def wordy(answer: str, language: str, dice: Dice) -> str:
     """Sometimes with empty words before it."""
-    return dice.pick(FILLERS[language]) + answer if dice.chance(1 / 3) else answer
+    return dice.pick(FILLERS[language]) + answer if dice.chance(1 / 5) else answer
 
 
 class Talk:

@@ -82,6 +82,7 @@ def _torch_checks() -> Iterator[tuple[bool, str, str]]:
         yield True, "gpu", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free; it will be used"
     else:
         yield True, "gpu", "none seen; the CPU will be used"
+    yield from _native_checks()
     fast = sorted(cpu_flags() & {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "bf16"})
     bf16 = bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
     yield (
@@ -89,3 +90,11 @@ def _torch_checks() -> Iterator[tuple[bool, str, str]]:
         "cpu",
         f"{' '.join(fast) or 'no vector features seen'}; compute dtype on CPU: {'bf16' if bf16 else 'fp32'}",
     )
+
+
+def _native_checks() -> Iterator[tuple[bool, str, str]]:
+    from puyu.engine.native import library_path
+
+    built = library_path().is_file()
+    remedy = "not built, PyTorch does its work; remedy: python -m puyu.engine.native"
+    yield built, "native", f"decode step: {library_path()}" if built else f"decode step: {remedy}"

@@ -157,7 +157,7 @@ def _map_in_order(jobs: Sequence[tuple[DataConfig, Path]], workers: int) -> Iter
 def _map_source(config: DataConfig, path: Path) -> int:
     """Read and judge one source, commit its rows; returns how many documents it has."""
     source, report = config.sources[0], ReadReport()
-    stages: tuple[MapStage, ...] = (LanguageFilter(config.languages), RuleFilter(config.policies))
+    stages: tuple[MapStage, ...] = (LanguageFilter(config.languages), RuleFilter(config.policies, enforce=source.rules))
     bad: list[dict[str, Any]] = []
     rows = [
         _map_one(document, stages)

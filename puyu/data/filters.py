@@ -225,15 +225,16 @@ class LanguageFilter:
 
 
 class RuleFilter:
-    """Map stage: measures, and judges by the policy of the document's language."""
+    """Map stage: measures, and judges by the policy of the document's language; `enforce` False only measures."""
 
     name = "rules"
 
-    def __init__(self, policies: Policies) -> None:
-        self.policies = policies
+    def __init__(self, policies: Policies, *, enforce: bool = True) -> None:
+        self.policies, self.enforce = policies, enforce
 
     def __call__(self, document: Document, scores: Mapping[str, float]) -> Verdict:
         policy = self.policies.of(document.language)
         measured = measure(document.text, language=document.language)
         drop = judge(measured, policy)
-        return Verdict(document, {**measured, "quality": 0.0 if drop else quality(measured, policy)}, drop)
+        scores = {**measured, "quality": 0.0 if drop else quality(measured, policy)}
+        return Verdict(document, scores, drop if self.enforce else None)

@@ -60,6 +60,8 @@ class SourceConfig(Config):
     """Language of all documents; empty: detected one by one."""
     text_field: str = "text"
     """The field that holds the text of a JSONL record (for html: the page)."""
+    rules: bool = True
+    """Whether the heuristic rules drop documents; false for curated text, which is only measured."""
     max_documents: int | None = None
     """Read no more than this many documents."""
     max_characters: int = 20_000

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_SIZES = tuple(sorted({16 * 2**i for i in range(17)} | {24 * 2**i for i in range(17)}))
+from puyu.model import dense
+
+_SIZES = tuple(64 * 2**i for i in range(16))
+"""Padded lengths. Coarse on purpose: a bucket costs a dozen calls a layer, padding only a little attention."""
 
 
 class Bucket(NamedTuple):
@@ -83,6 +86,8 @@ def _bucketed(starts: list[int], lengths: list[int], num_tokens: int, device: to
 
 def _causal(q_SLNH: Tensor, k_SLKH: Tensor, v_SLKH: Tensor) -> Tensor:
     """Causal attention per row -> [S, L, N, H]; key/value heads are repeated for their queries."""
+    if dense.suits(q_SLNH):
+        return dense.dense_causal(q_SLNH, k_SLKH, v_SLKH)
     repeat = q_SLNH.shape[2] // k_SLKH.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q_SLNH, k_SLKH, v_SLKH))
     if repeat > 1:

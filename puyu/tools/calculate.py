@@ -49,7 +49,7 @@ def calculator(expression: str) -> str:
     """Evaluate an arithmetic expression exactly.
 
     Args:
-        expression: numbers with + - * / // % ** and parentheses, for example (12 + 30) * 2
+        expression: for example (12 + 30) * 2
     """
     return calculate(expression)
 

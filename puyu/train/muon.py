@@ -33,22 +33,25 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["momentum"] > 0:
-                for parameter in params:
-                    self._muon(parameter, group)
+                for same in _by_shape(params):
+                    self._muon(same, group)
             elif params:
                 self._adamw(params, group)
 
-    def _muon(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        grad = parameter.grad
-        assert grad is not None
-        state["momentum"].mul_(group["momentum"]).add_(grad)
-        update = grad.add(state["momentum"], alpha=group["momentum"])  # Nesterov
-        scale = math.sqrt(max(1.0, parameter.shape[0] / parameter.shape[1]))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(_orthogonal_like(update), alpha=-group["lr"] * scale)
+    def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Matrices of one shape: their products run as one batch."""
+        for parameter in params:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        grads = [parameter.grad for parameter in params if parameter.grad is not None]
+        momenta = [self.state[parameter]["momentum"] for parameter in params]
+        torch._foreach_mul_(momenta, group["momentum"])
+        torch._foreach_add_(momenta, grads)
+        ahead = torch._foreach_add(grads, momenta, alpha=group["momentum"])  # Nesterov
+        rows, columns = params[0].shape
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+        torch._foreach_add_(params, _orthogonal_like(list(ahead)), alpha=-rate)
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in params:
@@ -74,23 +77,32 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def _orthogonal_like(update: Tensor) -> Tensor:
-    """The semi-orthogonal factor of `update`, sharded as it is."""
-    if not isinstance(update, DTensor):
-        return orthogonal(update).to(update.dtype)
+def _by_shape(params: list[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for parameter in params:
+        groups.setdefault(parameter.shape, []).append(parameter)
+    return list(groups.values())
+
+
+def _orthogonal_like(updates: list[Tensor]) -> list[Tensor]:
+    """The semi-orthogonal factor of each update, placed as it is."""
+    whole = [update.full_tensor() if isinstance(update, DTensor) else update for update in updates]
+    found = orthogonal(torch.stack(whole)).to(updates[0].dtype).unbind()
+    if not isinstance(updates[0], DTensor):
+        return list(found)
     from puyu.train.parallel import like
 
-    return like(orthogonal(update.full_tensor()), update)
+    return [like(factor, update) for factor, update in zip(found, updates, strict=True)]
 
 
-def orthogonal(matrix: Tensor, *, steps: int = 5) -> Tensor:
-    """Newton-Schulz in bf16: singular values of the result lie near 1 (within about 0.3)."""
-    x = matrix.bfloat16()
-    x = x / (x.norm() + 1e-7)
-    wide = x.shape[0] > x.shape[1]
-    x = x.T if wide else x
+def orthogonal(matrices: Tensor, *, steps: int = 5) -> Tensor:
+    """Newton-Schulz in bf16 over the last two dimensions: singular values of the result lie within about 0.3 of 1."""
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT.contiguous() if tall else x
+    x = x / (x.flatten(-2).norm(dim=-1)[..., None, None] + 1e-7)
     a, b, c = _COEFFICIENTS
     for _ in range(steps):
-        gram = x @ x.T
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if wide else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

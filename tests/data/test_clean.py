@@ -226,3 +226,15 @@ def test_every_filter_off_keeps_everything(corpus, tmp_path):
     values = {**dump(corpus), "policies": off, "languages": [], "dedup": {"exact": False, "near": None}, "mask": []}
     numbers = run(build(DataConfig, values), out=tmp_path / "out")
     assert numbers["dropped_by_rule"] == {"identical": 1} and numbers["masked"] == {}
+
+
+def test_curated_sources_are_measured_but_not_judged(tmp_path):
+    sums = "\n".join(f"{i} + {i} = {2 * i}" for i in range(100, 140))
+    (tmp_path / "sums.txt").write_text(sums)
+    source = {"name": "sums", "path": str(tmp_path / "sums.txt"), "kind": "text", "language": "en"}
+    with pytest.raises(InputError, match="no document was kept"):
+        run(build(DataConfig, {"sources": [source]}), out=tmp_path / "judged")
+    curated = build(DataConfig, {"sources": [{**source, "rules": False}]})
+    assert run(curated, out=tmp_path / "curated")["kept"] == 1
+    row = next(iter(read_jsonl(tmp_path / "curated" / "kept.jsonl")))
+    assert row["scores"]["quality"] == 0.0 and row["text"] == sums

@@ -1,0 +1,120 @@
+"""The READMEs: every command is run, every Python block too, every link leads somewhere, every number has a result."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, puyu
+
+PAGES = ("README.md", "README.zh.md", "docs/chain.md", "CONTRIBUTING.md")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    found = []
+    for page in PAGES:
+        for block in blocks(page, ""):
+            for line in block.splitlines():
+                command = line.split(" #")[0].strip()
+                if command.startswith(("puyu ", "make ", "pip ")):
+                    found.append(command)
+    return sorted(set(found))
+
+
+@pytest.fixture(scope="module")
+def place(micro_run, tmp_path_factory):
+    """A folder like a checkout after `make chain`: recipes and samples, and the micro run where nano's would be."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("samples", "puyu", "bench", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "Makefile").symlink_to(ROOT / "Makefile")
+    (folder / "runs").mkdir()
+    subprocess.run(["cp", "-r", str(micro_run[0]), str(folder / "runs" / "nano")], check=True)
+    (folder / "recipes").mkdir()
+    recipe = yaml.safe_load((ROOT / "recipes/micro.yaml").read_text(encoding="utf-8"))
+    (folder / "recipes" / "nano.yaml").write_text(yaml.safe_dump({**recipe, "name": "nano", "out": "runs/nano"}))
+    chat = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}\n'
+    (folder / "my_chats.jsonl").write_text(chat * 8)
+    return folder
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("puyu ")])
+def test_every_puyu_command_works(command, place):
+    words = shlex.split(command.replace("DIR", "runs/nano/sft").replace("VERB --help", "sft --help"))[1:]
+    if words[0] == "serve":
+        return serve_and_stop(words, place)
+    if words[0] == "chat" and "--url" in words:
+        return None  # the server's own test talks to it by URL
+    words += ["--set", "batch_tokens=256", "--set", "steps=2"] if words[0] == "sft" and "--base" in words else []
+    done = puyu(*words, cwd=place, stdin="Hello\n/quit\n" if words[0] == "chat" else None)
+    assert done.stdout.strip()
+    return None
+
+
+def serve_and_stop(words, place):
+    words = [w if w != "8000" else "0" for w in words]
+    command = [sys.executable, "-m", "puyu", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with open(place / "serve.log", "w") as log:
+        process = subprocess.Popen(command, cwd=place, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        url, deadline = None, time.monotonic() + 60
+        while url is None and process.poll() is None and time.monotonic() < deadline:
+            url = re.search(r"http://127.0.0.1:\d+", (place / "serve.log").read_text())
+            time.sleep(0.05)
+        assert url, (place / "serve.log").read_text()
+        answered = puyu("chat", "--url", url.group(), "--prompt", "Hello", cwd=place)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert answered.returncode == 0
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make ")])
+def test_every_make_command_has_a_rule(command, place):
+    """Dry: what the rules run is tested by itself (and `make lint`, `make test` are this very run in CI)."""
+    done = subprocess.run(["make", "-n", *shlex.split(command)[1:]], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stderr
+
+
+def test_make_chain_runs_the_recipe(place):
+    """The rule itself, with the set-up already made: everything is up to date except what `nano` renamed."""
+    venv = Path(sys.prefix)
+    words = ["make", "-o", "setup", "chain", f"VENV={venv}"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=place, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "report: runs/nano/report.html" in done.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+def test_every_python_block_runs(page, place):
+    for block in blocks(page, "python"):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", block]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_links_lead_somewhere():
+    for page in (*PAGES, *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if not target.startswith("http"):
+                assert ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_table_of_bars_is_the_newest_one():
+    command = [sys.executable, "bench/harness.py", "table"]
+    table = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in text, "run: python scripts/readme"
