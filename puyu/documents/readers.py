@@ -206,9 +206,14 @@ def _bytes_of(member: _Member, quarantine: Quarantine) -> bytes | None:
         with _open_member(member) as stream:
             data = stream.read()
         return data
-    except (zipfile.BadZipFile, *torn_errors()) as error:
+    except _damaged() as error:
         quarantine(BadRecord(member.label, 0, 0, f"archive: {error}", ""))
         return None
+
+
+def _damaged() -> tuple[type[Exception], ...]:
+    """What a damaged archive raises."""
+    return (zipfile.BadZipFile, *torn_errors())
 
 
 def _decode_lines(data: bytes, label: str, quarantine: Quarantine) -> str:
@@ -280,7 +285,7 @@ def _lines(member: _Member, quarantine: Quarantine) -> Iterator[tuple[int, int, 
                 if line.strip():
                     yield number, offset, line
                 offset += len(line)
-    except (zipfile.BadZipFile, *torn_errors()) as error:
+    except _damaged() as error:
         quarantine(BadRecord(member.label, number + 1, offset, f"archive: {error}", ""))
 
 
