@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
 import pytest
 
 from puyu import Client
-from puyu.engine.core import EngineConfig
+from puyu.engine.core import EngineConfig, Event
 from puyu.engine.llm import LLM
 from puyu.errors import ConfigError, ResourceError
 from puyu.model.heads import CausalLM
@@ -64,9 +65,16 @@ def test_sigterm_lets_the_answer_under_way_finish_and_exits_0(checkpoint: Path) 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_after_the_drain_time_requests_end_with_a_stated_error(
-    model: CausalLM, tokenizer: Tokenizer, stream: bool
+    model: CausalLM, tokenizer: Tokenizer, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = LLM.from_model(model, tokenizer, config=EngineConfig(cache_tokens=1024), name=NAME)
+    step = llm.driver.engine.step
+
+    def slow() -> list[Event]:  # a toy model would be done before the server is told to stop
+        time.sleep(0.005)
+        return step()
+
+    monkeypatch.setattr(llm.driver.engine, "step", slow)
     body = {"prompt": "one", "max_tokens": 900, "ignore_eos": True, "stream": stream}
     answers: list[httpx.Response] = []
 
