@@ -1,4 +1,4 @@
-"""Device, dtype and seeding: what this machine can do, asked once and printed by `puyu doctor`.
+"""Device and dtype: what this machine can do, asked once and printed by `puyu doctor`.
 
 Imports torch inside functions only where it must stay importable without it.
 """
@@ -6,7 +6,6 @@ Imports torch inside functions only where it must stay importable without it.
 from __future__ import annotations
 
 import os
-import random
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,11 +72,3 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in known:
         raise ConfigError(f"unknown dtype {name!r}", remedy=f"use auto, {', '.join(known)}")
     return known[name]
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python and torch. Streams that must not depend on call order use their own generators."""
-    import torch
-
-    random.seed(seed)
-    torch.manual_seed(seed)

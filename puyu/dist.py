@@ -43,15 +43,6 @@ def world(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def all_sum(value: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, in place; the value itself in one process."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
 def barrier() -> None:
     """Wait for all ranks; nothing in one process."""
     import torch.distributed as dist

@@ -79,6 +79,15 @@ def input_of(name: str, path: Path) -> Input:
     return Input(name, str(path), found.key if found else hash_path(path))
 
 
+def without_paths(value: Any, keys: Mapping[str, str]) -> Any:
+    """A dumped config with each input's path replaced by its key, so that moving files changes no identity."""
+    if isinstance(value, Mapping):
+        return {name: without_paths(item, keys) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item, keys) for item in value]
+    return keys.get(value, value) if isinstance(value, str) else value
+
+
 @cache
 def code_version() -> str:
     """The git commit of the package's own checkout (with `+changes` when dirty), else the version."""

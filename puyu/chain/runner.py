@@ -20,7 +20,18 @@ from puyu.chain.stages import Stage
 from puyu.configure import Config, dump
 from puyu.errors import InputError, PuyuError, ResourceError
 from puyu.files import clear_folder, disk_errors, hash_file, hash_json, read_json, write_json
-from puyu.lineage import FILE, Input, Lineage, code_version, find_lineage, input_of, machine, now, write_lineage
+from puyu.lineage import (
+    FILE,
+    Input,
+    Lineage,
+    code_version,
+    find_lineage,
+    input_of,
+    machine,
+    now,
+    without_paths,
+    write_lineage,
+)
 
 MARK = "stage.json"
 _NOT_OUTPUTS = {FILE, MARK, "metrics.jsonl", "server.log"}
@@ -50,7 +61,7 @@ def stage_key(stage: Stage, config: Config) -> tuple[str, tuple[Input, ...]]:
     inputs = tuple(_input(name, paths) for name, paths in groups.items())
     keys = {item.path: item.key for item in inputs}
     covered = [[item.name, item.key] for item in inputs]
-    return hash_json([stage.verb, stage.version, _without_paths(dump(config), keys), covered]), inputs
+    return hash_json([stage.verb, stage.version, without_paths(dump(config), keys), covered]), inputs
 
 
 def _input(name: str, paths: list[Path]) -> Input:
@@ -59,15 +70,6 @@ def _input(name: str, paths: list[Path]) -> Input:
         return input_of(name, paths[0])
     folder = Path(os.path.commonpath(paths))
     return Input(name, str(folder), hash_json([[p.relative_to(folder).as_posix(), hash_file(p)] for p in paths]))
-
-
-def _without_paths(value: Any, names: Mapping[str, str]) -> Any:
-    """The config with input paths replaced by their keys, so that moving a run changes nothing."""
-    if isinstance(value, Mapping):
-        return {key: _without_paths(item, names) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item, names) for item in value]
-    return names.get(value, value) if isinstance(value, str) else value
 
 
 def run_stage(name: str, stage: Stage, config: Config, out: Path) -> Result:

@@ -6,7 +6,6 @@ again returns the numbers at once. Another config or other inputs in the same fo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from puyu.configure import Config, dump
 from puyu.device import pick_dtype
 from puyu.errors import CheckpointError, InputError
 from puyu.files import clear_folder, hash_json, read_json, write_json
-from puyu.lineage import input_of
+from puyu.lineage import input_of, without_paths
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.parallel import current_world
@@ -36,15 +35,7 @@ def identity_of(config: Config) -> str:
     """A hash of the config and the content of its inputs, without the fields that change nothing."""
     keys = {str(path): input_of(name, path).key for name, path in config.inputs() if path.exists()}
     values = {name: value for name, value in dump(config).items() if name not in _FREE}
-    return hash_json(_replaced(values, keys))
-
-
-def _replaced(value: Any, names: Mapping[str, str]) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _replaced(item, names) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_replaced(item, names) for item in value]
-    return names.get(value, value) if isinstance(value, str) else value
+    return hash_json(without_paths(values, keys))
 
 
 def finished(out: Path, identity: str) -> dict[str, Any] | None:

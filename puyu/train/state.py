@@ -9,7 +9,6 @@ whole, so the state fits any number of processes. No pickle.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,9 +137,3 @@ def _restored(moments: dict[str, Tensor], name: str, parameter: Tensor) -> dict[
     """The optimizer's entries of one parameter; scalars (the step count) keep their own dtype."""
     found = {key.removesuffix(f"/{name}"): value for key, value in moments.items() if key.endswith(f"/{name}")}
     return {kind: like(value, parameter) if value.ndim else value.to(parameter.device) for kind, value in found.items()}
-
-
-def drop_states(out: Path) -> None:
-    """Remove all training state (the finished model stands beside it)."""
-    if current_world().is_main:
-        shutil.rmtree(out / FOLDER, ignore_errors=True)
