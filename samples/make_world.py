@@ -58,7 +58,7 @@ def record(messages: list[Row], kind: str, language: str, *, tools: bool = False
 def sft(seed: int, problems: Problems) -> list[Row]:
     dice = Dice(seed, "sft")
     rows = [row for talk in talks() for row in _dressed(talk, dice)]
-    rows += [_sums(count, problems, dice) for count, number in ((1, 400), (3, 400), (5, 800)) for _ in range(number)]
+    rows += [_sums(count, problems, dice) for count, number in ((1, 400), (3, 400), (5, 1000)) for _ in range(number)]
     rows += [_direct(problems, dice) for _ in range(250)]
     rows += [_several_turns(problems, dice) for _ in range(700)]
     return dice.shuffled(rows)

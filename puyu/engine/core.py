@@ -78,8 +78,9 @@ class Engine:
     """Owns block pool, scheduler and runner. Shares the weights of `model`; after a change of weights call
     `reset_prefix_cache`."""
 
-    def __init__(self, model: CausalLM, config: EngineConfig | None = None) -> None:
-        self.model = model
+    def __init__(self, model: CausalLM, config: EngineConfig | None = None, *, num_ids: int | None = None) -> None:
+        """`num_ids`: how many ids the tokenizer knows, when the model's vocabulary is padded beyond them."""
+        self.model, self.num_ids = model, num_ids
         self.config = config = config or EngineConfig()
         weight = model.trunk.embedding.weight
         dtype = model.trunk.compute_dtype or weight.dtype
@@ -137,7 +138,7 @@ class Engine:
         logits_SV = self.runner.run(spans)
         choices = [_choice(chunk.running) for chunk in plan.chunks if chunk.samples]
         with torch.inference_mode():
-            return sample(logits_SV, choices) if choices else Sampled([], None)
+            return sample(logits_SV, choices, num_ids=self.num_ids) if choices else Sampled([], None)
 
     def _count(self, plan: Plan, sampled: Sampled) -> list[Event]:
         """Take over a computed step: rows that are not finite fail first, so that nothing of them is shared."""

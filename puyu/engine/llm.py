@@ -74,7 +74,7 @@ class LLM:
                 remedy="use the tokenizer that the model was trained with",
             )
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.driver = Driver(Engine(model, config), tokenizer)
+        self.driver = Driver(Engine(model, config, num_ids=tokenizer.vocab_size), tokenizer)
         self.loop = AsyncEngine(self.driver)
 
     # ---- blocking ----

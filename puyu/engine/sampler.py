@@ -36,9 +36,14 @@ class Sampled:
     logprobs: list[float] | None
 
 
-def sample(logits_BV: Tensor, choices: Sequence[Choice]) -> Sampled:
-    """One token for each row; rows of one kind are computed together."""
-    logits_BV = logits_BV.float() if logits_BV.dtype != torch.float64 else logits_BV
+def sample(logits_BV: Tensor, choices: Sequence[Choice], *, num_ids: int | None = None) -> Sampled:
+    """One token for each row; rows of one kind are computed together.
+
+    Only ids below `num_ids` are chosen: a vocabulary padded for speed has rows that stand for no token. The
+    log-probability still counts them, as the trainer does.
+    """
+    all_BV = logits_BV.float() if logits_BV.dtype != torch.float64 else logits_BV
+    logits_BV = all_BV[:, :num_ids]
     best_B, tokens_B = logits_BV.max(dim=-1)  # max carries NaN on, and +inf or all -inf show in it too
     drawn = [row for row, choice in enumerate(choices) if choice.params.temperature > 0]
     if drawn:
@@ -46,7 +51,7 @@ def sample(logits_BV: Tensor, choices: Sequence[Choice]) -> Sampled:
     logprobs = None
     if any(choice.params.logprobs for choice in choices):
         chosen_B = logits_BV.gather(-1, tokens_B[:, None])[:, 0]
-        logprobs = (chosen_B - logits_BV.logsumexp(dim=-1)).tolist()
+        logprobs = (chosen_B - all_BV.logsumexp(dim=-1)).tolist()
     finite = best_B.isfinite().tolist()
     return Sampled([token if ok else None for token, ok in zip(tokens_B.tolist(), finite, strict=True)], logprobs)
 

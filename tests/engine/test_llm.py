@@ -116,6 +116,18 @@ def test_max_tokens_is_capped_by_the_context(llm: LLM) -> None:
     assert completion.usage.prompt_tokens + completion.usage.completion_tokens == 128
 
 
+def test_a_vocabulary_padded_beyond_the_tokenizer_gives_only_known_ids(tokenizer: Tokenizer) -> None:
+    model = tiny_model(4, vocab_size=tokenizer.vocab_size + 40)
+    assert model.head is not None
+    with torch.no_grad():
+        model.head.weight[tokenizer.vocab_size :] *= 30  # what is no token looks best
+    with LLM.from_model(model, tokenizer, config=SMALL) as llm:
+        for temperature in (0.0, 1.0):
+            completion = llm.complete("Hello", max_tokens=40, temperature=temperature, seed=3, ignore_eos=True)
+            assert completion.finish_reason == "length"
+            assert max(completion.token_ids) < tokenizer.vocab_size
+
+
 # ---- scores ----
 
 

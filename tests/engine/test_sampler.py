@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def test_a_mixed_batch_equals_the_naive_twin_row_by_row(seed: int) -> None:
     for row, choice in enumerate(choices):
         alone = sample(logits[row : row + 1], [choice])
         assert alone.tokens == result.tokens[row : row + 1], "batch mates change nothing"
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ids_beyond_the_tokenizer_are_never_chosen_but_counted(seed: int) -> None:
+    rng = random.Random(seed)
+    logits = torch.randn(6, 23, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits[:, 17:] += 5  # the padding looks best
+    choices = [Choice(replace(_params(rng), logprobs=True), rng.random()) for _ in range(len(logits))]
+    found, cut = sample(logits, choices, num_ids=17), sample(logits[:, :17], choices)
+    assert found.tokens == cut.tokens and found.logprobs is not None
+    expected = logits.log_softmax(-1)
+    for row, (token, logprob) in enumerate(zip(found.tokens, found.logprobs, strict=True)):
+        assert logprob == pytest.approx(float(expected[row, token]), abs=1e-12)
 
 
 def test_frequencies_follow_the_distribution() -> None:
