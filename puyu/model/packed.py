@@ -22,8 +22,13 @@ _SIZES = tuple(64 * 2**i for i in range(16))
 """Padded lengths. Coarse on purpose: a bucket costs a dozen calls a layer, padding only a little attention."""
 
 
+_LENGTH_STEP, _COUNT_STEP = 32, 4
+"""A bucket's length and number of rows are multiples of these, so that few shapes occur (a CPU compiles each)."""
+
+
 class Bucket(NamedTuple):
-    """Documents of similar length, padded: `gather` [S, L] points into the packed tokens."""
+    """Documents of similar length, padded: `gather` [S, L] points into the packed tokens. Rows that only fill up
+    repeat the first document."""
 
     gather: Tensor
     num_documents: int
@@ -73,14 +78,15 @@ def _bucketed(starts: list[int], lengths: list[int], num_tokens: int, device: to
         by_size.setdefault(size, []).append((start, length))
     buckets, scatter, base = [], torch.empty(num_tokens, dtype=torch.long), 0
     for documents in by_size.values():
-        longest = max(length for _, length in documents)
+        longest = -(-max(length for _, length in documents) // _LENGTH_STEP) * _LENGTH_STEP
         first = torch.tensor([start for start, _ in documents])
         last = torch.tensor([start + length - 1 for start, length in documents])
         gather = torch.minimum(first[:, None] + torch.arange(longest), last[:, None])
         for row, (start, length) in enumerate(documents):
             scatter[start : start + length] = torch.arange(length) + base + row * longest
+        gather = torch.cat([gather, gather[:1].expand(-len(documents) % _COUNT_STEP, -1)])
         base += gather.numel()
-        buckets.append(Bucket(gather.to(device), len(documents), longest))
+        buckets.append(Bucket(gather.to(device), len(gather), longest))
     return PackedPlan(tuple(buckets), scatter.to(device))
 
 

@@ -29,6 +29,10 @@ CHUNK_BYTES = 32 << 20
 CACHE_BYTES = 2 << 20
 """Size of the rows that the softmax works on at once, on a CPU."""
 
+CPU_ROUND = 128
+"""Rows of the products are padded to a multiple of this on a CPU: each new shape costs about a millisecond there,
+because its kernel is compiled, and packed conversations bring a new one with every batch."""
+
 
 class LossOutput(NamedTuple):
     """Sums over this rank's batch. Each metric is a sum too; the Trainer divides it by the global weight."""
@@ -43,9 +47,16 @@ Objective = Callable[[Any, Batch], LossOutput]
 
 def hidden_states(model: CausalLM | ScalarModel, batch: Batch) -> Tensor:
     """Trunk over a packed batch -> hidden [T, D]."""
-    plan = PackedPlan.build(batch.starts_S, batch.num_tokens, batch.tokens_T.device)
-    hidden_TD: Tensor = model.trunk(batch.tokens_T, batch.positions_T, plan)
-    return hidden_TD
+    count, extra = batch.num_tokens, _missing(batch.num_tokens, batch.tokens_T.device)
+    starts_S = (*batch.starts_S, count) if extra else batch.starts_S  # padding is a document of its own
+    plan = PackedPlan.build(starts_S, count + extra, batch.tokens_T.device)
+    hidden_TD: Tensor = model.trunk(F.pad(batch.tokens_T, (0, extra)), F.pad(batch.positions_T, (0, extra)), plan)
+    return hidden_TD[:count]
+
+
+def _missing(rows: int, device: torch.device) -> int:
+    """How many rows a product lacks to the next multiple of `CPU_ROUND`."""
+    return -rows % CPU_ROUND if device.type == "cpu" and rows > CPU_ROUND else 0
 
 
 def lm_loss(model: CausalLM, batch: Batch) -> LossOutput:
@@ -90,6 +101,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, weights_P: Tensor, learns: bool
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden_PD.dtype == torch.float64 else torch.float32
+        count, extra = len(targets_P), _missing(len(targets_P), hidden_PD.device)
+        hidden_PD = F.pad(hidden_PD, (0, 0, 0, extra))
+        targets_P, weights_P = F.pad(targets_P, (0, extra)), F.pad(weights_P, (0, extra))
         cast_VD = weight_VD.to(hidden_PD.dtype)
         grad_PD = torch.empty_like(hidden_PD) if learns else None
         grad_VD = torch.zeros_like(weight_VD) if learns else None
@@ -103,7 +117,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_PD is not None and grad_VD is not None:
                 torch.mm(grad_CV, cast_VD, out=grad_PD[cut])
                 _accumulate(grad_VD, grad_CV, hidden_PD[cut])
-        ctx.save_for_backward(grad_PD, grad_VD)
+        ctx.save_for_backward(None if grad_PD is None else grad_PD[:count], grad_VD)
+        losses_P = losses_P[:count]
         ctx.mark_non_differentiable(losses_P)
         return losses_P.sum(), losses_P
 
