@@ -1,9 +1,10 @@
 """spine.1, 2, 3: the whole chain from one command, `puyu --help`, and the chain again with nothing changed.
 
-    python bench/spine_chain.py [--save] [--recipe recipes/nano.yaml]
+    python bench/spine_chain.py [--save] [--recipe recipes/nano.yaml] [--out FOLDER]
 
-The chain runs once into a fresh folder, then three times more; `--help` runs ten times after a warm-up. All are wall
-times of whole processes, as a user waits for them. Another recipe than nano is timed but never kept.
+The chain runs once into a fresh folder (kept when --out names it), then five times more; `--help` runs ten times after
+a warm-up. All are wall times of whole processes, as a user waits for them. Another recipe than nano is timed but its
+result is never kept.
 """
 
 from __future__ import annotations
@@ -32,16 +33,19 @@ def wall_time(arguments: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--recipe", default=NANO)
+    parser.add_argument("--out", type=Path, help="keep the run here; the folder must not exist")
     parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
     arguments = parser.parse_args()
-    recipe = arguments.recipe
+    recipe, kept = arguments.recipe, arguments.out
+    if kept and kept.exists():
+        parser.error(f"{kept} exists already: the chain would find its stages done")
     run = harness.Run("spine_chain", versions=versions(), notes={"recipe": recipe})
     wall_time(["--help"])
     helps = [wall_time(["--help"]) for _ in range(10)]
-    with tempfile.TemporaryDirectory() as out:
-        command = ["chain", recipe, "--set", f"out={Path(out) / 'chain'}"]
+    with tempfile.TemporaryDirectory() as temporary:
+        command = ["chain", recipe, "--out", str(kept or Path(temporary) / "chain")]
         first = wall_time(command)
-        again = [wall_time(command) for _ in range(3)]
+        again = [wall_time(command) for _ in range(5)]
     found = [
         harness.Samples("spine.1", [first]),
         harness.Samples("spine.2", helps),

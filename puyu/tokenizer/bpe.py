@@ -20,12 +20,13 @@ from itertools import pairwise
 
 from tokenizers import Regex, pre_tokenizers
 
-# Where a token may never reach across. Each digit stands alone, so that a small model can copy numbers; each line
+# Where a token may never reach across. Numbers are cut after three digits, as in cl100k, which InternLM2 follows: a
+# model copies a short number as one token, where single digits that repeat would mislead it (docs/log.md). Each line
 # break stands alone, so that a chat turn has the same ids whether its header and its text are encoded together or not.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
     r"| ?[\p{L}\p{M}]+"  # a word or a run of Chinese, with one space before it
-    r"|\p{N}"  # one digit
+    r"|\p{N}{1,3}"  # up to three digits
     r"|[\r\n]"  # one line break
     r"| ?[^\s\p{L}\p{M}\p{N}]+"  # punctuation
     r"|[^\S\r\n]+(?!\S)"  # spaces before a line break or before the last space of a run

@@ -38,6 +38,8 @@ class TokenizerConfig(Config):
     """Each text of extra_texts counts this many times."""
     vocab_size: int = Field(default=8192, ge=256 + _SPECIALS, le=1 << 20)
     """Number of tokens, special tokens and the 256 bytes included."""
+    numbers: bool = False
+    """Give every number of up to three digits a token of its own first (1,100 of the merges), as InternLM2 has it."""
     min_count: int = Field(default=2, ge=1)
     """A pair of tokens must occur this often to be merged."""
     max_bytes: int = Field(default=16_000_000, ge=1)
@@ -56,6 +58,8 @@ def run(config: TokenizerConfig, *, out: Path) -> dict[str, Any]:
     pieces = _counted("corpus", [text for _, text in documents])
     for piece, count in _counted("chats", chats).items():
         pieces[piece] += count * config.extra_weight
+    if config.numbers:
+        pieces += _numbers(config, more_often_than=pieces.total())
     tokenizer = _train(pieces, config)
     tokenizer.save(out)
     report = _report(tokenizer, config, documents, chats)
@@ -75,6 +79,15 @@ def _train(pieces: Counter[bytes], config: TokenizerConfig) -> Tokenizer:
     merges = learn_merges(pieces, num_tokens=wanted, min_count=config.min_count, on_merge=progress.update)
     progress.close()
     return from_merges(merges, chat_template=CHAT_TEMPLATE)
+
+
+def _numbers(config: TokenizerConfig, *, more_often_than: int) -> Counter[bytes]:
+    """All strings of two and three digits, counted so often that they are merged before anything else."""
+    least = 256 + _SPECIALS + 1100
+    if config.vocab_size < least:
+        raise ConfigError(f"numbers: true needs a vocab_size of at least {least}, not {config.vocab_size}")
+    digits = [f"{n:0{length}d}".encode() for length in (2, 3) for n in range(10**length)]
+    return Counter(dict.fromkeys(digits, more_often_than + 1))
 
 
 def _counted(name: str, texts: list[str]) -> Counter[bytes]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from puyu.configure import Config
@@ -23,9 +22,7 @@ from puyu.data.mix import Mixture
 from puyu.data.packing import Batch, Piece, PretrainSource, pack_pieces
 from puyu.data.shards import TokenShard
 from puyu.device import pick_device
-from puyu.dist import barrier
 from puyu.errors import ConfigError
-from puyu.model.checkpoint import save_model
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
@@ -34,8 +31,8 @@ from puyu.train.corpus import Corpus, open_corpus
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
-from puyu.train.stage import count_parameters, finish, finished, identity_of, place
-from puyu.train.trainer import OnStep, Trainer, TrainerConfig
+from puyu.train.stage import TrainingConfig, count_parameters, finish, finished, identity_of, place, save
+from puyu.train.trainer import OnStep, Trainer
 
 
 class ModelShape(Config):
@@ -74,7 +71,7 @@ class Phase(Config):
     """Share of each domain, in tokens; empty: by size."""
 
 
-class PretrainConfig(Config):
+class PretrainConfig(TrainingConfig):
     """Train a model from documents."""
 
     data: Path
@@ -87,22 +84,10 @@ class PretrainConfig(Config):
     """Phases in order."""
     batch_tokens: int = 8192
     """Tokens of one optimizer step, over all processes."""
-    accumulate: int = 1
-    """Micro-batches that a step is split into (less memory)."""
     optim: OptimConfig = OptimConfig(lr=2e-3)
     """Optimizer and schedule."""
     heldout: float = 0.01
     """Share of the documents kept apart for the validation loss."""
-    seed: int = 0
-    """Seed of weights and data order."""
-    dtype: str = "auto"
-    """Compute dtype: auto, bfloat16, float32, float64."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    checkpoint_every: int = 200
-    """Steps between saved states."""
-    tensorboard: bool = False
-    """Write TensorBoard files too."""
 
 
 def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
@@ -117,29 +102,15 @@ def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> 
         model = place(new_model(config, tokenizer), dtype=config.dtype, device=device)
         parameters = count_parameters(model)
         phases = Phases(config, corpus, model)
-        trainer = Trainer(model, lm_loss, phases.source, trainer_config(config, identity), out=out)
+        trained = config.trainer(sum(phase.steps for phase in config.phases), name="pretrain", identity=identity)
+        trainer = Trainer(model, lm_loss, phases.source, trained, out=out)
         trainer.before_step, trainer.on_step = phases.enter, on_step
         numbers = trainer.fit()
         phases.enter(numbers["steps"] - 1)
         validation = validate(trainer, corpus, seq_len=config.phases[-1].seq_len, batch_tokens=config.batch_tokens)
-        _save(trainer, tokenizer, out)
+        save(trainer, out, tokenizer.save)
         numbers |= {"parameters": parameters, "heldout": validation, "sources": phases.mixture.report()}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
-
-
-def trainer_config(config: PretrainConfig, identity: str) -> TrainerConfig:
-    """The part of the config that the Trainer reads."""
-    return TrainerConfig(
-        steps=sum(phase.steps for phase in config.phases),
-        optim=config.optim,
-        accumulate=config.accumulate,
-        checkpoint_every=config.checkpoint_every,
-        dtype=config.dtype,
-        seed=config.seed,
-        identity=identity,
-        name="pretrain",
-        tensorboard=config.tensorboard,
-    )
 
 
 def new_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
@@ -234,16 +205,6 @@ def _packed(shard: TokenShard, cuts: list[_Cut]) -> Batch:
         ids, _ = shard.doc(cut.doc)
         pieces.append(Piece(ids[cut.begin : cut.end], None, int(ids[cut.end]) if cut.end < len(ids) else None))
     return pack_pieces(pieces)
-
-
-def _save(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
-    weights = trainer.full_weights()
-    model = trainer.model
-    assert isinstance(model, CausalLM)
-    if trainer.world.is_main:
-        save_model(model, out, state=weights, dtype=torch.float32)
-        tokenizer.save(out)
-    barrier()
 
 
 def _headline(numbers: dict[str, Any]) -> str:

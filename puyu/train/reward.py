@@ -14,30 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
-from puyu.configure import Config
 from puyu.data.chats import read_preferences
 from puyu.data.packing import Batch, Pair, PreferenceSource, pack_pairs
 from puyu.device import pick_device
-from puyu.dist import barrier
 from puyu.errors import ConfigError, InputError
 from puyu.files import hash_json
 from puyu.log import logger
-from puyu.model.checkpoint import save_model, scalar_from_language
-from puyu.model.heads import ScalarModel
+from puyu.model.checkpoint import scalar_from_language
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.objectives import ranking_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
 from puyu.train.scoring import Rubrics, reward_token, scoring_ids
-from puyu.train.stage import check_vocabulary, finish, finished, identity_of, place
-from puyu.train.trainer import OnStep, Trainer, TrainerConfig
+from puyu.train.stage import TrainingConfig, check_vocabulary, finish, finished, identity_of, place, save
+from puyu.train.trainer import OnStep, Trainer
 from puyu.types import Preference
 
 
-class RewardConfig(Config):
+class RewardConfig(TrainingConfig):
     """Train a reward model on preference pairs."""
 
     base: Path
@@ -54,8 +50,6 @@ class RewardConfig(Config):
     """Optimizer steps; 0: by epochs."""
     batch_tokens: int = 8192
     """Most tokens of one optimizer step, over all processes."""
-    accumulate: int = 1
-    """Micro-batches that a step is split into (less memory)."""
     max_tokens: int = 0
     """Longer sequences are cut at the end, the reward token stays; 0: the model's context."""
     gamma: float = 2.0
@@ -68,16 +62,6 @@ class RewardConfig(Config):
     """Token that carries the score."""
     optim: OptimConfig = OptimConfig(lr=5e-4, weight_decay=0.01)
     """Optimizer and schedule."""
-    seed: int = 0
-    """Seed of the data order."""
-    dtype: str = "auto"
-    """Compute dtype: auto, bfloat16, float32, float64."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    checkpoint_every: int = 200
-    """Steps between saved states."""
-    tensorboard: bool = False
-    """Write TensorBoard files too."""
 
 
 def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
@@ -98,27 +82,14 @@ def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> di
         steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
         model = place(loaded, dtype=config.dtype, device=device)
         objective = ranking_loss(gamma=config.gamma, penalty=config.penalty)
-        trainer = Trainer(model, objective, source, _trainer_config(config, steps, identity), out=out)
+        trainer = Trainer(model, objective, source, config.trainer(steps, name="reward", identity=identity), out=out)
         trainer.on_step = on_step
         numbers = trainer.fit()
         numbers["heldout"] = measure(trainer, pairs.heldout, rubrics, batch_tokens=budget)
-        _save(trainer, tokenizer, rubrics, out)
+        extra = {"reward_token_id": rubrics.reward_id, "reward_domains_hash": rubrics.key()}
+        save(trainer, out, tokenizer.save, rubrics.save, extra=extra)
         numbers |= {"pairs": len(source.pairs), "dropped": source.dropped, "quarantined": pairs.torn}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
-
-
-def _trainer_config(config: RewardConfig, steps: int, identity: str) -> TrainerConfig:
-    return TrainerConfig(
-        steps=steps,
-        optim=config.optim,
-        accumulate=config.accumulate,
-        checkpoint_every=config.checkpoint_every,
-        dtype=config.dtype,
-        seed=config.seed,
-        identity=identity,
-        name="reward",
-        tensorboard=config.tensorboard,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,17 +164,6 @@ def _batches(pairs: Sequence[Pair], batch_tokens: int, rank: int, world_size: in
         size += length
     if group:
         yield pack_pairs(group[rank::world_size])
-
-
-def _save(trainer: Trainer, tokenizer: Tokenizer, rubrics: Rubrics, out: Path) -> None:
-    weights = trainer.full_weights()
-    assert isinstance(trainer.model, ScalarModel)
-    if trainer.world.is_main:
-        extra = {"reward_token_id": rubrics.reward_id, "reward_domains_hash": rubrics.key()}
-        save_model(trainer.model, out, state=weights, dtype=torch.float32, extra=extra)
-        tokenizer.save(out)
-        rubrics.save(out)
-    barrier()
 
 
 def _headline(numbers: dict[str, Any]) -> str:

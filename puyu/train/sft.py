@@ -11,26 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from puyu.configure import Config
 from puyu.data.chats import read_conversations
 from puyu.data.mix import key_of, permuted
 from puyu.data.packing import ConversationSource, Doc
 from puyu.device import pick_device
-from puyu.dist import barrier
 from puyu.errors import ConfigError
 from puyu.files import BadRecord
 from puyu.log import logger
-from puyu.model.checkpoint import load_model, save_model
-from puyu.model.heads import CausalLM
+from puyu.model.checkpoint import load_model
 from puyu.tokenizer.chat import render
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
-from puyu.train.stage import check_vocabulary, finish, finished, identity_of, place
-from puyu.train.trainer import OnStep, Trainer, TrainerConfig
+from puyu.train.stage import TrainingConfig, check_vocabulary, finish, finished, identity_of, place, save
+from puyu.train.trainer import OnStep, Trainer
 
 
 class ChatData(Config):
@@ -42,7 +38,7 @@ class ChatData(Config):
     """How often an epoch sees it; 0.5 takes a fixed half."""
 
 
-class SFTConfig(Config):
+class SFTConfig(TrainingConfig):
     """Fine-tune on conversations."""
 
     base: Path
@@ -55,22 +51,10 @@ class SFTConfig(Config):
     """Optimizer steps; 0: by epochs."""
     batch_tokens: int = 8192
     """Most tokens of one optimizer step, over all processes."""
-    accumulate: int = 1
-    """Micro-batches that a step is split into (less memory)."""
     max_tokens: int = 0
     """Longer conversations are dropped and counted; 0: the model's context."""
     optim: OptimConfig = OptimConfig(lr=1e-3, weight_decay=0.01)
     """Optimizer and schedule. The default suits models of a few million parameters; 7B wants 4e-5."""
-    seed: int = 0
-    """Seed of the data order."""
-    dtype: str = "auto"
-    """Compute dtype: auto, bfloat16, float32, float64."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    checkpoint_every: int = 200
-    """Steps between saved states."""
-    tensorboard: bool = False
-    """Write TensorBoard files too."""
 
 
 def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
@@ -90,10 +74,10 @@ def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None) -> dict[
         )
         steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
         model = place(loaded, dtype=config.dtype, device=device)
-        trainer = Trainer(model, lm_loss, source, _trainer_config(config, steps, identity), out=out)
+        trainer = Trainer(model, lm_loss, source, config.trainer(steps, name="sft", identity=identity), out=out)
         trainer.on_step = on_step
         numbers = trainer.fit()
-        save(trainer, tokenizer, out)
+        save(trainer, out, tokenizer.save)
         numbers |= {"conversations": len(source.docs), "dropped": source.dropped, "quarantined": len(torn)}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
@@ -120,30 +104,6 @@ def repeated(count: int, repeat: float, *, key: int) -> list[int]:
     whole, share = divmod(repeat, 1)
     some = sorted(permuted(i, count, key) for i in range(round(share * count)))
     return list(range(count)) * int(whole) + some
-
-
-def _trainer_config(config: SFTConfig, steps: int, identity: str) -> TrainerConfig:
-    return TrainerConfig(
-        steps=steps,
-        optim=config.optim,
-        accumulate=config.accumulate,
-        checkpoint_every=config.checkpoint_every,
-        dtype=config.dtype,
-        seed=config.seed,
-        identity=identity,
-        name="sft",
-        tensorboard=config.tensorboard,
-    )
-
-
-def save(trainer: Trainer, tokenizer: Tokenizer, out: Path) -> None:
-    """Write a language model's checkpoint; every rank must call it."""
-    weights = trainer.full_weights()
-    assert isinstance(trainer.model, CausalLM)
-    if trainer.world.is_main:
-        save_model(trainer.model, out, state=weights, dtype=torch.float32)
-        tokenizer.save(out)
-    barrier()
 
 
 def _headline(numbers: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ again returns the numbers at once. Another config or other inputs in the same fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,13 +14,17 @@ import torch
 
 from puyu.configure import Config, dump
 from puyu.device import pick_dtype
+from puyu.dist import barrier
 from puyu.errors import CheckpointError, InputError
 from puyu.files import clear_folder, hash_json, read_json, write_json
 from puyu.lineage import input_of, without_paths
+from puyu.model.checkpoint import save_model
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.optim import OptimConfig
 from puyu.train.parallel import current_world
 from puyu.train.state import FOLDER
+from puyu.train.trainer import Trainer, TrainerConfig
 
 _RESULT = "result.json"
 _FREE = {"device", "checkpoint_every", "tensorboard"}
@@ -29,6 +34,32 @@ _PADDING = 1024
 """Models may have this many rows beyond the tokenizer (vocabularies are padded to round numbers)."""
 
 M = TypeVar("M", CausalLM, ScalarModel)
+
+
+class TrainingConfig(Config):
+    """The fields that every training stage has."""
+
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and schedule."""
+    accumulate: int = 1
+    """Micro-batches that a step is split into (less memory)."""
+    seed: int = 0
+    """Seed of new weights and of the data order."""
+    dtype: str = "auto"
+    """Compute dtype: auto, bfloat16, float32, float64."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    checkpoint_every: int = 200
+    """Steps between saved states."""
+    tensorboard: bool = False
+    """Write TensorBoard files too."""
+
+    def trainer(self, steps: int, *, name: str, identity: str) -> TrainerConfig:
+        """What the Trainer reads of it."""
+        shared = ("optim", "accumulate", "seed", "dtype", "checkpoint_every", "tensorboard")
+        return TrainerConfig(
+            steps=steps, name=name, identity=identity, **{field: getattr(self, field) for field in shared}
+        )
 
 
 def identity_of(config: Config) -> str:
@@ -63,6 +94,17 @@ def finish(out: Path, identity: str, numbers: dict[str, Any]) -> dict[str, Any]:
         for folder in (out / FOLDER).glob("step-*"):
             clear_folder(folder)
     return numbers
+
+
+def save(trainer: Trainer, out: Path, *parts: Callable[[Path], None], extra: dict[str, Any] | None = None) -> None:
+    """Write the checkpoint and what belongs to it (tokenizer, rubrics); every rank must call it."""
+    weights = trainer.full_weights()
+    assert isinstance(trainer.model, CausalLM | ScalarModel)
+    if trainer.world.is_main:
+        save_model(trainer.model, out, state=weights, dtype=torch.float32, extra=extra)
+        for part in parts:
+            part(out)
+    barrier()
 
 
 def place(model: M, *, dtype: str, device: torch.device) -> M:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from puyu.chain.runner import MARK
 from puyu.files import read_json
 from puyu.lineage import read_lineage
 from tests.conftest import puyu
@@ -88,23 +89,44 @@ def _stages_kept(text):
     return [line for line, after in itertools.pairwise(lines) if "nothing to do" in after and line.startswith("[")]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
-def test_killed_in_a_stage_it_goes_on_and_ends_with_the_same_weights(finished, tmp_path, stage):
-    """kill -9 as soon as the stage has saved a state; the run after it must end with the bytes of the whole run."""
-    out = copy_run(finished[0], tmp_path / "run")
+def killed_in(stage, out, begun):
+    """Take away `stage` and what follows, run again up to it, and kill -9 as soon as `begun()`."""
     for name in STAGES[STAGES.index(stage) :]:
         subprocess.run(["rm", "-rf", out / name], check=True)
     command = [sys.executable, "-m", "puyu", "chain", RECIPE, "--out", str(out), "--until", stage]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    state, deadline = out / stage / "train_state", time.monotonic() + 120
-    while not list(state.glob("step-????????")) and process.poll() is None and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while not begun() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (out / stage / "lineage.json").exists()
-    done = puyu("chain", RECIPE, "--out", out, "--until", stage)
+    return puyu("chain", RECIPE, "--out", out, "--until", stage)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward", "ppo"])
+def test_killed_in_a_stage_it_goes_on_and_ends_with_the_same_weights(finished, tmp_path, stage):
+    """kill -9 as soon as the stage has saved a state; the run after it must end with the bytes of the whole run."""
+    out = copy_run(finished[0], tmp_path / "run")
+    state = out / stage / "train_state"
+    done = killed_in(stage, out, lambda: list(state.glob("step-????????")))
     assert "finished after a resume" in done.stderr and "going on from step" in done.stderr
     whole, resumed = ((folder / stage / "model.safetensors").read_bytes() for folder in (finished[0], out))
     assert whole == resumed
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "int8", "eval", "talk"])
+def test_killed_in_a_short_stage_it_is_finished_the_next_time(finished, tmp_path, stage):
+    """kill -9 while the stage's folder holds its mark only or a part of its files; the result is that of one run."""
+    out = copy_run(finished[0], tmp_path / "run")
+    done = killed_in(stage, out, lambda: (out / stage / MARK).is_file())
+    assert f"\n{stage} " in done.stdout
+    whole, again = (read_lineage(folder / stage) for folder in (finished[0], out))
+    if stage in ("tokenizer", "int8"):
+        assert whole.outputs == again.outputs
+    elif stage == "eval":
+        assert whole.numbers["results"] == again.numbers["results"]
+    else:
+        assert read_json(finished[0] / stage / "transcript.json")[0] == read_json(out / stage / "transcript.json")[0]
 
 
 def test_the_chain_answers_from_python_in_three_lines(finished):

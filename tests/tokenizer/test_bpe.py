@@ -72,8 +72,9 @@ def test_pre_tokens_lose_nothing(text: str) -> None:
     assert "".join(bpe.pre_tokenize(text)) == text
 
 
-def test_digits_and_line_breaks_stand_alone() -> None:
-    assert bpe.pre_tokenize("a 120\n\nb٣") == ["a", " ", "1", "2", "0", "\n", "\n", "b", "٣"]
+def test_numbers_and_line_breaks_stand_alone() -> None:
+    assert bpe.pre_tokenize("a 12\n\nb٣") == ["a", " ", "12", "\n", "\n", "b", "٣"]
+    assert bpe.pre_tokenize("x=1234567.89") == ["x", "=", "123", "456", "7", ".", "89"]
     assert bpe.pre_tokenize("if x:\n    y  \r\n") == ["if", " x", ":", "\n", "   ", " y", "  ", "\r", "\n"]
 
 

@@ -55,6 +55,16 @@ def test_words_of_chats_get_tokens(data: Path, tmp_path: Path) -> None:
     assert len(tokenizer.encode("quokka")) == len(tokenizer.encode("zyzzyva")) == 1
 
 
+def test_every_short_number_is_one_token_when_asked_for(data: Path, tmp_path: Path) -> None:
+    run(TokenizerConfig(data=data, vocab_size=1500, numbers=True), out=tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    short = [f"{n:0{length}d}" for length in (1, 2, 3) for n in range(10**length)]
+    assert len(short) == 1110 and all(len(tokenizer.encode(number)) == 1 for number in short)
+    assert [tokenizer.token_bytes(id) for id in tokenizer.encode("386277*4")] == [b"386", b"277", b"*", b"4"]
+    with pytest.raises(ConfigError, match="numbers: true needs a vocab_size of at least"):
+        run(TokenizerConfig(data=data, vocab_size=1300, numbers=True), out=tmp_path / "small")
+
+
 def test_a_draw_stays_below_the_limit(data: Path, tmp_path: Path, corpus: list[str]) -> None:
     numbers = run(TokenizerConfig(data=data, vocab_size=300, max_bytes=300), out=tmp_path / "out")
     assert 0 < numbers["train_bytes"] <= 300 < sum(len(text.encode("utf-8")) for text in corpus)
