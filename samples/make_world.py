@@ -122,8 +122,8 @@ def pages(seed: int, problems: Problems, asked: set[str]) -> list[Row]:
     What is asked is added to `asked`, so that it is not held out.
     """
     dice = Dice(seed, "pages")
-    rows = [{"text": _worksheet(problems, dice), "license": "CC0-1.0"} for _ in range(500)]
-    rows += [{"text": _questions(dice, asked), "license": "CC0-1.0"} for _ in range(150)]
+    rows = [{"text": _worksheet(problems, dice), "license": "CC0-1.0"} for _ in range(600)]
+    rows += [{"text": _questions(dice, asked), "license": "CC0-1.0"} for _ in range(400)]
     return dice.shuffled(rows)
 
 
@@ -131,9 +131,10 @@ def _worksheet(problems: Problems, dice: Dice) -> str:
     language = dice.pick(LANGUAGES)
     title = {"en": "Worksheet {n}. Work out each sum.", "zh": "练习 {n}。算出下面各题。"}[language]
     lines = [title.format(n=1 + dice.below(900))]
-    for _ in range(24):
+    for _ in range(20):
         problem = problems.draw(dice)
-        lines.append(f"{problem.question(language, dice, plain=True)} {problem.expression} = {problem.result}")
+        question, answer = problem.question(language, dice, plain=True), problem.answer(language)
+        lines.append(f"{question} {problem.expression} = {problem.result} {answer}")
     return "\n".join(lines)
 
 
@@ -260,8 +261,8 @@ def ppo_prompts(seed: int, problems: Problems, seen: set[str]) -> tuple[list[Row
     """Training prompts, and 200 held-out ones that no training split asks in the same words (`seen` by SFT)."""
     dice = Dice(seed, "ppo")
     by_kind = {kind: [talk for talk in ALL_TALKS if talk.kind == kind] for kind in VARIANTS}
-    train = [prompt_row(dice.pick(by_kind[kind]), dice) for kind in VARIANTS for _ in range(500)]
-    train += [sum_row(problems.draw(dice), dice) for _ in range(500)]
+    train = [prompt_row(dice.pick(by_kind[kind]), dice) for kind in VARIANTS for _ in range(600)]
+    train += [sum_row(problems.draw(dice), dice) for _ in range(600)]
     train = list({_asked(row): row for row in train}.values())
     held = {_asked(row): row for row in (prompt_row(talk, dice) for talk in unseen_refusals())}
     seen = seen | {_asked(row) for row in train}
