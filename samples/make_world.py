@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from world_words import (
+    ARITHMETIC,
     FILLERS,
     HERE,
     LANGUAGES,
@@ -116,12 +117,12 @@ def _several_turns(problems: Problems, dice: Dice) -> Row:
 
 
 def pages(seed: int, problems: Problems, asked: set[str]) -> list[Row]:
-    """Worksheets of sums, and of questions and answers, as documents: text that repeats what stands before it.
+    """Worksheets of sums and pages of questions and answers, as documents: text that repeats what stands before it.
 
     What is asked is added to `asked`, so that it is not held out.
     """
     dice = Dice(seed, "pages")
-    rows = [{"text": _worksheet(problems, dice), "license": "CC0-1.0"} for _ in range(800)]
+    rows = [{"text": _worksheet(problems, dice), "license": "CC0-1.0"} for _ in range(600)]
     rows += [{"text": _questions(dice, asked), "license": "CC0-1.0"} for _ in range(400)]
     return dice.shuffled(rows)
 
@@ -133,7 +134,7 @@ def _worksheet(problems: Problems, dice: Dice) -> str:
     for _ in range(20):
         problem = problems.draw(dice)
         question, answer = problem.question(language, dice, plain=True), problem.answer(language)
-        lines.append(f"{question} {problem.expression}. {problem.expression} = {problem.result}. {answer}")
+        lines.append(f"{question} {problem.expression} = {problem.result} {answer}")
     return "\n".join(lines)
 
 
@@ -210,7 +211,7 @@ def _call_pair(problems: Problems, dice: Dice) -> Row:
     """The right call against a wrong expression, or against a guess without the tool."""
     problem, language = problems.draw(dice), dice.pick(LANGUAGES)
     fault = dice.pick(("wrong expression", "wrong expression", "no call", "refuses"))
-    guess = problem.answer(language, result=_nudged(problem.result, dice))
+    guess = str(ARITHMETIC[language]["answer"]).format(r=_nudged(problem.result, dice))
     bad = {
         "wrong expression": tool_call(f"{_nudged(str(problem.a), dice)}{problem.sign}{problem.b}"),
         "no call": assistant(guess),
@@ -225,7 +226,7 @@ def _result_pair(problems: Problems, dice: Dice) -> Row:
     """After the tool's result: the result itself against another number."""
     problem, language = problems.draw(dice), dice.pick(LANGUAGES)
     *prompt, right = with_tool(problem, language, dice)
-    bad = assistant(problem.answer(language, result=_nudged(problem.result, dice)))
+    bad = assistant(str(ARITHMETIC[language]["answer"]).format(r=_nudged(problem.result, dice)))
     meta = {"kind": "arithmetic", "language": language, "fault": "wrong result"}
     return pair(prompt, (right, bad), "honest", meta, tools=True)
 
@@ -260,8 +261,8 @@ def ppo_prompts(seed: int, problems: Problems, seen: set[str]) -> tuple[list[Row
     """Training prompts, and 200 held-out ones that no training split asks in the same words (`seen` by SFT)."""
     dice = Dice(seed, "ppo")
     by_kind = {kind: [talk for talk in ALL_TALKS if talk.kind == kind] for kind in VARIANTS}
-    train = [prompt_row(dice.pick(by_kind[kind]), dice) for kind in VARIANTS for _ in range(800)]
-    train += [sum_row(problems.draw(dice), dice) for _ in range(800)]
+    train = [prompt_row(dice.pick(by_kind[kind]), dice) for kind in VARIANTS for _ in range(600)]
+    train += [sum_row(problems.draw(dice), dice) for _ in range(600)]
     train = list({_asked(row): row for row in train}.values())
     held = {_asked(row): row for row in (prompt_row(talk, dice) for talk in unseen_refusals())}
     seen = seen | {_asked(row) for row in train}

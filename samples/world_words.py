@@ -201,9 +201,8 @@ class Problem:
         asked = dice.pick(ARITHMETIC[language][self.sign]).format(a=self.a, b=self.b)
         return asked if plain or dice.chance(0.5) else dress(asked, language, dice)
 
-    def answer(self, language: str, *, result: str = "") -> str:
-        """The sentence with the result (or with a wrong `result`)."""
-        return str(ARITHMETIC[language]["answer"]).format(r=result or self.result)
+    def answer(self, language: str) -> str:
+        return str(ARITHMETIC[language]["answer"]).format(r=self.result)
 
     def call(self, number: int = 0) -> Row:
         return tool_call(self.expression, number)

@@ -157,9 +157,12 @@ def _expression_value(call: ToolCall) -> Decimal | None:
 def script(text: str) -> str:
     """ "zh" or "en" by what there is more of, Han characters or Latin words; "" when there is neither.
 
-    >>> script("我是 Puyu，一个 InternLM 模型"), script("84")
-    ('zh', '')
+    The path of a file is of no language.
+
+    >>> script("我是 Puyu，一个 InternLM 模型"), script("84"), script("报告在 runs/nano/report.html。")
+    ('zh', '', 'zh')
     """
+    text = re.sub(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_./-]+", " ", text)
     han = len(re.findall(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]", text))
     latin = len(re.findall(r"[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]+", text))
     if han == latin == 0:

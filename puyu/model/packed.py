@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,9 +21,6 @@ from puyu.model import dense
 _SIZES = tuple(64 * 2**i for i in range(16))
 """Padded lengths. Coarse on purpose: a bucket costs a dozen calls a layer, padding only a little attention."""
 
-
-_WORTH = 200_000
-"""Padding of this many scores a head costs as much as the calls of one more bucket (measured on a CPU)."""
 
 _LENGTH_STEP, _COUNT_STEP = 32, 4
 """A bucket's length and number of rows are multiples of these, so that few shapes occur (a CPU compiles each)."""
@@ -80,7 +76,6 @@ def _bucketed(starts: list[int], lengths: list[int], num_tokens: int, device: to
     for start, length in zip(starts, lengths, strict=True):
         size = next(size for size in _SIZES if size >= length)
         by_size.setdefault(size, []).append((start, length))
-    by_size = _merged(by_size)
     buckets, scatter, base = [], torch.empty(num_tokens, dtype=torch.long), 0
     for documents in by_size.values():
         longest = -(-max(length for _, length in documents) // _LENGTH_STEP) * _LENGTH_STEP
@@ -93,15 +88,6 @@ def _bucketed(starts: list[int], lengths: list[int], num_tokens: int, device: to
         base += gather.numel()
         buckets.append(Bucket(gather.to(device), len(gather), longest))
     return PackedPlan(tuple(buckets), scatter.to(device))
-
-
-def _merged(by_size: dict[int, list[tuple[int, int]]]) -> dict[int, list[tuple[int, int]]]:
-    """Small buckets go into the next larger one where the padding costs less than the calls."""
-    sizes = sorted(by_size)
-    for size, larger in pairwise(sizes):
-        if len(by_size[size]) * (larger**2 - size**2) <= _WORTH:
-            by_size[larger] = by_size.pop(size) + by_size[larger]
-    return by_size
 
 
 def _causal(q_SLNH: Tensor, k_SLKH: Tensor, v_SLKH: Tensor) -> Tensor:
