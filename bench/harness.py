@@ -33,7 +33,7 @@ RESULTS = ROOT / "bench" / "results"
 sys.path.append(str(ROOT))  # the benches also run from a checkout that is not installed
 MAX_DRIFT = 0.10
 MIN_PAIRS = 5
-PROBE_SECONDS = 15.0
+PROBE_PATIENCE = 30.0
 
 # one-sided 95 % quantiles of Student's t, degrees of freedom 1..30
 _T95 = (
@@ -106,25 +106,28 @@ def judge(bar: Bar, samples: Samples) -> dict[str, Any]:
 
 
 def probe() -> dict[str, float]:
-    """Memory read in GB/s and fp32 matmul in GFLOP/s: the best of `PROBE_SECONDS`.
+    """Memory read in GB/s and fp32 matmul in GFLOP/s: the best of many tries.
 
-    On a shared machine the bandwidth falls to two thirds for seconds at a time; only the best of many tries tells
-    the machine's own state from its neighbors'.
+    On a shared machine the bandwidth falls to two thirds for ten or twenty seconds at a time; only the best over a
+    longer time tells the machine's own state from its neighbors'.
     """
     import torch
 
     block, a = torch.ones(1 << 26), torch.ones(1024, 1024)
-    read, product = _best(lambda: block.sum(), PROBE_SECONDS * 0.8), _best(lambda: a @ a, PROBE_SECONDS * 0.2)
+    read, product = _best(lambda: block.sum()), _best(lambda: a @ a)
     return {"memory_read_gb_s": 4 * (1 << 26) / read / 1e9, "matmul_gflop_s": 2 * 1024**3 / product / 1e9}
 
 
-def _best(function: Callable[[], object], seconds: float) -> float:
-    """The shortest of all calls within `seconds`, in seconds."""
+def _best(function: Callable[[], object]) -> float:
+    """The shortest call, in seconds, once `PROBE_PATIENCE` has passed without one shorter by 3 %."""
     function()
-    found, until = [], time.perf_counter() + seconds
+    best = _timed(function)
+    until = time.perf_counter() + PROBE_PATIENCE
     while time.perf_counter() < until:
-        found.append(_timed(function))
-    return min(found)
+        if (found := _timed(function)) < 0.97 * best:
+            until = time.perf_counter() + PROBE_PATIENCE
+        best = min(best, found)
+    return best
 
 
 def _timed(function: Callable[[], object]) -> float:
