@@ -21,9 +21,9 @@ from puyu.model import dense
 _SIZES = tuple(64 * 2**i for i in range(16))
 """Padded lengths. Coarse on purpose: a bucket costs a dozen calls a layer, padding only a little attention."""
 
-
-_LENGTH_STEP, _COUNT_STEP = 32, 4
-"""A bucket's length and number of rows are multiples of these, so that few shapes occur (a CPU compiles each)."""
+_LENGTH_STEP, _COUNT_STEP, _FILLED = 32, 4, 512
+"""A bucket's length is a multiple of the first. In training on a CPU, which compiles a kernel for each new shape, its
+number of rows is one of the second, up to the third: rows of long documents cost more than a kernel."""
 
 
 class Bucket(NamedTuple):
@@ -84,7 +84,8 @@ def _bucketed(starts: list[int], lengths: list[int], num_tokens: int, device: to
         gather = torch.minimum(first[:, None] + torch.arange(longest), last[:, None])
         for row, (start, length) in enumerate(documents):
             scatter[start : start + length] = torch.arange(length) + base + row * longest
-        gather = torch.cat([gather, gather[:1].expand(-len(documents) % _COUNT_STEP, -1)])
+        if torch.is_grad_enabled() and torch.device(device).type == "cpu" and longest <= _FILLED:
+            gather = torch.cat([gather, gather[:1].expand(-len(documents) % _COUNT_STEP, -1)])
         base += gather.numel()
         buckets.append(Bucket(gather.to(device), len(gather), longest))
     return PackedPlan(tuple(buckets), scatter.to(device))

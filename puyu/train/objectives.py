@@ -102,8 +102,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden_PD.dtype == torch.float64 else torch.float32
         count, extra = len(targets_P), _missing(len(targets_P), hidden_PD.device)
-        hidden_PD = F.pad(hidden_PD, (0, 0, 0, extra))
-        targets_P, weights_P = F.pad(targets_P, (0, extra)), F.pad(weights_P, (0, extra))
+        if extra:
+            hidden_PD = F.pad(hidden_PD, (0, 0, 0, extra))
+            targets_P, weights_P = F.pad(targets_P, (0, extra)), F.pad(weights_P, (0, extra))
         cast_VD = weight_VD.to(hidden_PD.dtype)
         grad_PD = torch.empty_like(hidden_PD) if learns else None
         grad_VD = torch.zeros_like(weight_VD) if learns else None

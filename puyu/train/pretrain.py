@@ -102,8 +102,9 @@ def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> 
         model = place(new_model(config, tokenizer), dtype=config.dtype, device=device)
         parameters = count_parameters(model)
         phases = Phases(config, corpus, model)
-        trained = config.trainer(sum(phase.steps for phase in config.phases), name="pretrain", identity=identity)
-        trainer = Trainer(model, lm_loss, phases.source, trained, out=out)
+        steps = sum(phase.steps for phase in config.phases)
+        settings = config.trainer(steps, name="pretrain", identity=identity)
+        trainer = Trainer(model, lm_loss, phases.source, settings, out=out)
         trainer.before_step, trainer.on_step = phases.enter, on_step
         numbers = trainer.fit()
         phases.enter(numbers["steps"] - 1)

@@ -56,9 +56,16 @@ class TrainingConfig(Config):
 
     def trainer(self, steps: int, *, name: str, identity: str) -> TrainerConfig:
         """What the Trainer reads of it."""
-        shared = ("optim", "accumulate", "seed", "dtype", "checkpoint_every", "tensorboard")
         return TrainerConfig(
-            steps=steps, name=name, identity=identity, **{field: getattr(self, field) for field in shared}
+            steps=steps,
+            optim=self.optim,
+            accumulate=self.accumulate,
+            checkpoint_every=self.checkpoint_every,
+            dtype=self.dtype,
+            seed=self.seed,
+            identity=identity,
+            name=name,
+            tensorboard=self.tensorboard,
         )
 
 

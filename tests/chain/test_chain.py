@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,14 +68,8 @@ def test_trace_shows_that_the_reward_model_led_to_ppo(finished):
 
 
 def copy_run(out, target):
-    import shutil
-
     shutil.copytree(out, target)
     return target
-
-
-def keys(out):
-    return {name: read_lineage(out / name).finished for name in STAGES}
 
 
 def test_a_changed_value_reruns_its_stage_and_what_depends_on_it(finished, tmp_path):
