@@ -118,3 +118,11 @@ def test_the_table_of_bars_is_the_newest_one():
     table = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert table in text, "run: python scripts/readme"
+
+
+@pytest.mark.parametrize("name", ["evaluation", "transcript", "output"])
+def test_what_the_readme_shows_of_the_run_is_recorded(name):
+    kept = (ROOT / "bench" / "results" / "nano" / f"{name}.txt").read_text(encoding="utf-8")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    part = text[text.index(f"<!-- {name} -->") : text.index(f"<!-- /{name} -->")]
+    assert f"```text\n{kept}```" in part, "run: python scripts/readme"
