@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from puyu.device import cpu_flags
 from puyu.errors import DependencyError
 from puyu.files import hash_json
+from puyu.model.attention import Attention
 from puyu.model.heads import CausalLM
-from puyu.model.layers import RMSNorm, rotation
+from puyu.model.layers import GatedMLP, RMSNorm
 from puyu.model.linear import Linear
 from puyu.model.paged import KVCache
+from puyu.model.rope import RopeScaling
 from puyu.model.transformer import Block
 
 MAX_BATCH = 8
@@ -112,7 +114,7 @@ class NativeStep:
         self._weights = _layer_weights(model)
         self._layers = (ctypes.c_void_p * len(self._weights))()
         self._scratch = torch.empty(0)
-        self._angles: tuple[float, Tensor, Tensor] | None = None
+        self._angles: tuple[tuple[float, RopeScaling | None], Tensor, Tensor] | None = None
 
     @staticmethod
     def make(model: CausalLM, cache: KVCache) -> NativeStep | None:
@@ -150,11 +152,11 @@ class NativeStep:
 
     def _rotation(self, longest: int) -> tuple[Tensor, Tensor]:
         """cos and sin of all positions so far, [positions, H], made again when the base changes."""
-        theta = self.model.trunk.rope_theta
-        if self._angles is None or self._angles[0] != theta or len(self._angles[1]) < longest:
-            positions = torch.arange(max(2 * longest, 256))
-            turn = rotation(positions, theta=theta, head_dim=self._shape.head_dim, dtype=torch.float32)
-            self._angles = (theta, turn.cos.flatten(1).contiguous(), turn.sin.flatten(1).contiguous())
+        trunk = self.model.trunk
+        rope = (trunk.rope_theta, trunk.config.scaling)
+        if self._angles is None or self._angles[0] != rope or len(self._angles[1]) < longest:
+            turn = trunk.rotation(torch.arange(max(2 * longest, 256)), torch.float32)
+            self._angles = (rope, turn.cos.flatten(1).contiguous(), turn.sin.flatten(1).contiguous())
         return self._angles[1], self._angles[2]
 
 
@@ -162,7 +164,7 @@ def _layer_weights(model: CausalLM) -> list[Tensor | None]:
     """The tensors of all layers, in the order of `Layer` in decode.cpp."""
     weights: list[Tensor | None] = []
     for block in model.trunk.layers:
-        assert isinstance(block, Block)
+        assert isinstance(block, Block) and isinstance(block.mlp, GatedMLP)
         attention, mlp = block.attention, block.mlp
         weights += [block.attention_norm.weight, attention.qkv.weight, attention.qkv.bias, attention.out.weight]
         weights += [attention.out.bias, block.mlp_norm.weight, mlp.gate_up.weight, mlp.down.weight]
@@ -174,9 +176,21 @@ def _is_plain(model: CausalLM, dtype: torch.dtype) -> bool:
     leaves = Counter(type(module) for module in model.modules() if not list(module.children()))
     layers = model.config.num_layers
     known = {Linear: 4 * layers + (model.head is not None), RMSNorm: 2 * layers + 1, nn.Embedding: 1}
-    return leaves == known and all(
-        parameter.dtype == dtype and parameter.is_contiguous() for parameter in model.parameters()
+    return (
+        leaves == known
+        and all(_is_plain_block(block) for block in model.trunk.layers)
+        and (model.head is None or model.head.bias is None)
+        and all(parameter.dtype == dtype and parameter.is_contiguous() for parameter in model.parameters())
     )
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    """No experts, windows, norms of heads or biases in the MLP."""
+    if type(block) is not Block or type(block.mlp) is not GatedMLP or type(block.attention) is not Attention:
+        return False
+    attention, mlp = block.attention, block.mlp
+    plain = not attention.window and attention.q_norm is None and attention.k_norm is None
+    return plain and mlp.gate_up.bias is None and mlp.down.bias is None
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def _our_state(
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     config: ModelConfig = model.trunk.config  # type: ignore[union-attr, assignment]
     state: dict[str, Tensor] = {}
-    for ours, theirs in name_pairs(config.row, config.num_layers, head=head):
+    for ours, theirs in name_pairs(config, head=head):
         for suffix in (key[len(ours) + 1 :] for key in expected if key.startswith(ours + ".")):
             parts = [stored.take(f"{name}.{suffix}") for name in theirs]
             tensor = fuse_qkv(parts, num_kv_heads=config.num_kv_heads) if ours.endswith(".qkv") else torch.cat(parts)
@@ -176,7 +176,7 @@ def their_state(model: CausalLM | ScalarModel, state: Mapping[str, Tensor] | Non
     state = model.state_dict() if state is None else state
     head = config.row.reward_head if isinstance(model, ScalarModel) else config.row.head
     result: dict[str, Tensor] = {}
-    for ours, theirs in name_pairs(config.row, config.num_layers, head=head):
+    for ours, theirs in name_pairs(config, head=head):
         for key in [key for key in state if key.startswith(ours + ".")]:
             suffix = key[len(ours) + 1 :]
             for name, part in zip(theirs, _split(ours, state[key], len(theirs), config), strict=True):

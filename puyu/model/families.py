@@ -1,18 +1,38 @@
-"""The table of model families: how each names its tensors. A family is a row here, never a file of its own.
+"""The table of model families: how each names its tensors and settings. A family is a row here, never a file.
 
 Inside the package every model has InternLM2's fused layout: `qkv` rows are (kv group, g queries + key + value,
 head_dim) and `gate_up` is the gate above the up projection. A row says which tensors of a Hugging Face
 checkpoint make up each of ours; fusing and splitting only move rows, so they hold for weights, biases,
-quantized codes and their scales alike.
+quantized codes and their scales alike. docs/supported-models.md adds a family step by step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from puyu.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """Names of a mixture of experts: tensors inside a layer (`{}` is the expert's number), and config keys."""
+
+    router: str
+    gate_up: tuple[str, str]
+    down: str
+    shared_gate_up: tuple[str, str] | None = None
+    shared_down: str = ""
+    shared_gate: str = ""
+    count_key: str = "num_experts"
+    size_key: str = "moe_intermediate_size"
+    normalize: str | bool = "norm_topk_prob"
+    """Whether the chosen experts' probabilities are scaled to a sum of one: a config key, or fixed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,13 +52,22 @@ class Family:
     layer: str = "model.layers.{}."
     reward_architecture: str
     reward_head: str = "v_head"
-    bias_key: str | None = None
-    """The config key that says whether attention has biases; None when the family fixes it."""
-    qkv_bias: bool = False
-    out_bias: bool = False
+    qkv_bias: str | bool = False
+    """Whether there is a bias: a config key that says so, or what the family fixes. So for the next two."""
+    out_bias: str | bool = False
+    mlp_bias: str | bool = False
+    qk_norm: tuple[str, str] | None = None
+    """Norms over each head's query and key, before the rotation."""
+    mixture: Mixture | None = None
+    slides: Callable[[int, int], bool] | None = None
+    """(layer, max_window_layers) -> whether it has the window; None: the family knows no windows."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What an absent key of config.json means, where it is not what `ModelConfig` takes it for."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of config keys -> the names that are read and written here."""
 
 
-_LLAMA_NAMES = {
+_LLAMA_NAMES: dict[str, Any] = {
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
     "head": "lm_head",
@@ -49,6 +78,35 @@ _LLAMA_NAMES = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": "mlp.down_proj",
 }
+_QK_NORM = ("self_attn.q_norm", "self_attn.k_norm")
+_QWEN_EXPERTS: dict[str, Any] = {
+    "router": "mlp.gate",
+    "gate_up": ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"),
+    "down": "mlp.experts.{}.down_proj",
+}
+_NO_PAD = {"pad_token_id": None, "rms_norm_eps": 1e-6}
+_QWEN_DEFAULTS = {
+    **_NO_PAD,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+
+def _always(layer: int, first: int) -> bool:
+    return True
+
+
+def _from_first(layer: int, first: int) -> bool:
+    return layer >= first
+
+
+def _even_before(layer: int, last: int) -> bool:
+    return layer % 2 == 0 and layer < last
+
 
 FAMILIES: dict[str, Family] = {
     "internlm2": Family(
@@ -63,46 +121,160 @@ FAMILIES: dict[str, Family] = {
         mlp_norm="ffn_norm",
         gate_up=("feed_forward.w1", "feed_forward.w3"),
         down="feed_forward.w2",
-        bias_key="bias",
-        out_bias=True,
+        qkv_bias="bias",
+        out_bias="bias",
     ),
     "internlm": Family(
         architecture="InternLMForCausalLM",
         reward_architecture="InternLMForRewardModel",
-        bias_key="bias",
-        out_bias=True,
-        **_LLAMA_NAMES,  # type: ignore[arg-type]
+        qkv_bias="bias",
+        out_bias="bias",
+        **_LLAMA_NAMES,
+    ),
+    "internlm3": Family(
+        architecture="InternLM3ForCausalLM",
+        reward_architecture="InternLM3ForRewardModel",
+        qkv_bias="qkv_bias",
+        out_bias="bias",
+        mlp_bias="bias",
+        defaults={"head_dim": 128, "max_position_embeddings": 32768},
+        aliases={"attention_bias": "qkv_bias", "mlp_bias": "bias"},
+        **_LLAMA_NAMES,
     ),
     "llama": Family(
         architecture="LlamaForCausalLM",
         reward_architecture="LlamaForRewardModel",
-        bias_key="attention_bias",
-        out_bias=True,
-        **_LLAMA_NAMES,  # type: ignore[arg-type]
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        defaults=_NO_PAD,
+        **_LLAMA_NAMES,
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
         reward_architecture="Qwen2ForRewardModel",
         qkv_bias=True,
-        **_LLAMA_NAMES,  # type: ignore[arg-type]
+        slides=_from_first,
+        defaults=_QWEN_DEFAULTS,
+        **_LLAMA_NAMES,
+    ),
+    "qwen3": Family(
+        architecture="Qwen3ForCausalLM",
+        reward_architecture="Qwen3ForRewardModel",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm=_QK_NORM,
+        slides=_from_first,
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+        **_LLAMA_NAMES,
+    ),
+    "mistral": Family(
+        architecture="MistralForCausalLM",
+        reward_architecture="MistralForRewardModel",
+        slides=_always,
+        defaults={**_NO_PAD, "sliding_window": 4096, "max_position_embeddings": 131072},
+        **_LLAMA_NAMES,
+    ),
+    "mixtral": Family(
+        architecture="MixtralForCausalLM",
+        reward_architecture="MixtralForRewardModel",
+        slides=_always,
+        mixture=Mixture(
+            router="block_sparse_moe.gate",
+            gate_up=("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
+            down="block_sparse_moe.experts.{}.w2",
+            count_key="num_local_experts",
+            size_key="intermediate_size",
+            normalize=True,
+        ),
+        defaults={
+            "pad_token_id": None,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 131072,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        **_LLAMA_NAMES,
+    ),
+    "qwen2_moe": Family(
+        architecture="Qwen2MoeForCausalLM",
+        reward_architecture="Qwen2MoeForRewardModel",
+        qkv_bias="qkv_bias",
+        slides=_even_before,
+        mixture=Mixture(
+            shared_gate_up=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+            shared_down="mlp.shared_expert.down_proj",
+            shared_gate="mlp.shared_expert_gate",
+            **_QWEN_EXPERTS,
+        ),
+        defaults={**_QWEN_DEFAULTS, "qkv_bias": True},
+        **_LLAMA_NAMES,
+    ),
+    "qwen3_moe": Family(
+        architecture="Qwen3MoeForCausalLM",
+        reward_architecture="Qwen3MoeForRewardModel",
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm=_QK_NORM,
+        slides=_always,
+        mixture=Mixture(**_QWEN_EXPERTS),
+        defaults=_QWEN_DEFAULTS,
+        aliases={"num_local_experts": "num_experts"},
+        **_LLAMA_NAMES,
     ),
 }
 
+REFUSED = {
+    "deepseek": "its first mixture is not built like Qwen's; DeepSeek LLM and Coder are llama models",
+    "deepseek_v2": "multi-head latent attention is not built here; DeepSeek LLM and Coder are llama models",
+    "deepseek_v3": "multi-head latent attention is not built here; DeepSeek LLM and Coder are llama models",
+}
+"""Families that people will try, and why they are refused."""
 
-def name_pairs(row: Family, num_layers: int, *, head: str | None) -> Iterator[tuple[str, tuple[str, ...]]]:
+
+Pairs = Iterator[tuple[str, tuple[str, ...]]]
+
+
+def name_pairs(config: ModelConfig, *, head: str | None) -> Pairs:
     """(our module name, the checkpoint's module names) for the whole model; `head` is the checkpoint's name of it."""
+    row = config.row
     yield "trunk.embedding", (row.embedding,)
-    for index in range(num_layers):
+    for index in range(config.num_layers):
         ours, theirs = f"trunk.layers.{index}.", row.layer.format(index)
-        yield ours + "attention_norm", (theirs + row.attention_norm,)
-        yield ours + "attention.qkv", tuple(theirs + name for name in row.qkv)
-        yield ours + "attention.out", (theirs + row.out,)
-        yield ours + "mlp_norm", (theirs + row.mlp_norm,)
-        yield ours + "mlp.gate_up", tuple(theirs + name for name in row.gate_up)
-        yield ours + "mlp.down", (theirs + row.down,)
+        for name, parts in _layer_pairs(config, index):
+            yield ours + name, tuple(theirs + part for part in parts)
     yield "trunk.norm", (row.norm,)
     if head is not None:
         yield "head", (head,)
+
+
+def _layer_pairs(config: ModelConfig, index: int) -> Pairs:
+    row = config.row
+    yield "attention_norm", (row.attention_norm,)
+    yield "attention.qkv", row.qkv
+    yield "attention.out", (row.out,)
+    if row.qk_norm is not None:
+        yield "attention.q_norm", row.qk_norm[:1]
+        yield "attention.k_norm", row.qk_norm[1:]
+    yield "mlp_norm", (row.mlp_norm,)
+    if config.experts is not None and index not in config.experts.dense_layers:
+        assert row.mixture is not None, "ModelConfig allows experts only where the family has them"
+        yield from _mixture_pairs(row.mixture, count=config.experts.count, shared=config.experts.shared_size > 0)
+    else:
+        yield "mlp.gate_up", row.gate_up
+        yield "mlp.down", (row.down,)
+
+
+def _mixture_pairs(names: Mixture, *, count: int, shared: bool) -> Pairs:
+    yield "mlp.router", (names.router,)
+    for number in range(count):
+        yield f"mlp.experts.{number}.gate_up", tuple(name.format(number) for name in names.gate_up)
+        yield f"mlp.experts.{number}.down", (names.down.format(number),)
+    if shared and names.shared_gate_up is not None:
+        yield "mlp.shared.gate_up", names.shared_gate_up
+        yield "mlp.shared.down", (names.shared_down,)
+        yield "mlp.shared_gate", (names.shared_gate,)
 
 
 def fuse_qkv(parts: list[Tensor], *, num_kv_heads: int) -> Tensor:

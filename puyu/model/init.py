@@ -30,6 +30,6 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float) -
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(int(hash_json([seed, name])[:15], 16))
     value = torch.randn(shape, generator=generator) * std
-    if match := re.search(r"layers\.(\d+)\.(attention\.out|mlp\.down)\.", name):
+    if match := re.search(r"layers\.(\d+)\.(attention\.out|mlp\.(?:experts\.\d+\.|shared\.)?down)\.", name):
         value /= math.sqrt(2 * (int(match.group(1)) + 1))
     return value

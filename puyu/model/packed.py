@@ -26,6 +26,10 @@ _LENGTH_STEP, _COUNT_STEP, _FILLED = 32, 4, 512
 number of rows is one of the second, up to the third: rows of long documents cost more than a kernel."""
 
 
+_WINDOW_BLOCK = 128
+"""Queries whose windows are computed together, at least."""
+
+
 class Bucket(NamedTuple):
     """Documents of similar length, padded: `gather` [S, L] points into the packed tokens. Rows that only fill up
     repeat the first document."""
@@ -58,14 +62,17 @@ class PackedPlan:
             return PackedPlan((Bucket(gather, len(starts), lengths[0]),), None)
         return _bucketed(starts, lengths, num_tokens, device)
 
-    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layer: int) -> Tensor:
-        """Causal attention inside each document -> [T, N, H]."""
+    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layer: int, *, window: int = 0) -> Tensor:
+        """Causal attention inside each document -> [T, N, H]; `window`: how many tokens a query sees (0: all)."""
         if self.scatter is None:
             bucket = self.buckets[0]
             rows = [x.reshape(bucket.num_documents, bucket.length, *x.shape[1:]) for x in (q_TNH, k_TKH, v_TKH)]
-            return _causal(*rows).flatten(0, 1)
+            return _causal(*rows, window=window).flatten(0, 1)
         parts = [
-            _causal(*(x[bucket.gather.flatten()].unflatten(0, bucket.gather.shape) for x in (q_TNH, k_TKH, v_TKH)))
+            _causal(
+                *(x[bucket.gather.flatten()].unflatten(0, bucket.gather.shape) for x in (q_TNH, k_TKH, v_TKH)),
+                window=window,
+            )
             for bucket in self.buckets
         ]
         return torch.cat([part.flatten(0, 1) for part in parts])[self.scatter]
@@ -91,12 +98,35 @@ def _bucketed(starts: list[int], lengths: list[int], num_tokens: int, device: to
     return PackedPlan(tuple(buckets), scatter.to(device))
 
 
-def _causal(q_SLNH: Tensor, k_SLKH: Tensor, v_SLKH: Tensor) -> Tensor:
+def _causal(q_SLNH: Tensor, k_SLKH: Tensor, v_SLKH: Tensor, *, window: int) -> Tensor:
     """Causal attention per row -> [S, L, N, H]; key/value heads are repeated for their queries."""
-    if dense.suits(q_SLNH):
+    narrow = 0 < window < q_SLNH.shape[1]
+    if not narrow and dense.suits(q_SLNH):
         return dense.dense_causal(q_SLNH, k_SLKH, v_SLKH)
     repeat = q_SLNH.shape[2] // k_SLKH.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q_SLNH, k_SLKH, v_SLKH))
     if repeat > 1:
         k, v = (x.repeat_interleave(repeat, dim=1) for x in (k, v))
+    if narrow:
+        return _windowed(q, k, v, window).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _windowed(q_SNLH: Tensor, k_SNLH: Tensor, v_SNLH: Tensor, window: int) -> Tensor:
+    """Each query sees the last `window` tokens. In blocks of queries, so that no mask has L x L places."""
+    length, parts = q_SNLH.shape[2], []
+    step = max(_WINDOW_BLOCK, min(window, 8 * _WINDOW_BLOCK))
+    for start in range(0, length, step):
+        stop, first = min(start + step, length), max(0, start - window + 1)
+        seen = window_mask(first, stop, queries=stop - start, window=window, device=q_SNLH.device)
+        rows = q_SNLH[:, :, start:stop], k_SNLH[:, :, first:stop], v_SNLH[:, :, first:stop]
+        parts.append(F.scaled_dot_product_attention(*rows, attn_mask=seen))
+    return torch.cat(parts, dim=2)
+
+
+def window_mask(first: int, stop: int, *, queries: int, window: int, device: torch.device) -> Tensor:
+    """Which of the places [first, stop) the last `queries` of them see: [queries, places]. `window` 0: all before."""
+    keys = torch.arange(first, stop, device=device)
+    query = keys[-queries:, None]
+    seen = keys <= query
+    return seen & (keys > query - window) if window else seen

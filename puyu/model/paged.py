@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from puyu.model.config import ModelConfig
-from puyu.model.packed import PackedPlan
+from puyu.model.packed import PackedPlan, window_mask
 
 
 class KVCache:
@@ -71,13 +71,8 @@ class PagedPlan:
         self.cache = cache
         rows = cache.rows_of(slots_T)  # 2, K, T
         self._written = rows.transpose(1, 2).flatten()  # 2, T, K: the order of stacked keys and values
-        self._parts: list[_Decodes | _Continued | _Fresh] = []
-        decodes, continued, fresh = _split(sequences)
-        if decodes:
-            self._parts.append(_Decodes(cache, decodes))
-        self._parts += [_Continued(cache, sequence) for sequence in continued]
-        if fresh:
-            self._parts.append(_Fresh(fresh, cache.device))
+        self._sequences = sequences
+        self._parts: dict[int, list[_Decodes | _Continued | _Fresh]] = {}
 
     @staticmethod
     def build(cache: KVCache, sequences: Sequence[PagedSequence]) -> PagedPlan:
@@ -90,15 +85,32 @@ class PagedPlan:
         ]
         return PagedPlan(cache, torch.from_numpy(np.concatenate(slots)).to(cache.device), sequences)
 
-    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layer: int) -> Tensor:
-        """Write the new keys and values, then attend each sequence to its own past -> [T, N, H]."""
+    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layer: int, *, window: int = 0) -> Tensor:
+        """Write the new keys and values, then attend each sequence to its own past -> [T, N, H].
+
+        `window`: how many tokens a query sees, itself included; 0 is all before it.
+        """
         rows = self.cache.rows[layer]
         new = torch.stack((k_TKH, v_TKH)).flatten(0, 2)
         rows.index_copy_(0, self._written, new.to(rows.dtype))
-        if len(self._parts) == 1:
-            return self._parts[0].attend(rows, q_TNH, k_TKH, v_TKH)
-        outputs = [part.attend(rows, q_TNH[part.span], k_TKH[part.span], v_TKH[part.span]) for part in self._parts]
+        parts = self._parts_of(window)
+        if len(parts) == 1:
+            return parts[0].attend(rows, q_TNH, k_TKH, v_TKH)
+        outputs = [part.attend(rows, q_TNH[part.span], k_TKH[part.span], v_TKH[part.span]) for part in parts]
         return torch.cat(outputs)
+
+    def _parts_of(self, window: int) -> list[_Decodes | _Continued | _Fresh]:
+        """The sequences by how they are computed; made once for each window that the layers have."""
+        if window not in self._parts:
+            decodes, continued, fresh = _split(self._sequences)
+            parts: list[_Decodes | _Continued | _Fresh] = []
+            if decodes:
+                parts.append(_Decodes(self.cache, decodes, window))
+            parts += [_Continued(self.cache, sequence, window) for sequence in continued]
+            if fresh:
+                parts.append(_Fresh(fresh, self.cache.device, window))
+            self._parts[window] = parts
+        return self._parts[window]
 
 
 Sequences = Sequence[PagedSequence]
@@ -130,18 +142,26 @@ def _last_slot(cache: KVCache, sequence: PagedSequence) -> list[int]:
 
 
 class _Decodes:
-    """One query for each of B sequences, their pasts gathered side by side and padded to the longest."""
+    """One query for each of B sequences, their pasts gathered side by side and padded to the longest.
 
-    def __init__(self, cache: KVCache, sequences: Sequences) -> None:
+    With a window, the blocks that lie wholly before it are left out.
+    """
+
+    def __init__(self, cache: KVCache, sequences: Sequences, window: int) -> None:
         self.span = _span(sequences)
+        size = cache.block_size
         lengths_B = np.array([sequence.context + 1 for sequence in sequences])
-        longest, size = int(lengths_B.max()), cache.block_size
+        seen_B = np.maximum(lengths_B - window, 0) if window else np.zeros_like(lengths_B)  # the first that is seen
+        left_B = seen_B // size
+        lengths_B, seen_B = lengths_B - left_B * size, seen_B - left_B * size
+        longest = int(lengths_B.max())
         tables = np.zeros((len(sequences), -(-longest // size)), dtype=np.int64)
-        for row, sequence in enumerate(sequences):
-            count = min(len(sequence.blocks), tables.shape[1])
-            tables[row, :count] = sequence.blocks[:count]
+        for row, (sequence, left) in enumerate(zip(sequences, left_B.tolist(), strict=True)):
+            blocks = sequence.blocks[left : left + tables.shape[1]]
+            tables[row, : len(blocks)] = blocks
         slots_BS = (tables[:, :, None] * size + np.arange(size)).reshape(len(sequences), -1)[:, :longest]
-        hidden_BS = np.arange(longest) >= lengths_B[:, None]
+        places = np.arange(longest)
+        hidden_BS = (places >= lengths_B[:, None]) | (places < seen_B[:, None])
         # padding reads the sequence's own first token: a stranger's leftovers could hold NaN, and 0 * NaN is NaN
         slots_BS = np.where(hidden_BS, slots_BS[:, :1], slots_BS)
         self.rows = cache.rows_of(torch.from_numpy(slots_BS).to(cache.device)).flatten()
@@ -178,14 +198,14 @@ def _few_queries(q_RgH: Tensor, k_RSH: Tensor, v_RSH: Tensor, bias_R1S: Tensor) 
 class _Continued:
     """L queries of one sequence after `context` cached tokens: a later chunk, or a prompt with a cached prefix."""
 
-    def __init__(self, cache: KVCache, sequence: PagedSequence) -> None:
+    def __init__(self, cache: KVCache, sequence: PagedSequence, window: int) -> None:
         self.span = _span([sequence])
         total = sequence.context + sequence.length
-        slots_C = torch.from_numpy(_slots(cache, sequence.blocks, start=0, stop=total)).to(cache.device)
+        first = max(0, sequence.context - window + 1) if window else 0
+        slots_C = torch.from_numpy(_slots(cache, sequence.blocks, start=first, stop=total)).to(cache.device)
         self.rows = cache.rows_of(slots_C).flatten()
-        self.shape = (2, cache.num_kv_heads, total, cache.rows.shape[-1])
-        queries = torch.arange(sequence.context, total, device=cache.device)
-        self.seen_LC = torch.arange(total, device=cache.device) <= queries[:, None]
+        self.shape = (2, cache.num_kv_heads, total - first, cache.rows.shape[-1])
+        self.seen_LC = window_mask(first, total, queries=sequence.length, window=window, device=cache.device)
 
     def attend(self, rows: Tensor, q_LNH: Tensor, k_LKH: Tensor, v_LKH: Tensor) -> Tensor:
         """[L, N, H]."""
@@ -199,7 +219,8 @@ class _Continued:
 class _Fresh:
     """Prompts from their first token on: nothing is cached yet, so they are a packed row of documents."""
 
-    def __init__(self, sequences: Sequences, device: torch.device) -> None:
+    def __init__(self, sequences: Sequences, device: torch.device, window: int) -> None:
+        self.window = window
         self.span = _span(sequences)
         starts = [sequence.start - self.span.start for sequence in sequences]
         self.plan = PackedPlan.build(starts, self.span.stop - self.span.start, device)
@@ -207,4 +228,4 @@ class _Fresh:
     def attend(self, rows: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """[T, N, H]; keys and values are those of the step, as the cache holds them."""
         k, v = (x.to(rows.dtype).to(x.dtype) for x in (k_TKH, v_TKH))
-        return self.plan.attend(q_TNH, k, v, 0)
+        return self.plan.attend(q_TNH, k, v, 0, window=self.window)

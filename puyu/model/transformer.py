@@ -12,18 +12,21 @@ from torch import Tensor, nn
 
 from puyu.model.attention import Attention, Plan
 from puyu.model.config import ModelConfig
-from puyu.model.layers import GatedMLP, RMSNorm, Rotation, rotation
+from puyu.model.layers import GatedMLP, RMSNorm
+from puyu.model.moe import ExpertMLP
+from puyu.model.rope import Rotation, rotation
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, window=config.window(index))
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = GatedMLP(config)
+        sparse = config.experts is not None and index not in config.experts.dense_layers
+        self.mlp: nn.Module = ExpertMLP(config) if sparse else GatedMLP(config)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, plan: Plan, layer: int) -> Tensor:
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), rotation, plan, layer)
@@ -39,14 +42,21 @@ class Transformer(nn.Module):
         self.compute_dtype: torch.dtype | None = None
         self.rope_theta = config.rope_theta
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, plan: Plan, embeds_TD: Tensor | None = None) -> Tensor:
         """Hidden states [T, D] after the final norm."""
         x_TD = self.embedding(tokens_T) if embeds_TD is None else embeds_TD
         x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
-        turn = rotation(positions_T, theta=self.rope_theta, head_dim=self.config.head_dim, dtype=x_TD.dtype)
+        turn = self.rotation(positions_T, x_TD.dtype)
         for index, block in enumerate(self.layers):
             x_TD = block(x_TD, turn, plan, index)
         return self.norm(x_TD)
+
+    def rotation(self, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
+        """The rotation of these positions, with the base and the stretching as they are now."""
+        config = self.config
+        return rotation(
+            positions_T, theta=self.rope_theta, head_dim=config.head_dim, dtype=dtype, scaling=config.scaling
+        )
