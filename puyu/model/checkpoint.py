@@ -4,31 +4,28 @@
     save_model(model, Path("out"))
 
 Every tensor is accounted for: a missing, extra, misshapen or truncated one is an error that names it.
-Pickle weights are never read. Knows no tokenizer: `copy_side_files` carries those files along unread.
+Pickle weights are read only when asked for (`weights.py`). Knows no tokenizer: `copy_side_files` carries those files
+along unread.
 """
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from puyu.errors import CheckpointError
-from puyu.files import disk_errors, read_json, write_json
+from puyu.files import read_json, write_json
 from puyu.model.config import ModelConfig
 from puyu.model.families import fuse_qkv, name_pairs, split_qkv
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.linear import Linear, QuantFormat, QuantLinear
+from puyu.model.weights import Stored, open_weights, save_weights
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,15 +43,33 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"no such checkpoint directory: {folder}", remedy="check the path")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json", remedy="it is not a checkpoint directory")
-    return ModelConfig.from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    config = ModelConfig.from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    return config.with_(stop_ids=_stop_ids(config, folder / "generation_config.json"))
 
 
-def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> CausalLM:
-    """Load a language model, quantized or not."""
+def _stop_ids(config: ModelConfig, path: Path) -> tuple[int, ...]:
+    """All end ids of config.json and generation_config.json, when they are more than the model's own."""
+    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    more = ends if isinstance(ends, list) else [ends]
+    found = dict.fromkeys(id for id in (config.eos_id, *config.stop_ids, *more) if id is not None)
+    return tuple(found) if len(found) > 1 else ()
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    allow_pickle: bool = False,
+    context: int | None = None,
+) -> CausalLM:
+    """Load a language model, quantized or not, for contexts of `context` tokens when the trained length is shorter."""
     config = read_config(folder)
-    return _filled(CausalLM, config, folder, head=None if config.tie_embeddings else config.row.head, dtype=dtype).to(
-        device
-    )
+    head = None if config.tie_embeddings else config.row.head
+    model = _filled(CausalLM, config, folder, head=head, dtype=dtype, allow_pickle=allow_pickle)
+    if context is not None:
+        model.set_context(context)
+    return model.to(device)
 
 
 def load_scalar_model(
@@ -79,12 +94,20 @@ def scalar_from_language(folder: Path, *, dtype: torch.dtype = torch.float32) ->
     return model.to(dtype)
 
 
-def _filled(kind: type[M], config: ModelConfig, folder: Path, *, head: str | None, dtype: torch.dtype) -> M:
+def _filled(
+    kind: type[M],
+    config: ModelConfig,
+    folder: Path,
+    *,
+    head: str | None,
+    dtype: torch.dtype,
+    allow_pickle: bool = False,
+) -> M:
     with torch.device("meta"):
         model = kind(config)
     if config.quantization:
         make_quantized(model, QuantFormat.from_config(config.quantization))
-    with _opened(folder) as stored:
+    with open_weights(folder, allow_pickle=allow_pickle) as stored:
         state = _our_state(model, stored, head=head, dtype=dtype, folder=folder)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
@@ -102,50 +125,8 @@ def make_quantized(model: nn.Module, form: QuantFormat) -> None:
             setattr(parent, name.rpartition(".")[2], empty)
 
 
-class _Stored:
-    """All tensors of a checkpoint by name, memory-mapped; remembers which were taken."""
-
-    def __init__(self, folder: Path, files: Mapping[str, Any]) -> None:
-        self.folder, self._files = folder, files
-        self.unused = set(files)
-
-    def take(self, name: str) -> Tensor:
-        if name not in self._files:
-            raise CheckpointError(f"{self.folder}: tensor {name!r} is missing", remedy="copy the checkpoint again")
-        self.unused.discard(name)
-        try:
-            return self._files[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder}: tensor {name!r} cannot be read: {error}") from error
-
-
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[_Stored]:
-    if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-    else:
-        names = [WEIGHTS]
-    with contextlib.ExitStack() as stack:
-        files: dict[str, Any] = {}
-        for name in names:
-            stream = stack.enter_context(_open_safetensors(folder / name))
-            files |= dict.fromkeys(stream.keys(), stream)
-        yield _Stored(folder, files)
-
-
-def _open_safetensors(path: Path) -> Any:
-    if not path.is_file():
-        pickles = [p.name for p in path.parent.glob("*.bin")]
-        remedy = f"convert {pickles[0]} to safetensors; pickle weights are not read" if pickles else "copy it again"
-        raise CheckpointError(f"{path.parent} has no {path.name}", remedy=remedy)
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or not safetensors: {error}", remedy="copy it again") from error
-
-
 def _our_state(
-    model: nn.Module, stored: _Stored, *, head: str | None, dtype: torch.dtype, folder: Path
+    model: nn.Module, stored: Stored, *, head: str | None, dtype: torch.dtype, folder: Path
 ) -> dict[str, Tensor]:
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     config: ModelConfig = model.trunk.config  # type: ignore[union-attr, assignment]
@@ -199,10 +180,12 @@ def save_model(
     dtype: torch.dtype | None = None,
     config: ModelConfig | None = None,
     extra: Mapping[str, Any] | None = None,
+    max_shard_bytes: int | None = None,
 ) -> None:
     """Write config.json, generation_config.json and model.safetensors (each by rename).
 
-    `dtype` casts floating tensors; `extra` adds keys to config.json (a reward token id, for example).
+    `dtype` casts floating tensors; `extra` adds keys to config.json (a reward token id, for example); more than
+    `max_shard_bytes` of weights become several files with an index.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = config or model.config
@@ -212,31 +195,11 @@ def save_model(
     scalar = isinstance(model, ScalarModel)
     value = config.to_hf(architecture=config.row.reward_architecture if scalar else None)
     value["torch_dtype"] = str(next(t.dtype for t in tensors.values() if t.is_floating_point())).removeprefix("torch.")
-    _save_tensors(folder / WEIGHTS, tensors)
+    save_weights(folder, tensors, max_shard_bytes=max_shard_bytes)
     write_json(folder / "config.json", {**value, **(extra or {})})
     if not scalar:
-        ids = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id}
+        ids = {"bos_token_id": config.bos_id, "eos_token_id": value["eos_token_id"], "pad_token_id": config.pad_id}
         write_json(folder / "generation_config.json", ids)
-
-
-def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with disk_errors(path):
-            try:
-                save_file(tensors, temporary, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(*_errno_of(error)) from error
-            temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _errno_of(error: SafetensorError) -> tuple[int, str]:
-    """safetensors reports I/O failures as text ('... (os error 28)'); give them their number back."""
-    text = str(error)
-    number = text.rpartition("os error ")[2].rstrip(')" ')
-    return (int(number) if number.isdigit() else 5, text)
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

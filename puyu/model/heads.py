@@ -48,6 +48,11 @@ class CausalLM(nn.Module):
         """Change the rotary base (a new training phase with longer context)."""
         self.trunk.rope_theta = theta
 
+    def set_context(self, length: int) -> None:
+        """Let contexts have `length` tokens; see `ModelConfig.stretched` for what that does to positions."""
+        config = self.config.stretched(length)
+        self.trunk.config, self.trunk.rope_theta = config, config.rope_theta
+
 
 class ScalarModel(nn.Module):
     """A trunk with one number per token: reward models and PPO's critic. The head starts at zero."""

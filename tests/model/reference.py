@@ -7,7 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    InternLM3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from puyu.model.attention import PackedPlan
 from puyu.model.config import ModelConfig
@@ -15,6 +32,17 @@ from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
 
 VOCAB = 97
+
+KINDS: dict[str, Any] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "internlm3": (InternLM3Config, LlamaForCausalLM),  # transformers reads InternLM3 as a Llama with biases
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "mixtral": (MixtralConfig, MixtralForCausalLM),
+    "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+}
 
 
 def reference(family: str, *, kv_heads: int = 2, seed: int = 0, **changes: Any) -> PreTrainedModel:
@@ -27,13 +55,16 @@ def reference(family: str, *, kv_heads: int = 2, seed: int = 0, **changes: Any) 
         "num_key_value_heads": kv_heads,
         "intermediate_size": 96,
         "max_position_embeddings": 256,
-        "rope_theta": 50_000.0,
         "rms_norm_eps": 1e-5,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **({} if "rope_parameters" in changes else {"rope_theta": 50_000.0}),
         **changes,
     }
-    kind: Any = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[family]
+    kind, model_kind = KINDS[family]
     torch.manual_seed(seed)
-    model = kind[1](kind[0](**shape)).eval()
+    model = model_kind(kind(**shape)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             middle = 1.0 if "norm" in name else 0.0

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-import puyu.model.checkpoint as checkpoint
+import puyu.model.weights as weights
 from puyu.errors import CheckpointError, ConfigError, InputError, ResourceError
 from puyu.model.attention import PackedPlan
 from puyu.model.checkpoint import (
@@ -167,7 +167,7 @@ def test_a_truncated_file_is_named(folder: Path, keep: float) -> None:
 
 def test_pickle_weights_are_never_read(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickle weights are not read"):
+    with pytest.raises(CheckpointError, match="pickle weights are not read unasked"):
         load_model(folder)
 
 
@@ -238,7 +238,7 @@ def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     def refuse(*_: object, **__: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    monkeypatch.setattr(weights, "save_file", refuse)
     yield mount
 
 
@@ -256,7 +256,7 @@ def test_an_overwrite_that_fails_keeps_the_old_weights(folder: Path, monkeypatch
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", torn)
+    monkeypatch.setattr(weights, "save_file", torn)
     with pytest.raises(ResourceError):
         save_model(small_model(seed=1), folder)
     assert (folder / "model.safetensors").read_bytes() == before
