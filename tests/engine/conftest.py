@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +44,9 @@ def tokenizer() -> Tokenizer:
     return from_merges(merges, chat_template=CHAT_TEMPLATE)
 
 
-def tiny_model(seed: int = 0, **changes: int) -> CausalLM:
+def tiny_model(seed: int = 0, **changes: Any) -> CausalLM:
     """Random weights, large enough that logits differ clearly from token to token."""
-    shape = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    shape: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
     shape |= {"intermediate_size": 48, "max_positions": 128}
     model = CausalLM(ModelConfig(**(shape | changes)))
     init_weights(model, seed=seed, std=0.2)

@@ -12,6 +12,7 @@ from puyu.engine import native
 from puyu.engine.native import NativeStep
 from puyu.errors import DependencyError
 from puyu.model.checkpoint import make_quantized
+from puyu.model.config import ExpertShape
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
 from puyu.model.linear import QuantFormat
@@ -102,6 +103,47 @@ def test_changed_weights_and_rope_base_count_at_once() -> None:
         where = [PagedSequence(0, 1, at, (0, 1))]
         expected = model(torch.tensor([5 + at]), torch.tensor([at]), PagedPlan.build(other, where))
         torch.testing.assert_close(step.run([5 + at], [at], [(0, 1)]), expected, rtol=0, atol=2e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ],
+)
+def test_stretched_positions_are_in_its_tables(scaling: dict[str, object]) -> None:
+    model = tiny_model(3, rope_scaling=scaling, max_positions=20)
+    cache, other = cache_of(model, torch.float32), cache_of(model, torch.float32)
+    step = NativeStep.make(model, cache)
+    assert step is not None
+    for at in range(24):
+        if at == 20:
+            model.set_context(64)  # the tables follow; the twin's cache keeps the old keys too
+        expected = model(torch.tensor([at]), torch.tensor([at]), PagedPlan.build(other, [PagedSequence(0, 1, at, T)]))
+        torch.testing.assert_close(step.run([at], [at], [T]), expected, rtol=0, atol=2e-5)
+
+
+T = tuple(range(6))
+UNKNOWN = {
+    "norms of heads": {"family": "qwen3"},
+    "a window": {"family": "mistral", "windows": (8, 0)},
+    "experts": {"family": "mixtral", "experts": ExpertShape(count=2, per_token=1, size=48)},
+    "experts in one layer": {
+        "family": "qwen3_moe",
+        "experts": ExpertShape(count=2, per_token=1, size=48, dense_layers=(0,)),
+    },
+    "biases in the MLP": {"family": "llama", "mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("changes", UNKNOWN.values(), ids=list(UNKNOWN))
+def test_layers_that_it_does_not_know_are_left_to_torch(changes: dict[str, object]) -> None:
+    model = tiny_model(3, **changes)
+    assert NativeStep.make(model, cache_of(model, torch.float32)) is None
 
 
 def test_what_it_does_not_know_is_left_to_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

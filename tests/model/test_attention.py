@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
+from puyu.model import packed
 from puyu.model.attention import KVCache, PackedPlan, PagedPlan, PagedSequence
 from puyu.model.heads import CausalLM
 from tests.model.reference import our_logits, small_model, tokens
@@ -109,3 +111,50 @@ def test_rope_theta_can_change_for_a_longer_phase() -> None:
     assert model.config.rope_theta == 1e6
     assert torch.equal(our_logits(model, row), our_logits(changed, row))
     assert not torch.equal(our_logits(model, row), before)
+
+
+@settings(max_examples=30, deadline=None)
+@given(window=st.integers(1, 300), length=st.integers(1, 300), block=st.integers(1, 40), seed=st.integers(0, 99))
+def test_windows_in_blocks_equal_one_mask(window: int, length: int, block: int, seed: int) -> None:
+    """Long rows are computed in blocks of queries; the twin has the whole mask. Blocks made small on purpose."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(2, length, 2, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_WINDOW_BLOCK", block)
+        ours = packed._causal(q, k, v, window=window)
+    places = torch.arange(length)
+    seen = (places <= places[:, None]) & (places > places[:, None] - window)
+    theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=seen).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), block_size=st.integers(1, 7), length=st.integers(1, 40), window=st.integers(1, 45))
+def test_paged_chunks_with_windows_give_the_full_forward(
+    data: st.DataObject, block_size: int, length: int, window: int
+) -> None:
+    """One layer slides, one sees all; any split into chunks, and a second sequence that decodes beside them."""
+    model, needed = small_model(family="mistral", windows=(window, 0)), -(-length // block_size)
+    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=6))) if length > 1 else []
+    row, cache = tokens(length), cache_of(model, num_blocks=needed + 9, block_size=block_size)
+    cache.rows.fill_(float("nan"))  # nothing that was not written may be read
+    table, other = tuple(reversed(range(needed))), tuple(range(needed, needed + 9))
+    parts = []
+    for step, (start, end) in enumerate(itertools.pairwise([0, *cuts, length])):
+        sequences = [PagedSequence(0, 1, step, other), PagedSequence(1, end - start, start, table)]
+        ids, places = torch.cat((row[:1], row[start:end])), torch.cat((torch.tensor([step]), torch.arange(start, end)))
+        with torch.no_grad():
+            parts.append(model(ids, places, PagedPlan.build(cache, sequences))[1:])
+    torch.testing.assert_close(torch.cat(parts), our_logits(model, row), **CLOSE)
+
+
+def test_gradients_with_windows_equal_a_mask() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 50, 2, 4, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    places = torch.arange(50)
+    seen = (places <= places[:, None]) & (places > places[:, None] - 6)
+    theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs), attn_mask=seen).transpose(1, 2)
+    ours = packed._causal(*inputs, window=6)
+    weight = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(*(torch.autograd.grad((x * weight).sum(), inputs) for x in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -138,7 +138,7 @@ def test_greedy_64_tokens_equal_transformers(case: str, pair_of: Any) -> None:
     share their beginning with; and through the packed plan."""
     pair = pair_of(case)
     row = tokens(60, seed=8).tolist()
-    prompts = [row[:31], row[40:43], row[:31] + [5]]
+    prompts = [row[:31], row[40:43], [*row[:31], 5]]
     expected = [their_greedy(pair.theirs, prompt) for prompt in prompts]
     assert engine_greedy(pair.ours, prompts, block_size=4) == expected
     assert engine_greedy(pair.ours, prompts, block_size=16, max_step_tokens=6) == expected
