@@ -11,7 +11,6 @@ Both batch whatever is under way together. Nothing is downloaded unless the name
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,8 @@ from puyu.engine.driver import Driver
 from puyu.engine.front import as_messages
 from puyu.engine.loop import AsyncEngine, last_delta
 from puyu.engine.score import score
-from puyu.errors import CheckpointError, DependencyError, InputError
+from puyu.errors import CheckpointError
+from puyu.hub import resolve
 from puyu.model.checkpoint import load_model
 from puyu.model.heads import CausalLM
 from puyu.tokenizer.tokenizer import Tokenizer
@@ -33,8 +33,6 @@ from puyu.types import Completion, Delta, GenerateRequest, Message, SamplingPara
 
 Chat = str | Sequence[Message | dict[str, Any]]
 """A user's text, messages, or OpenAI's dicts."""
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class LLM:
@@ -47,12 +45,14 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         config: EngineConfig | None = None,
+        allow_pickle: bool = False,
     ) -> None:
+        """`path`: a model directory or a hub id (`puyu.hub`); `allow_pickle`: also read weights in pickle files."""
         require_torch()
-        folder = resolve(path)
+        folder = resolve(path, allow_pickle=allow_pickle)
         where = pick_device(device)
         tokenizer = Tokenizer.load(folder)
-        model = load_model(folder, dtype=pick_dtype(dtype, where), device=where)
+        model = load_model(folder, dtype=pick_dtype(dtype, where), device=where, allow_pickle=allow_pickle)
         self._set(model, tokenizer, config, name=Path(folder).name)
 
     @classmethod
@@ -177,19 +177,3 @@ def _chat_request(
     messages: Chat, tools: Sequence[ToolSpec], params: SamplingParams | None, changes: dict[str, Any]
 ) -> GenerateRequest:
     return GenerateRequest(as_messages(messages), _params(params, changes), tuple(tools))
-
-
-def resolve(path: str | Path) -> Path:
-    """A model folder; a name like `owner/name` that is no folder is fetched from the Hugging Face hub."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if not isinstance(path, str) or not _HUB_ID.fullmatch(path):
-        raise InputError(f"no such model folder: {path}", remedy="give a model directory, or a hub id owner/name")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        remedy = "pip install huggingface_hub, or give a model directory"
-        raise DependencyError(f"{path} is no folder, and hub downloads need huggingface_hub", remedy=remedy) from error
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
-    return Path(snapshot_download(path, allow_patterns=patterns))

@@ -108,7 +108,8 @@ def _require_web() -> None:
 def _load(config: ServeConfig) -> tuple[DrainingServer, str]:
     """The server, ready to run, and the model's name in the API."""
     from puyu.engine.core import EngineConfig
-    from puyu.engine.llm import LLM, resolve
+    from puyu.engine.llm import LLM
+    from puyu.hub import resolve
     from puyu.serve.app import build_app
     from puyu.serve.drain import DrainingServer
 
