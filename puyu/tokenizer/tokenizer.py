@@ -1,7 +1,8 @@
 """`Tokenizer`: text <-> ids over a Hugging Face folder (`tokenizer.json`, `tokenizer_config.json`).
 
 Text is data: `encode` reads `<|im_start|>` in a user's text as plain characters unless `special=True`.
-Works with our own byte-level files and with any `tokenizer.json` (InternLM2, Qwen, Llama ...). Knows no model.
+Works with our own byte-level files, with any `tokenizer.json` (Qwen, Llama, Mistral ...) and with SentencePiece's
+`tokenizer.model` alone (InternLM2). Knows no model; of its files it reads the end ids in generation_config.json.
 
     >>> tokenizer = Tokenizer.load(Path("runs/nano/tokenizer"))
     >>> tokenizer.decode(tokenizer.encode("12 乘以 7"))
@@ -21,8 +22,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from puyu.errors import InputError
-from puyu.files import hash_bytes, write_text
+from puyu.files import hash_bytes, read_json, write_text
 from puyu.tokenizer.bpe import PATTERN, base_tokens, char_to_byte, to_chars
+from puyu.tokenizer.sentencepiece import to_tokenizer_json
 
 LEADING_SPECIALS = ("<unk>", "<s>", "</s>")
 # InternLM2's order, at the end of the vocabulary; the reward token stands before them.
@@ -37,13 +39,15 @@ TRAILING_SPECIALS = (
 )
 MAX_LENGTH = 1 << 20  # transformers warns about longer texts; the model's own limit is in its config.json
 
+_FILES = ("tokenizer.json", "tokenizer.model")  # in this order
 _REMEDY = "give the folder of a tokenizer or of a checkpoint, or run `puyu tokenizer` again"
 
 
 class Tokenizer:
     """Text <-> ids. Read-only; two with one `fingerprint` give the same ids."""
 
-    def __init__(self, tokenizer_json: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer_json: str, config: Mapping[str, Any], *, stop_ids: Sequence[int] = ()) -> None:
+        """`stop_ids`: more ids that end a text than the tokenizer's own."""
         self._json = tokenizer_json
         self._config = dict(config)
         self._special_aware = tokenizers.Tokenizer.from_str(tokenizer_json)
@@ -67,7 +71,7 @@ class Tokenizer:
         self.plugin_id = self.token_id("<|plugin|>")
         self.interpreter_id = self.token_id("<|interpreter|>")
         self.reward_id = self.token_id("<|reward|>")
-        ends = (self.eos_id, self.im_end_id, self.token_id("<|eot_id|>"))
+        ends = (self.eos_id, self.im_end_id, self.token_id("<|eot_id|>"), *stop_ids)
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(end for end in ends if end is not None))
         self.special_ids = frozenset(id for id, token in self._added.items() if token.special)
 
@@ -75,12 +79,15 @@ class Tokenizer:
     def load(folder: Path | str) -> Tokenizer:
         """Read a folder; InputError names the file that is missing or torn."""
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise InputError(f"no tokenizer.json in {folder}", remedy=_REMEDY)
-        config = _read_config(folder)
+        path = next((p for name in _FILES if (p := folder / name).is_file()), None)
+        if path is None:
+            raise InputError(f"no {' or '.join(_FILES)} in {folder}", remedy=_REMEDY)
+        config, stop_ids = _read_config(folder), _read_stop_ids(folder / "generation_config.json")
         try:
-            return Tokenizer(path.read_text(encoding="utf-8"), config)
+            text = path.read_text("utf-8") if path.suffix == ".json" else to_tokenizer_json(path.read_bytes(), config)
+            return Tokenizer(text, config, stop_ids=stop_ids)
+        except InputError as error:
+            raise InputError(f"{path}: {error.message}", remedy=error.remedy) from error
         except Exception as error:  # `tokenizers` raises bare Exception for a file it cannot read
             raise InputError(f"{path} is torn or not a tokenizer: {error}", remedy=_REMEDY) from error
 
@@ -225,6 +232,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if template.is_file():
         config["chat_template"] = template.read_text(encoding="utf-8")
     return config
+
+
+def _read_stop_ids(path: Path) -> tuple[int, ...]:
+    """The end ids of generation_config.json: chat models name several there."""
+    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 
 def _content(token: Any) -> str | None:

@@ -108,7 +108,7 @@ def test_stream_of_a_tokenizer_with_byte_fallback() -> None:
 
 
 def test_missing_and_torn_files_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no tokenizer\.json in .*\n  remedy: "):
+    with pytest.raises(InputError, match=r"no tokenizer\.json or tokenizer\.model in .*\n  remedy: "):
         Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
     path = tmp_path / "tokenizer.json"
