@@ -32,6 +32,7 @@ SIDE_FILES = (
     "special_tokens_map.json",
     "tokenizer.model",
     "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
 )
 
 M = TypeVar("M", CausalLM, ScalarModel)
@@ -207,4 +208,5 @@ def copy_side_files(source: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in SIDE_FILES:
         if (source / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -75,12 +75,21 @@ def render(conversation: Conversation, tokenizer: Tokenizer, *, add_generation_p
     return _encode(_pieces(conversation, add_generation_prompt=add_generation_prompt), tokenizer)
 
 
-def render_prompt(messages: Sequence[Message], tools: Sequence[ToolSpec], tokenizer: Tokenizer) -> list[int]:
-    """Ids up to and with the generation prompt: native where the template is InternLM2's, else through Jinja."""
+def render_prompt(
+    messages: Sequence[Message],
+    tools: Sequence[ToolSpec],
+    tokenizer: Tokenizer,
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Ids up to and with the generation prompt: native where the template is InternLM2's, else through Jinja.
+
+    `options` are more variables for a template that is not ours: documents, enable_thinking and the like.
+    """
     conversation = Conversation(tuple(messages), tuple(tools))
     if is_native(tokenizer):
         return list(_encode(_pieces(conversation, add_generation_prompt=True), tokenizer).ids)
-    return render_jinja(conversation, tokenizer, add_generation_prompt=True)
+    return render_jinja(conversation, tokenizer, add_generation_prompt=True, options=options)
 
 
 def render_text(conversation: Conversation, *, add_generation_prompt: bool = False) -> str:

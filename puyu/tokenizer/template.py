@@ -1,15 +1,17 @@
 """Chat templates in Jinja: ours, for other tools to read, and other families', rendered in a sandbox.
 
-A template is a program from a stranger: it runs immutable and sandboxed, and sees only messages, tools and the
-names of the special tokens. A user's text that spells a special token stays plain text.
+A template is a program from a stranger: it runs in `sandbox.py`, and sees only messages, tools, the names of the
+special tokens and what the caller adds (documents, a switch for thinking). A user's text that spells a special token
+stays plain text.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
+from collections.abc import Mapping
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 from puyu.errors import DependencyError, InputError
@@ -60,10 +62,19 @@ CHAT_TEMPLATE = r"""
 _GUARD = "\ufdd0"  # a noncharacter put into a user's `<|im_end|>` until the template has run
 
 
-def render_jinja(conversation: Conversation, tokenizer: Tokenizer, *, add_generation_prompt: bool) -> list[int]:
-    """Ids of the folder's own template; InputError when it has none or refuses the messages."""
-    text, guarded = _guarded_text(conversation, tokenizer, add_generation_prompt=add_generation_prompt)
-    if not guarded:
+def render_jinja(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    *,
+    add_generation_prompt: bool,
+    options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Ids of the folder's own template; InputError when it has none or refuses the messages.
+
+    `options` are more variables of the template: documents, enable_thinking and the like.
+    """
+    text = _guarded_text(conversation, tokenizer, add_generation_prompt, options or {})
+    if _GUARD not in text:
         return tokenizer.encode(text, special=True)
     ids: list[int] = []
     names = tokenizer.special_tokens
@@ -73,29 +84,40 @@ def render_jinja(conversation: Conversation, tokenizer: Tokenizer, *, add_genera
     return ids
 
 
-def jinja_text(conversation: Conversation, tokenizer: Tokenizer, *, add_generation_prompt: bool) -> str:
+def jinja_text(
+    conversation: Conversation,
+    tokenizer: Tokenizer,
+    *,
+    add_generation_prompt: bool,
+    options: Mapping[str, Any] | None = None,
+) -> str:
     """The folder's own template as text."""
-    text, _ = _guarded_text(conversation, tokenizer, add_generation_prompt=add_generation_prompt)
-    return text.replace(_GUARD, "")
+    return _guarded_text(conversation, tokenizer, add_generation_prompt, options or {}).replace(_GUARD, "")
 
 
-def _guarded_text(conversation: Conversation, tokenizer: Tokenizer, *, add_generation_prompt: bool) -> tuple[str, bool]:
-    if not tokenizer.chat_template:
-        raise InputError(
-            "the tokenizer has no chat template",
-            remedy="use a chat model, or complete plain text with this base model",
-        )
+def _guarded_text(conversation: Conversation, tokenizer: Tokenizer, prompt: bool, options: Mapping[str, Any], /) -> str:
     guard = _special_pattern(tokenizer)
     messages = [_template_message(message, guard) for message in conversation.messages]
     tools = _guard([tool.to_openai() for tool in conversation.tools], guard)
-    text = _run_template(
-        tokenizer.chat_template,
-        messages=messages,
-        tools=tools or None,
-        add_generation_prompt=add_generation_prompt,
-        **tokenizer.variables,
+    variables = {"messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": prompt}
+    variables |= tokenizer.variables
+    variables |= {key: _guard(value, guard) for key, value in options.items()}
+    text: str = _sandbox().run(_compiled(_template_of(tokenizer, with_tools=bool(tools))), variables)
+    return text
+
+
+def _template_of(tokenizer: Tokenizer, *, with_tools: bool) -> str:
+    """The folder's template; ours where it has none but knows the markers of ChatML."""
+    if with_tools and tokenizer.tool_template:
+        return tokenizer.tool_template
+    if tokenizer.chat_template:
+        return tokenizer.chat_template
+    if tokenizer.im_start_id is not None and tokenizer.im_end_id is not None:
+        return CHAT_TEMPLATE
+    raise InputError(
+        "the tokenizer has no chat template, and no <|im_start|> and <|im_end|> for ours",
+        remedy="use a chat model, or complete plain text with this base model",
     )
-    return text, _GUARD in text
 
 
 def _template_message(message: Message, guard: re.Pattern[str]) -> dict[str, Any]:
@@ -125,40 +147,15 @@ def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     return re.compile("(" + "|".join(map(re.escape, names)) + ")" if names else r"(?!)()")
 
 
-def _run_template(template: str, **variables: Any) -> str:
-    compiled = _compiled(template)
-    import jinja2
-
-    try:
-        return str(compiled.render(**variables))
-    except jinja2.TemplateError as error:
-        raise InputError(f"the chat template refuses these messages: {error}") from error
-
-
 @lru_cache(maxsize=16)
 def _compiled(template: str) -> Any:
+    return _sandbox().compile_template(template)
+
+
+def _sandbox() -> ModuleType:
     try:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from puyu.tokenizer import sandbox
     except ImportError as error:
         remedy = "pip install 'puyu-llm[local]'"
         raise DependencyError("this model's chat template needs jinja2", remedy=remedy) from error
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template)
-    except jinja2.TemplateError as error:
-        raise InputError(f"the chat template is not valid Jinja: {error}") from error
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Plain JSON: jinja2's own filter escapes <, > and & for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    return sandbox

@@ -60,7 +60,9 @@ class Tokenizer:
         self._byte_level = isinstance(self._special_aware.decoder, decoders.ByteLevel)
         self.vocab_size: int = self._special_aware.get_vocab_size(with_added_tokens=True)
         self.fingerprint: str = hash_bytes(tokenizer_json.encode("utf-8"))
-        self.chat_template: str | None = _default_template(self._config.get("chat_template"))
+        self.chat_template: str | None = _template(self._config.get("chat_template"), "default")
+        self.tool_template: str | None = _template(self._config.get("chat_template"), "tool_use")
+        """Another template for when tools are on offer; few folders have one."""
         self.bos_id = self._named("bos_token")
         self.eos_id = self._named("eos_token")
         self.pad_id = self._named("pad_token")
@@ -139,7 +141,7 @@ class Tokenizer:
     @property
     def variables(self) -> dict[str, str]:
         """`bos_token` and so on, as chat templates read them."""
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        names = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
         return {name: text for name in names if (text := _content(self._config.get(name))) is not None}
 
     def _named(self, field: str) -> int | None:
@@ -218,7 +220,7 @@ def hf_config(chat_template: str) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json with the template of chat_template.jinja, where newer tools put it."""
+    """tokenizer_config.json with the templates of chat_template.jinja and its kin, where newer tools put them."""
     path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config: dict[str, Any] = {}
     if path.is_file():
@@ -231,6 +233,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = value
     if template.is_file():
         config["chat_template"] = template.read_text(encoding="utf-8")
+    if (more := folder / "additional_chat_templates" / "tool_use.jinja").is_file():
+        named = {"default": _template(config.get("chat_template"), "default"), "tool_use": more.read_text("utf-8")}
+        config["chat_template"] = [{"name": name, "template": text} for name, text in named.items() if text]
     return config
 
 
@@ -245,8 +250,8 @@ def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, Mapping) else token
 
 
-def _default_template(template: Any) -> str | None:
-    """A template is a string, or a list of {"name", "template"} of which `default` counts."""
+def _template(template: Any, name: str) -> str | None:
+    """A template is a string, or a list of {"name", "template"}; the string is the default."""
     if isinstance(template, list):
-        template = next((item["template"] for item in template if item.get("name") == "default"), None)
-    return None if template is None else str(template)
+        return next((str(item["template"]) for item in template if item.get("name") == name), None)
+    return str(template) if template is not None and name == "default" else None

@@ -142,8 +142,17 @@ def test_templates_are_sandboxed_and_refusals_are_explained(tokenizer: Tokenizer
         render_jinja(conversation, refusing, add_generation_prompt=True)
     with pytest.raises(InputError, match="not valid Jinja"):
         render_jinja(conversation, _with_template(tokenizer, "{% if %}"), add_generation_prompt=True)
-    with pytest.raises(InputError, match="has no chat template"):
-        render_jinja(conversation, _with_template(tokenizer, None), add_generation_prompt=True)
+
+
+def test_ours_is_the_default_where_a_tokenizer_knows_its_markers(tokenizer: Tokenizer) -> None:
+    conversation = Conversation((Message("user", "q"),))
+    bare = _with_template(tokenizer, None)
+    expected = list(chat.render(conversation, tokenizer, add_generation_prompt=True).ids)
+    assert render_jinja(conversation, bare, add_generation_prompt=True) == expected
+    for marker in ("<|im_start|>", "<|im_end|>"):
+        ignorant = Tokenizer(tokenizer._json.replace(marker, "<|other|>"), {"bos_token": "<s>"})
+        with pytest.raises(InputError, match="has no chat template, and no"):
+            chat.render_prompt(conversation.messages, (), ignorant)
 
 
 def test_images_are_refused_not_dropped(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,142 @@
+"""A stranger's Jinja template, run with bounds: it cannot reach Python, hang, or fill the memory with its output.
+
+Immutable and sandboxed as in transformers, with the same extensions: `raise_exception`, `strftime_now`, plain
+`tojson`, loop controls, `generation` blocks. Each line of the template checks the clock; strings and numbers that grow
+by `*`, `**` and `+`, and the text itself, have a largest size. Knows no tokenizer.
+
+    text = run(compile_template("{{ messages[0].content }}"), {"messages": [{"content": "Hi"}]})
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from puyu.errors import InputError
+
+LONGEST = 1 << 22
+"""Characters of a rendered text, and items of a sequence that a template puts together."""
+SECONDS = 5.0
+_BITS = 4096
+_FILE = "<template>"  # what jinja2 calls the code of a template that has no file
+_WIDTH = re.compile(r"\d{6,}|\*")
+_MISTAKES = (
+    *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+    *(RecursionError, MemoryError),
+)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Operators that can make much out of little are computed here."""
+
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if _too_large(operator, left, right):
+            raise jinja2.TemplateRuntimeError(f"a result of {operator!r} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _too_large(operator: str, left: Any, right: Any) -> bool:
+    if operator == "%":
+        return isinstance(left, str) and _WIDTH.search(left) is not None
+    if operator == "**":
+        return isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > _BITS
+    if operator == "+":
+        return _size(left) + _size(right) > LONGEST
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() + right.bit_length() > _BITS
+    times = right if isinstance(right, int) else left if isinstance(left, int) else 1
+    return max(_size(left), _size(right)) * times > LONGEST
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, str | bytes | list | tuple) else 0
+
+
+class _Generation(Extension):
+    """{% generation %}: marks what the assistant wrote, for trainers; the text is the body's."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """InputError when it is not valid Jinja."""
+    environment = _Environment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,  # nothing runs before `run` watches it
+        extensions=["jinja2.ext.loopcontrols", _Generation],
+    )
+    environment.filters["tojson"] = _tojson
+    del environment.globals["lipsum"]
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
+    try:
+        return environment.from_string(source)
+    except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError) as error:
+        raise InputError(f"the chat template is not valid Jinja: {error}") from error
+
+
+def run(template: jinja2.Template, variables: Mapping[str, Any], *, seconds: float = SECONDS) -> str:
+    """The rendered text; InputError when the template refuses, errs, or takes too much time or room."""
+    clock, before = _Clock(time.monotonic() + seconds), sys.gettrace()
+    sys.settrace(clock.watch)
+    try:
+        return "".join(_bounded(template.generate(**variables)))
+    except _MISTAKES as error:
+        kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+        raise InputError(f"the chat template refuses these messages: {kind}{error}") from error
+    finally:
+        sys.settrace(before)
+
+
+class _Clock:
+    """A trace function for the lines of a template; all other code runs at full speed."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def watch(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != _FILE:
+            return None
+        if time.monotonic() > self.deadline:
+            raise jinja2.TemplateRuntimeError("it takes too long")
+        return self.watch
+
+
+def _bounded(pieces: Iterator[str]) -> Iterator[str]:
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > LONGEST:
+            raise jinja2.TemplateRuntimeError(f"its text is longer than {LONGEST} characters")
+        yield piece
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    """Plain JSON: jinja2's own filter escapes <, > and & for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
