@@ -219,10 +219,14 @@ def _splits(model: Model) -> list[pre_tokenizers.PreTokenizer]:
         steps.append(pre_tokenizers.Split(Regex(_any_of(symbols)), "isolated"))
     if symbols or model.algorithm == UNIGRAM:
         reserved = [t for t in _texts(model, Kind.UNKNOWN, Kind.CONTROL, Kind.BYTE, Kind.UNUSED) if len(t) > 1]
-        heads = [f"{re.escape(text[0])}(?={re.escape(text[1:])})" for text in reserved]
-        if heads:
-            steps.append(pre_tokenizers.Split(Regex("|".join(heads)), "isolated"))
+        steps += [cut_apart(reserved)] if reserved else []
     return steps
+
+
+def cut_apart(names: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+    """Cuts off the first character of these names, so that no model finds one of them whole in a text."""
+    heads = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names]
+    return pre_tokenizers.Split(Regex("|".join(heads)), "isolated")
 
 
 def _any_of(texts: Sequence[str]) -> str:

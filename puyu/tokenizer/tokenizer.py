@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from puyu.errors import InputError
 from puyu.files import hash_bytes, read_json, write_text
 from puyu.tokenizer.bpe import PATTERN, base_tokens, char_to_byte, to_chars
-from puyu.tokenizer.sentencepiece import to_tokenizer_json
+from puyu.tokenizer.sentencepiece import cut_apart, to_tokenizer_json
 
 LEADING_SPECIALS = ("<unk>", "<s>", "</s>")
 # InternLM2's order, at the end of the vocabulary; the reward token stands before them.
@@ -53,6 +53,7 @@ class Tokenizer:
         self._special_aware = tokenizers.Tokenizer.from_str(tokenizer_json)
         self._plain = tokenizers.Tokenizer.from_str(tokenizer_json)
         self._plain.encode_special_tokens = True
+        _keep_text_apart(self._plain)
         for backend in (self._special_aware, self._plain):
             backend.no_padding()
             backend.no_truncation()
@@ -248,6 +249,19 @@ def _read_stop_ids(path: Path) -> tuple[int, ...]:
 def _content(token: Any) -> str | None:
     """A token in tokenizer_config.json is a string or an object with `content`."""
     return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _keep_text_apart(backend: tokenizers.Tokenizer) -> None:
+    """Models that find every word of their vocabulary in a text (all but plain BPE) would find special tokens there."""
+    model = backend.model
+    if isinstance(model, models.BPE) and not model.ignore_merges:
+        return
+    words = backend.get_vocab(with_added_tokens=False)
+    special = [token.content for token in backend.get_added_tokens_decoder().values() if token.special]
+    names = [name for name in special if name in words and len(name) > 1]
+    if names:
+        before = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*before, cut_apart(names)])
 
 
 def _template(template: Any, name: str) -> str | None:

@@ -29,6 +29,7 @@ from puyu.model.checkpoint import (
 from puyu.model.families import FAMILIES
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.init import init_weights
+from puyu.model.weights import INDEX, PICKLE
 from tests.model.reference import our_logits, reference_logits, small_config, small_model, tokens
 
 BIASES = {"qwen2": {"qkv_bias": True}, "internlm": {"qkv_bias": True, "out_bias": True}}
@@ -165,10 +166,108 @@ def test_a_truncated_file_is_named(folder: Path, keep: float) -> None:
     assert "copy it again" in str(caught.value)
 
 
-def test_pickle_weights_are_never_read(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pickle weights are not read unasked"):
+def as_pickle(folder: Path, *, shards: int = 1, **options: object) -> None:
+    """The same weights as torch wrote them before safetensors."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = [names[i::shards] for i in range(shards)]
+    files = [f"pytorch_model-{i + 1:05}-of-{shards:05}.bin" for i in range(shards)] if shards > 1 else [PICKLE]
+    for file, part in zip(files, parts, strict=True):
+        torch.save({name: tensors[name] for name in part}, folder / file, **options)
+    if shards > 1:
+        index = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+@pytest.mark.parametrize("options", [{}, {"shards": 3}, {"_use_new_zipfile_serialization": False}])
+def test_pickle_weights_are_read_only_when_asked_for(folder: Path, options: dict[str, object]) -> None:
+    expected = our_logits(load_model(folder), tokens(20))
+    as_pickle(folder, **options)
+    with pytest.raises(CheckpointError, match="pickle weights are not read unasked") as caught:
         load_model(folder)
+    assert "allow_pickle=True" in str(caught.value)
+    assert torch.equal(our_logits(load_model(folder, allow_pickle=True), tokens(20)), expected)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, ("pwned",)
+
+
+@pytest.mark.parametrize("content", [{"x": Evil()}, [1, 2], {"x": "text"}, b"PK\x03\x04 torn", b""])
+def test_a_pickle_that_is_more_than_tensors_is_refused(
+    content: object, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    as_pickle(folder)
+    if isinstance(content, bytes):
+        (folder / PICKLE).write_bytes(content)
+    else:
+        torch.save(content, folder / PICKLE)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin (is truncated or not a plain|holds more than)"):
+        load_model(folder, allow_pickle=True)
+    assert not (folder / "pwned").exists()
+
+
+def test_safetensors_go_before_pickles(folder: Path) -> None:
+    torch.save({"x": torch.zeros(1)}, folder / PICKLE)
+    load_model(folder, allow_pickle=True)
+
+
+@pytest.mark.parametrize("limit", [1, 20_000, 70_000])
+def test_shards_stay_below_the_limit_and_come_back(folder: Path, limit: int) -> None:
+    model = load_model(folder)
+    save_model(model, folder / "out", max_shard_bytes=limit)
+    files = sorted((folder / "out").glob("*.safetensors"))
+    index = json.loads((folder / "out" / INDEX).read_text())
+    assert [path.name for path in files] == [
+        f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    sizes = 0
+    for path in files:
+        tensors = load_file(path)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        assert size <= limit or len(tensors) == 1
+        assert all(index["weight_map"][name] == path.name for name in tensors)
+        sizes += size
+    assert index["metadata"]["total_size"] == sizes
+    again = load_model(folder / "out").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_what_was_written_before_does_not_stay(folder: Path) -> None:
+    """From one file to shards, to other shards, and back: never a file of an earlier writing."""
+    old = folder / "a"
+    for seed, limit in ((0, None), (1, 70_000), (2, 20_000), (3, 70_000), (4, None)):
+        model = small_model(seed)
+        save_model(model, old, max_shard_bytes=limit)
+        assert torch.equal(our_logits(load_model(old), tokens(9)), our_logits(model, tokens(9)))
+        listed = {*json.loads((old / INDEX).read_text())["weight_map"].values()} if limit else {"model.safetensors"}
+        assert {path.name for path in old.glob("*.safetensors")} == listed
+        assert (old / INDEX).exists() is (limit is not None)
+
+
+def test_an_index_may_not_point_elsewhere(folder: Path) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "../model.safetensors"}}))
+    with pytest.raises(CheckpointError, match="not a file beside it"):
+        load_model(folder)
+
+
+def test_a_shard_limit_below_one_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="max_shard_bytes"):
+        save_model(small_model(), folder, max_shard_bytes=0)
+
+
+def test_all_end_ids_are_kept(folder: Path) -> None:
+    for name, ends in (("config.json", [2, 7]), ("generation_config.json", [7, 9])):
+        value = json.loads((folder / name).read_text()) | {"eos_token_id": ends}
+        (folder / name).write_text(json.dumps(value))
+    model = load_model(folder)
+    assert (model.config.eos_id, model.config.stop_ids) == (2, (2, 7, 9))
+    save_model(model, folder / "out")
+    assert read_config(folder / "out") == model.config
+    assert json.loads((folder / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 7, 9]
 
 
 def test_what_is_not_a_checkpoint(tmp_path: Path, folder: Path) -> None:
