@@ -14,7 +14,7 @@ import yaml
 
 from tests.conftest import ROOT, puyu
 
-PAGES = ("README.md", "README.zh.md", "docs/chain.md", "CONTRIBUTING.md")
+PAGES = ("README.md", "README.zh.md", "docs/chain.md", "docs/supported-models.md", "CONTRIBUTING.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -96,7 +96,7 @@ def test_make_chain_runs_the_recipe(place):
     assert "report: runs/nano/report.html" in done.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/supported-models.md"])
 def test_every_python_block_runs(page, place):
     for block in blocks(page, "python"):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -67,7 +67,7 @@ class Family:
     """Other names of config keys -> the names that are read and written here."""
 
 
-_LLAMA_NAMES: dict[str, Any] = {
+LLAMA_NAMES: dict[str, Any] = {
     "embedding": "model.embed_tokens",
     "norm": "model.norm",
     "head": "lm_head",
@@ -129,7 +129,7 @@ FAMILIES: dict[str, Family] = {
         reward_architecture="InternLMForRewardModel",
         qkv_bias="bias",
         out_bias="bias",
-        **_LLAMA_NAMES,
+        **LLAMA_NAMES,
     ),
     "internlm3": Family(
         architecture="InternLM3ForCausalLM",
@@ -139,7 +139,7 @@ FAMILIES: dict[str, Family] = {
         mlp_bias="bias",
         defaults={"head_dim": 128, "max_position_embeddings": 32768},
         aliases={"attention_bias": "qkv_bias", "mlp_bias": "bias"},
-        **_LLAMA_NAMES,
+        **LLAMA_NAMES,
     ),
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -148,7 +148,7 @@ FAMILIES: dict[str, Family] = {
         out_bias="attention_bias",
         mlp_bias="mlp_bias",
         defaults=_NO_PAD,
-        **_LLAMA_NAMES,
+        **LLAMA_NAMES,
     ),
     "qwen2": Family(
         architecture="Qwen2ForCausalLM",
@@ -156,7 +156,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=True,
         slides=_from_first,
         defaults=_QWEN_DEFAULTS,
-        **_LLAMA_NAMES,
+        **LLAMA_NAMES,
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
@@ -166,14 +166,14 @@ FAMILIES: dict[str, Family] = {
         qk_norm=_QK_NORM,
         slides=_from_first,
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
-        **_LLAMA_NAMES,
+        **LLAMA_NAMES,
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
         reward_architecture="MistralForRewardModel",
         slides=_always,
         defaults={**_NO_PAD, "sliding_window": 4096, "max_position_embeddings": 131072},
-        **_LLAMA_NAMES,
+        **LLAMA_NAMES,
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",
@@ -195,7 +195,7 @@ FAMILIES: dict[str, Family] = {
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },
-        **_LLAMA_NAMES,
+        **LLAMA_NAMES,
     ),
     "qwen2_moe": Family(
         architecture="Qwen2MoeForCausalLM",
@@ -209,7 +209,7 @@ FAMILIES: dict[str, Family] = {
             **_QWEN_EXPERTS,
         ),
         defaults={**_QWEN_DEFAULTS, "qkv_bias": True},
-        **_LLAMA_NAMES,
+        **LLAMA_NAMES,
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
@@ -221,7 +221,7 @@ FAMILIES: dict[str, Family] = {
         mixture=Mixture(**_QWEN_EXPERTS),
         defaults=_QWEN_DEFAULTS,
         aliases={"num_local_experts": "num_experts"},
-        **_LLAMA_NAMES,
+        **LLAMA_NAMES,
     ),
 }
 

@@ -65,11 +65,16 @@ def reference(family: str, *, kv_heads: int = 2, seed: int = 0, **changes: Any) 
     kind, model_kind = KINDS[family]
     torch.manual_seed(seed)
     model = model_kind(kind(**shape)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            middle = 1.0 if "norm" in name else 0.0
-            parameter.copy_(middle + torch.randn(parameter.shape) * 0.2)
+    randomize(model)
     return model
+
+
+@torch.no_grad()
+def randomize(model: PreTrainedModel) -> None:
+    """Norms and biases too."""
+    for name, parameter in model.named_parameters():
+        middle = 1.0 if "norm" in name else 0.0
+        parameter.copy_(middle + torch.randn(parameter.shape) * 0.2)
 
 
 def saved(model: PreTrainedModel, folder: Path) -> Path:

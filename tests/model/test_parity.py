@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, SeedOssConfig, SeedOssForCausalLM
 
 from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.request import Request
+from puyu.errors import CheckpointError
+from puyu.model import families
 from puyu.model.attention import PackedPlan
 from puyu.model.checkpoint import load_model, save_model
 from puyu.model.heads import CausalLM
-from tests.model.reference import our_logits, reference, reference_logits, saved, tokens
+from tests.model.reference import our_logits, randomize, reference, reference_logits, saved, tokens
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
@@ -203,3 +206,27 @@ def test_a_key_that_is_absent_means_what_it_means_to_transformers(tmp_path: Path
         assert config.norm_eps == plain.rms_norm_eps and config.max_positions == plain.max_position_embeddings
         assert config.pad_id == plain.pad_token_id and config.eos_id == plain.eos_token_id
         assert max(config.windows, default=None) == plain.sliding_window if family == "mistral" else not config.windows
+
+
+def test_the_row_that_the_docs_add_is_all_it_takes(tmp_path: Path) -> None:
+    """docs/supported-models.md: Seed-OSS is no family of the package; with the page's row it is."""
+    page = (Path(__file__).parents[2] / "docs" / "supported-models.md").read_text(encoding="utf-8")
+    block = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0]
+    shape = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 24}
+    shape |= {"num_key_value_heads": 2, "intermediate_size": 96, "attention_out_bias": True, "pad_token_id": None}
+    theirs = SeedOssForCausalLM(SeedOssConfig(**shape)).eval()
+    randomize(theirs)
+    saved(theirs, tmp_path / "a")
+    with pytest.raises(CheckpointError, match="'seed_oss' is not supported"):
+        load_model(tmp_path / "a")
+    known = dict(families.FAMILIES)
+    try:
+        exec(block, {})
+        ours = load_model(tmp_path / "a")
+        torch.testing.assert_close(our_logits(ours, tokens(80)), reference_logits(theirs, tokens(80)), **CLOSE)
+        save_model(ours, tmp_path / "b")
+    finally:
+        families.FAMILIES.clear()
+        families.FAMILIES.update(known)
+    again = SeedOssForCausalLM.from_pretrained(tmp_path / "b").eval()
+    assert torch.equal(reference_logits(again, tokens(80)), reference_logits(theirs, tokens(80)))
