@@ -48,6 +48,11 @@ class EngineConfig(Config):
     """Tokens computed in one step; longer prompts are computed in chunks."""
     prefix_cache: bool = True
     """Whether requests with an equal beginning share its keys and values."""
+    context: int = Field(default=0, ge=0)
+    """Tokens that one request may have; 0 is what the model was trained for. `LLM(path)` stretches the positions of a
+    model for more (`ModelConfig.stretched`)."""
+    allow_pickle: bool = False
+    """Whether `LLM(path)` reads weights from pickle files where there are no safetensors."""
 
 
 class Event(NamedTuple):
@@ -99,7 +104,8 @@ class Engine:
     @property
     def context(self) -> int:
         """Tokens that one request may have, prompt and answer together."""
-        return min(self.model.config.max_positions, self.scheduler.capacity)
+        longest = self.model.config.max_positions
+        return min(longest, self.config.context or longest, self.scheduler.capacity)
 
     @property
     def has_work(self) -> bool:

@@ -45,14 +45,20 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         config: EngineConfig | None = None,
-        allow_pickle: bool = False,
     ) -> None:
-        """`path`: a model directory or a hub id (`puyu.hub`); `allow_pickle`: also read weights in pickle files."""
+        """`path`: a model directory or a hub id (`puyu.hub`)."""
         require_torch()
-        folder = resolve(path, allow_pickle=allow_pickle)
+        asked = config or EngineConfig()
+        folder = resolve(path, allow_pickle=asked.allow_pickle)
         where = pick_device(device)
         tokenizer = Tokenizer.load(folder)
-        model = load_model(folder, dtype=pick_dtype(dtype, where), device=where, allow_pickle=allow_pickle)
+        model = load_model(
+            folder,
+            dtype=pick_dtype(dtype, where),
+            device=where,
+            allow_pickle=asked.allow_pickle,
+            context=asked.context or None,
+        )
         self._set(model, tokenizer, config, name=Path(folder).name)
 
     @classmethod

@@ -100,7 +100,7 @@ def rotation(
 ) -> Rotation:
     """Angles position * frequency, frequencies theta^(-2i/H), computed in fp32 (fp64 for an fp64 model)."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":  # dynamic: within the trained length nothing changes
         exponents = torch.arange(0, head_dim, 2, device=positions_T.device, dtype=wide) / head_dim
         angles = positions_T.to(wide)[:, None] / theta**exponents
     else:
@@ -126,10 +126,8 @@ def _stretched(scaling: RopeScaling, theta: float, head_dim: int, device: torch.
         return (plain / scaling.factor).to(device)
     if scaling.kind == "llama3":
         return _llama3(plain, scaling).to(device)
-    if scaling.kind == "yarn":
-        kept = _kept_share(scaling, theta, head_dim)
-        return (plain / scaling.factor * (1 - kept) + plain * kept).to(device)
-    return plain.to(device)  # dynamic: within the trained length nothing changes
+    kept = _kept_share(scaling, theta, head_dim)
+    return (plain / scaling.factor * (1 - kept) + plain * kept).to(device)
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:

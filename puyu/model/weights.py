@@ -88,7 +88,7 @@ def _weight_files(folder: Path, *, allow_pickle: bool) -> list[Path]:
     if (folder / WEIGHTS).is_file() or not pickles:
         return [folder / WEIGHTS]
     if not allow_pickle:
-        remedy = f"convert {pickles[0]} to safetensors, or load it with allow_pickle=True if you trust its source"
+        remedy = f"convert {pickles[0]} to safetensors, or set allow_pickle=True if you trust its source"
         raise CheckpointError(f"{folder} has no {WEIGHTS}; pickle weights are not read unasked", remedy=remedy)
     return _listed(folder / PICKLE_INDEX) if (folder / PICKLE_INDEX).is_file() else [folder / PICKLE]
 

@@ -13,6 +13,7 @@ import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from puyu.engine.core import EngineConfig
 from puyu.engine.llm import LLM
 from puyu.errors import CheckpointError
 from puyu.model.checkpoint import load_model, save_model
@@ -115,5 +116,27 @@ def test_a_hub_name_goes_the_same_way(tokenizer: Tokenizer, tmp_path: Path, monk
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(theirs))
     with pytest.raises(CheckpointError, match="pickle weights are not read unasked"):
         LLM("owner/name", device="cpu")
-    with LLM("owner/name", device="cpu", dtype="float32", allow_pickle=True) as llm:
+    config = EngineConfig(allow_pickle=True, cache_tokens=512)
+    with LLM("owner/name", device="cpu", dtype="float32", config=config) as llm:
         assert llm.complete("84", max_tokens=1).token_ids == first
+
+
+def test_a_longer_context_stretches_dynamic_ntk(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Fixed beforehand: the greedy tokens of transformers' model with that base."""
+    size = save_tokenizer(tokenizer, tmp_path)
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    saved(reference("llama", vocab_size=size, rope_parameters=rope, max_position_embeddings=32), tmp_path)
+    prompt = "Hello world, the answer is 84. " * 4
+    config = EngineConfig(context=128, cache_tokens=512)
+    with LLM(tmp_path, device="cpu", dtype="float32", config=config) as llm:
+        assert llm.driver.engine.context == 128
+        ours = llm.complete(prompt, params=SamplingParams(max_tokens=20, ignore_eos=True)).token_ids
+        ids = llm.tokenizer.encode(prompt)
+    base = 10_000.0 * (2.0 * 128 / 32 - 1.0) ** (16 / 14)
+    fixed = reference("llama", vocab_size=size, rope_theta=base, max_position_embeddings=128)
+    given = [1, *ids]
+    assert len(given) > 32
+    theirs = fixed.generate(torch.tensor([given]), max_new_tokens=20, do_sample=False)
+    assert list(ours) == theirs[0, len(given) :].tolist()
+    with LLM(tmp_path, device="cpu", config=EngineConfig(context=20, cache_tokens=512)) as llm:
+        assert llm.driver.engine.context == 20

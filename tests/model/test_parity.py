@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -160,6 +161,22 @@ def test_written_back_transformers_gives_the_same_logits(case: str, pair_of: Any
     again = load_model(tmp_path)
     assert again.config.with_(extra={}) == pair.ours.config.with_(extra={})
     assert torch.equal(our_logits(again, row), our_logits(pair.ours, row))
+
+
+SLIDING = [case for case, (_, changes) in CASES.items() if changes.get("use_sliding_window")]
+
+
+@pytest.mark.parametrize("case", SLIDING)
+def test_without_a_list_of_layers_the_familys_rule_holds(case: str, pair_of: Any, tmp_path: Path) -> None:
+    """transformers writes `layer_types` itself; published configs often have `max_window_layers` alone."""
+    pair = pair_of(case)
+    copytree(pair.folder, tmp_path, dirs_exist_ok=True)
+    rewrite_config(tmp_path, layer_types=None)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ours = load_model(tmp_path)
+    torch.testing.assert_close(our_logits(ours, tokens(90)), reference_logits(theirs, tokens(90)), **CLOSE)
+    value = {key: item for key, item in ours.config.to_hf().items() if key != "layer_types"}
+    assert value == ours.config.to_hf(), "the rule is enough to say it"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

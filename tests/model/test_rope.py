@@ -106,3 +106,5 @@ def test_a_model_without_scaling_has_the_angles_it_always_had() -> None:
     angles = torch.arange(500.0)[:, None] / 10_000.0 ** (torch.arange(0, 16, 2) / 16)
     assert torch.equal(turn.cos[:, 0, 0, :8], angles.cos()) and torch.equal(turn.sin[:, 0, 0, 8:], angles.sin())
     assert small_model().trunk.config.scaling is None
+    dynamic = small_model(rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert torch.equal(our_logits(dynamic, tokens(200)), our_logits(small_model(), tokens(200)))
