@@ -156,8 +156,7 @@ class ModelConfig:
             value["eos_token_id"] = list(self.stop_ids)
         value["rope_theta"] = self.rope_theta
         value["rope_scaling"] = dict(self.rope_scaling) if self.rope_scaling else None
-        value |= {key: getattr(self, name) for name in _BIASES if isinstance(key := getattr(row, name), str)}
-        value |= _expert_keys(self) | _window_keys(self)
+        value |= _bias_keys(self) | _expert_keys(self) | _window_keys(self) | _rotary_keys(self)
         value["hidden_act"] = "silu"
         return {**self.extra, **value}
 
@@ -224,13 +223,31 @@ def _read_rope(value: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where}: rope_parameters differ from layer to layer, which is not supported")
     if value.get("partial_rotary_factor", new.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
         raise CheckpointError(f"{where}: partial_rotary_factor is not supported", remedy="heads are rotated whole")
-    theta = float(new.get("rope_theta") or rotary.get("base") or value.get("rope_theta") or 10_000.0)
+    theta = float(new.get("rope_theta") or value.get("rope_theta") or rotary.get("base") or 10_000.0)
     scaling = value.get("rope_scaling") or None
     if scaling is None and new.get("rope_type", "default") != "default":
         scaling = {key: item for key, item in new.items() if key != "rope_theta"}
     if scaling is None and rotary.get("type") == "dynamic":
         scaling = {"type": "dynamic", "factor": float(rotary.get("scaling_factor") or 1.0)}
     return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _rotary_keys(config: ModelConfig) -> dict[str, Any]:
+    """The first InternLM's settings, where they came with the model, as they are now."""
+    if "rotary" not in config.extra:
+        return {}
+    kind = config.scaling.kind if config.scaling else "origin"
+    return {"rotary": {**(config.extra["rotary"] or {}), "base": config.rope_theta, "type": kind}}
+
+
+def _bias_keys(config: ModelConfig) -> dict[str, Any]:
+    """A key may stand for several biases; ConfigError when they do not agree."""
+    keys: dict[str, Any] = {}
+    for name in _BIASES:
+        source, biased = getattr(config.row, name), getattr(config, name)
+        if biased != (keys.setdefault(source, biased) if isinstance(source, str) else source):
+            raise ConfigError(f"{name}={biased} cannot be said in the config.json of a {config.family} model")
+    return keys
 
 
 def _read_ids(fields: dict[str, Any]) -> dict[str, Any]:

@@ -207,6 +207,11 @@ def test_the_first_internlm_is_a_llama_with_attention_biases(tmp_path: Path) -> 
     assert ours.config.scaling is not None and ours.config.scaling.kind == "dynamic"
     save_model(ours, tmp_path / "again")
     assert load_model(tmp_path / "again").config.with_(extra={}) == ours.config.with_(extra={})
+    ours.set_context(1000)
+    save_model(ours, tmp_path / "longer")
+    longer = load_model(tmp_path / "longer").config
+    assert (longer.scaling, longer.max_positions, longer.rope_theta) == (None, 1000, ours.config.rope_theta)
+    assert longer.extra["rotary"] == {"base": longer.rope_theta, "type": "origin", "scaling_factor": 2.0}
 
 
 def test_a_key_that_is_absent_means_what_it_means_to_transformers(tmp_path: Path) -> None:

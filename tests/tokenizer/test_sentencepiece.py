@@ -117,6 +117,31 @@ def test_any_text_has_the_same_ids_and_comes_back(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_text_made_of_known_characters_has_the_same_ids(kind: str) -> None:
+    """Many merges in unusual orders: letters of the training text at random."""
+    rng, (theirs, ours) = random.Random(5), both(kind)
+    for _ in range(300):
+        text = "".join(rng.choices("thequickbrownfoxaannssll  。人工智能技术12,.", k=rng.randrange(1, 30)))
+        assert ours.encode(text) == theirs.encode(text), repr(text)
+
+
+def test_pieces_that_overlap_themselves_merge_in_the_same_order() -> None:
+    """a, aa, aaa, runs of spaces: a piece has several cuts of one score."""
+    rng, out = random.Random(6), io.BytesIO()
+    parts = ["a", "aa", "aaa", "ab", "b", "=", "==", "  ", "    "]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["".join(rng.choices(parts, k=20)) for _ in range(200)]), model_writer=out,
+        minloglevel=2, num_threads=1, hard_vocab_limit=False, allow_whitespace_only_pieces=True,
+        **{**KINDS["LLaMA's"], "vocab_size": 380},
+    )  # fmt: skip
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=out.getvalue())
+    ours = Tokenizer(to_tokenizer_json(out.getvalue(), CONFIG), CONFIG)
+    for _ in range(500):
+        text = "".join(rng.choices("aab== ", k=rng.randrange(1, 40)))
+        assert ours.encode(text) == theirs.encode(text), repr(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_text_that_spells_a_control_piece_stays_text(kind: str) -> None:
     theirs, ours = both(kind)
     controls = {id for id in range(theirs.vocab_size()) if theirs.is_control(id) or theirs.is_unknown(id)}
