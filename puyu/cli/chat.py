@@ -29,7 +29,7 @@ HELP = "/reset forgets the conversation   /quit ends   (Ctrl-C stops an answer, 
 def parser(verb: str, help: str) -> argparse.ArgumentParser:
     """Arguments that `chat` and `agent` share."""
     made = argparse.ArgumentParser(prog=f"puyu {verb}", description=help, allow_abbrev=False)
-    made.add_argument("model", nargs="?", default="", help="model folder or hub id owner/name")
+    made.add_argument("model", nargs="?", default="", help="model folder or hub id (owner/name, ms:owner/name)")
     made.add_argument("--url", default="", help="talk to a server (ours or OpenAI-compatible) instead")
     made.add_argument("--served-name", default="", help="which of the server's models; the first by default")
     made.add_argument("--api-key", default="", help="the server's key; better in the variable PUYU_API_KEY")
