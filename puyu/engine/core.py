@@ -28,7 +28,7 @@ from puyu.engine.scheduler import Chunk, Plan, Scheduler
 from puyu.errors import ResourceError
 from puyu.log import logger
 from puyu.model.heads import CausalLM
-from puyu.model.paged import KVCache
+from puyu.model.kv_cache import CacheStorage, KVCache
 from puyu.types import FinishReason
 
 
@@ -46,6 +46,9 @@ class EngineConfig(Config):
     """Requests that run at the same time; more wait in a queue."""
     max_step_tokens: int = Field(default=2048, ge=1)
     """Tokens computed in one step; longer prompts are computed in chunks."""
+    cache_dtype: CacheStorage = "auto"
+    """How keys and values are kept: as the model computes them, or as int8 or int4 codes (half and a quarter of
+    bf16), made without calibration."""
     prefix_cache: bool = True
     """Whether requests with an equal beginning share its keys and values."""
     context: int = Field(default=0, ge=0)
@@ -90,9 +93,8 @@ class Engine:
         weight = model.trunk.embedding.weight
         dtype = model.trunk.compute_dtype or weight.dtype
         num_blocks = _num_blocks(model, config, dtype=dtype)
-        cache = KVCache(
-            model.config, num_blocks=num_blocks, block_size=config.block_size, device=weight.device, dtype=dtype
-        )
+        sizes = {"num_blocks": num_blocks, "block_size": config.block_size}
+        cache = KVCache(model.config, **sizes, device=weight.device, dtype=dtype, storage=config.cache_dtype)
         self.runner = Runner(model, cache)
         pool = BlockPool(num_blocks=num_blocks, block_size=config.block_size, prefix_cache=config.prefix_cache)
         max_running = min(config.max_running, config.max_step_tokens)
@@ -219,7 +221,7 @@ def _num_blocks(model: CausalLM, config: EngineConfig, *, dtype: torch.dtype) ->
     if config.cache_tokens:
         return -(-config.cache_tokens // config.block_size)
     wanted = config.max_running * -(-model.config.max_positions // config.block_size)
-    size = KVCache.block_bytes(model.config, block_size=config.block_size, dtype=dtype)
+    size = KVCache.block_bytes(model.config, block_size=config.block_size, dtype=dtype, storage=config.cache_dtype)
     fitting = int(_free_bytes(model.trunk.embedding.weight.device) * config.cache_fraction) // size
     if fitting < 1:
         raise ResourceError("no memory is left for the key/value cache", remedy="close other programs")

@@ -11,12 +11,12 @@ import torch
 from puyu.engine import native
 from puyu.engine.native import NativeStep
 from puyu.errors import DependencyError
-from puyu.model.checkpoint import make_quantized
 from puyu.model.config import ExpertShape
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
 from puyu.model.linear import QuantFormat
 from puyu.model.paged import KVCache, PagedPlan, PagedSequence
+from puyu.model.quant_modules import make_quantized
 from tests.engine.conftest import tiny_model
 
 SHAPES = [
