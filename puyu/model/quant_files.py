@@ -1,11 +1,13 @@
 """Quantized matrices as public checkpoints store them <-> plain codes. Pure functions on tensors; opens no file.
 
-| method | tensors of a module with I inputs, O outputs, G groups |
+A module has I inputs, O outputs, G groups; words are int32.
+
+| method | tensors |
 | --- | --- |
-| gptq | `qweight` int32 [I * bits / 32, O], inputs packed; `qzeros` int32 [G, O * bits / 32]; `scales` [G, O]; `g_idx` [I] |
-| awq | `qweight` int32 [I, O / 8], outputs packed in the order 0 2 4 6 1 3 5 7; `qzeros` [G, O / 8] likewise; `scales` |
+| gptq | `qweight` [I * bits / 32, O], inputs packed; `qzeros` [G, O * bits / 32]; `scales` [G, O]; `g_idx` [I] |
+| awq | `qweight` [I, O / 8], outputs packed in the order 0 2 4 6 1 3 5 7; `qzeros` [G, O / 8] likewise; `scales` |
 | compressed-tensors, int-quantized | `weight` int8 [O, I]; `weight_scale` [O, G] |
-| compressed-tensors, pack-quantized | `weight_packed` int32 [O, I * bits / 32]; `weight_scale` [O, G]; `weight_zero_point` |
+| compressed-tensors, pack-quantized | `weight_packed` [O, I * bits / 32]; `weight_scale`; `weight_zero_point` |
 
 GPTQ (AutoGPTQ's layout): the lowest bits hold the first number; format `gptq` stores every zero minus one, `gptq_v2`
 stores it as it is. AWQ: the layout of its GEMM kernels. compressed-tensors: the layout of llm-compressor and vLLM.
@@ -171,14 +173,20 @@ def _compressed_form(value: Mapping[str, Any]) -> FileForm:
 
 def _compressed_config(form: FileForm, skipped: Collection[str]) -> dict[str, Any]:
     weights = {
-        **{"num_bits": form.bits, "type": "int", "symmetric": form.symmetric, "dynamic": False},
-        **{"strategy": "group" if form.group else "channel", "group_size": form.group or None},
+        "num_bits": form.bits,
+        "type": "int",
+        "symmetric": form.symmetric,
+        "dynamic": False,
+        "strategy": "group" if form.group else "channel",
+        "group_size": form.group or None,
     }
     inputs = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs if form.activations else None}
     return {
-        **{"quant_method": "compressed-tensors", "quantization_status": "compressed"},
-        **{"format": "pack-quantized" if form.packed else "int-quantized", "ignore": sorted(skipped)},
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "pack-quantized" if form.packed else "int-quantized",
+        "ignore": sorted(skipped),
         "config_groups": {"group_0": {**group, "output_activations": None}},
     }
 
@@ -277,10 +285,7 @@ def _awq_pack(numbers: Tensor) -> Tensor:
 def _read_awq(form: FileForm, take: Take, module: str) -> QuantWeight:
     codes = _awq_unpack(take(f"{module}.qweight")).T
     scales = take(f"{module}.scales").T.contiguous()
-    if form.symmetric:
-        zeros = torch.full(scales.shape, 8)
-    else:
-        zeros = _awq_unpack(take(f"{module}.qzeros")).T
+    zeros = torch.full(scales.shape, 8) if form.symmetric else _awq_unpack(take(f"{module}.qzeros")).T
     _check_groups(module, codes, scales, zeros, form)
     return QuantWeight(codes.to(torch.uint8).contiguous(), scales, zeros.short().contiguous())
 

@@ -85,8 +85,11 @@ def quantized_tensors(model: nn.Module, form: FileForm, *, pairs: Pairs, split: 
     for ours, theirs in pairs:
         layer = model.get_submodule(ours)
         if isinstance(layer, QuantLinear):
-            weight = layer.plain()
             for index, name in enumerate(theirs):
-                part = weight.rows(lambda rows, ours=ours, n=len(theirs), i=index: split(ours, rows, n)[i])  # type: ignore[misc]
+                part = layer.plain().rows(_part(split, ours, len(theirs), index))
                 tensors |= {key: value.cpu().contiguous() for key, value in form.write(part, name).items()}
     return tensors
+
+
+def _part(split: Split, ours: str, count: int, index: int) -> Callable[[Tensor], Tensor]:
+    return lambda rows: split(ours, rows, count)[index]

@@ -155,10 +155,17 @@ def run(config: QuantizeConfig, *, out: Path, measure: Measure | None = None) ->
     distance = compare(original, written, evaluation, cache=config.cache)
     before, after = ({"perplexity": round(value, 4)} for value in distance.perplexities)
     numbers = {
-        **{"method": config.chosen, "bits": config.bits, "group": config.form.group},
-        **{"size_before": weight_bytes(config.model), "size_after": weight_bytes(out)},
-        **{"weight_error": error.numbers(), "unseen_layers": unseen},
-        **{"before": before, "after": after, **distance.numbers(), "evaluated_on": str(config.eval_data or "samples")},
+        "method": config.chosen,
+        "bits": config.bits,
+        "group": config.form.group,
+        "size_before": weight_bytes(config.model),
+        "size_after": weight_bytes(out),
+        "weight_error": error.numbers(),
+        "unseen_layers": unseen,
+        "before": before,
+        "after": after,
+        **distance.numbers(),
+        "evaluated_on": str(config.eval_data or "samples"),
     }
     if measure is not None:
         before |= measure(config.model)
