@@ -103,7 +103,7 @@ class FileForm:
         per_word = 32 // self.bits
         if inputs % (self.group or 1):
             return f"group {self.group} does not divide the {inputs} inputs"
-        if self.method == "gptq" and inputs % per_word:
+        if (self.method == "gptq" or self.packed) and inputs % per_word:
             return f"{inputs} inputs are no multiple of {per_word}"
         if self.method != "compressed-tensors" and outputs % per_word:
             return f"{outputs} outputs are no multiple of {per_word}"
@@ -324,8 +324,13 @@ def _compressed_zeros(form: FileForm, stored: Tensor, *, outputs: int) -> Tensor
 
 
 def _write_compressed(form: FileForm, weight: QuantWeight) -> dict[str, Tensor]:
-    assert not form.packed and weight.bits == 8 and weight.zeros is None, "written are symmetric int8 weights only"
-    return {"weight": weight.codes.contiguous(), "weight_scale": weight.scales.contiguous()}
+    assert weight.zeros is None and (form.packed or weight.bits == 8), "zero points are not written"
+    scales = weight.scales.contiguous()
+    if not form.packed:
+        return {"weight": weight.codes.contiguous(), "weight_scale": scales}
+    packed = pack_words(_unsigned(weight.codes, form.bits), bits=form.bits, dim=1)
+    shape = torch.tensor(weight.codes.shape, dtype=torch.int64)
+    return {"weight_packed": packed, "weight_scale": scales, "weight_shape": shape}
 
 
 _READERS = {"gptq": _read_gptq, "awq": _read_awq, "compressed-tensors": _read_compressed}

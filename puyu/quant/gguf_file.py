@@ -3,7 +3,7 @@
 After the description in llama.cpp's docs (ggml/docs/gguf.md). Values: bool, int (u32), float (f32), str, and lists of
 one of them (a list of ints is i32, of floats f32). Knows no model.
 
-    write_gguf(Path("model.gguf"), {"general.architecture": "llama"}, [Tensor("output_norm.weight", (256,), "f32", make)])
+    write_gguf(path, {"general.architecture": "llama"}, [GGUFTensor("output_norm.weight", (256,), "f32", make)])
 """
 
 from __future__ import annotations

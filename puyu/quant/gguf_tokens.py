@@ -2,8 +2,9 @@
 
 llama.cpp has its own tokenizers: byte-level BPE is its "gpt2" (tokens, merges, and the name of one of the regular
 expressions that it has built in), SentencePiece-like BPE with byte fallback its "llama" (tokens with scores, here the
-ranks of merges). The expression is found by what tokenizer.json cuts with. Puyu's own has no equal there; `dbrx` cuts in fewer places, and
-where it leaves out a cut there is no merge across it, so the tokens are the same but for combining marks.
+ranks of merges). The expression is found by what tokenizer.json cuts with. Puyu's own has no equal there; `dbrx` cuts
+in fewer places, and where it leaves out a cut there is no merge across it, so the tokens are the same but for
+combining marks.
 
     keys = tokenizer_metadata(Path("runs/nano/sft"), vocab_size=8192)
 """
