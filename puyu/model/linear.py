@@ -246,7 +246,8 @@ def quantize_tokens(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 
 def integer_product(a_TI: Tensor, b_OI: Tensor) -> Tensor:
     """a b^T of int8 matrices, exact: int32 sums on a CPU, else fp64 sums, which hold every one up to 2^38 inputs."""
-    if a_TI.device.type == "cpu" and a_TI.shape[0] > 0:
+    # torch 2.13 gives zeros for a single input
+    if a_TI.device.type == "cpu" and a_TI.shape[0] > 0 and a_TI.shape[1] > 1:
         return torch._int_mm(a_TI, b_OI.T)
     return a_TI.double() @ b_OI.double().T
 

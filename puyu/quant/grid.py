@@ -54,10 +54,12 @@ class Grid:
         return Grid(self.scales[:, cut], self.zeros[:, cut], self.first, self.last)
 
     def weight(self, codes_OGg: Tensor, form: QuantFormat) -> QuantWeight:
-        """The codes as a matrix, scales in fp16."""
+        """The codes as a matrix."""
         codes = codes_OGg.flatten(1).to(torch.int8 if form.bits == 8 else torch.uint8)
         zeros = None if form.symmetric else self.zeros.short()
-        return QuantWeight(codes, self.scales.half(), zeros, bits=form.bits, activations=form.activations)
+        # bf16 where steps are so small that fp16 would lose digits
+        kind = torch.float16 if torch.equal(self.scales.half().to(self.scales.dtype), self.scales) else torch.bfloat16
+        return QuantWeight(codes, self.scales.to(kind), zeros, bits=form.bits, activations=form.activations)
 
 
 def grouped(weight_OI: Tensor, form: QuantFormat) -> Tensor:
@@ -101,8 +103,8 @@ def full_grid(w_OGg: Tensor, form: QuantFormat) -> Grid:
 
 
 def rounded(scales: Tensor) -> Tensor:
-    """The nearest numbers that bf16 holds, and fp16 where they are not smaller than it can hold."""
-    return scales.bfloat16().half().to(scales.dtype)
+    """The nearest numbers that bf16 holds; fp16 holds them too, unless they are smaller than 2^-14."""
+    return scales.bfloat16().to(scales.dtype)
 
 
 def _divisor(scales: Tensor) -> Tensor:

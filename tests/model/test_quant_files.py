@@ -1,4 +1,4 @@
-"""Public layouts against naive unpackers written from their description, the compressed-tensors package, transformers."""
+"""Public layouts against naive unpackers, the compressed-tensors package, and transformers."""
 
 from __future__ import annotations
 
@@ -155,14 +155,8 @@ def quantized(model: Any, form: FileForm) -> Any:
 
 
 PACKED = FileForm("compressed-tensors", 4, 32, packed=True)
-CHECKPOINTS = [
-    PACKED,
-    *FORMS[:1],
-    FORMS[3],
-    FORMS[5],
-    FileForm("compressed-tensors", 8),
-    FileForm("compressed-tensors", 8, activations=True),
-]
+W8A8 = FileForm("compressed-tensors", 8, activations=True)
+CHECKPOINTS = [PACKED, FORMS[0], FORMS[3], FORMS[5], FileForm("compressed-tensors", 8), W8A8]
 
 
 @pytest.mark.parametrize("form", CHECKPOINTS, ids=str)
@@ -180,7 +174,7 @@ def test_every_family_round_trips(family: str, form: FileForm, tmp_path: Path) -
     assert FileForm.from_config(json.loads((tmp_path / "config.json").read_text())["quantization_config"]) == form
 
 
-@pytest.mark.parametrize("form", [PACKED, FileForm("compressed-tensors", 8, packed=True), CHECKPOINTS[-1]])
+@pytest.mark.parametrize("form", [PACKED, FileForm("compressed-tensors", 8, packed=True), W8A8])
 def test_transformers_reads_our_checkpoints(form: FileForm, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     from transformers import AutoModelForCausalLM
@@ -296,6 +290,7 @@ def test_damaged_files_are_named(folder: Path, edit: Callable[[Stored], None], m
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 WEIGHTS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+STATIC = {"type": "int", "num_bits": 8, "strategy": "tensor", "dynamic": False}
 CT = {"quant_method": "compressed-tensors", "format": "int-quantized"}
 
 
@@ -311,7 +306,7 @@ CT = {"quant_method": "compressed-tensors", "format": "int-quantized"}
         ({**CT, "format": "float-quantized"}, "'float-quantized'"),
         ({**CT, "config_groups": {}}, "0 config_groups"),
         ({**CT, "config_groups": {"a": {"weights": {**WEIGHTS, "type": "float"}}}}, "type 'float'"),
-        ({**CT, "config_groups": {"a": {"weights": WEIGHTS, "input_activations": {"type": "int", "num_bits": 8, "strategy": "tensor", "dynamic": False}}}}, "strategy 'tensor'"),
+        ({**CT, "config_groups": {"a": {"weights": WEIGHTS, "input_activations": STATIC}}}, "strategy 'tensor'"),
     ],
 )  # fmt: skip
 def test_other_methods_are_refused_by_name(value: dict[str, Any], match: str) -> None:
