@@ -1,4 +1,4 @@
-"""GGUF files: blocks bit for bit against the gguf package, whole files read back with it and computed as llama.cpp does."""
+"""GGUF files: blocks bit for bit against the gguf package, whole files read back with it, computed as llama.cpp does."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def llama_cpp(reader: Any, tokens_T: torch.Tensor) -> torch.Tensor:
         for t in reader.tensors
     }
     heads, kv, size = get("attention.head_count"), get("attention.head_count_kv"), get("attention.key_length")
-    norm = (
-        lambda x, name: torch.nn.functional.rms_norm(
-            x, x.shape[-1:], w[name], get("attention.layer_norm_rms_epsilon")
-        )
-    )
+    eps = get("attention.layer_norm_rms_epsilon")
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], w[name], eps)
+
     count = len(tokens_T)
     angles = torch.arange(count)[:, None] * get("rope.freq_base") ** (-torch.arange(0, size, 2) / size)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
@@ -186,7 +186,7 @@ def test_llama_cpp_cuts_our_texts_into_the_same_tokens(tmp_path: Path) -> None:
     names = ("README.md", "README.zh.md", "puyu/quant/gguf.py")
     texts = [(ROOT / name).read_text(encoding="utf-8") for name in names]
     texts.append("  two  spaces\n\n\n\tTab's don't (paren) 12345 x=1;\r\n  end  ")
-    merges = learn_merges(count_pieces(texts), 1500, min_count=2)
+    merges = learn_merges(count_pieces(texts), num_tokens=1500)
     from_merges(merges, chat_template=CHAT_TEMPLATE).save(tmp_path)
     ours, other = (HFTokenizer.from_file(str(tmp_path / "tokenizer.json")) for _ in range(2))
     cut = pre_tokenizers.Split(Regex(LLAMA_CPP_DBRX), "isolated")

@@ -77,12 +77,12 @@ METHODS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("values", METHODS, ids=str)
 @pytest.mark.parametrize("family", ["internlm2", "qwen2"])
 def test_every_method_makes_a_checkpoint_that_stays_close(values: dict[str, Any], family: str, tmp_path: Path) -> None:
-    save_model(small_model(std=0.1, family=family), tmp_path / "source")
+    save_model(small_model(std=0.1, family=family, qkv_bias=family == "qwen2"), tmp_path / "source")
     numbers = run(config(tmp_path / "source", **values, rest="float32"), out=tmp_path / "out")
     row = tokens(100)
     true, ours = our_logits(load_model(tmp_path / "source"), row), our_logits(load_model(tmp_path / "out"), row)
-    assert 0.0005 < distance(ours, true) < (0.04 if values["bits"] == 8 else 0.25)
-    assert numbers["unseen_layers"] == [] and numbers["kl"] < 0.01
+    assert 0.0005 < distance(ours, true) < (0.04 if values["bits"] == 8 else 0.35)
+    assert numbers["unseen_layers"] == [] and numbers["kl"] < 0.03
 
 
 def test_calibrated_methods_are_closer_than_rounding(tmp_path: Path) -> None:
@@ -199,7 +199,9 @@ def test_what_cannot_be_quantized(source: Path) -> None:
     save_model(scalar_from_language(source), source.parent / "reward")
     with pytest.raises(ConfigError, match="reward model"):
         run(config(source.parent / "reward", 8), out=source.parent / "x")
-    with pytest.raises(ConfigError, match=r"group 128 does not divide the 64 inputs of layers\.0.*\n.*group=64"):
+    with pytest.raises(
+        ConfigError, match=r"layers\.0\.attention\.qkv: group 128 does not divide the 64 inputs\n.*group=64"
+    ):
         run(config(source, 4, group=128), out=source.parent / "x")
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
         run(config(source.parent / "nowhere", 8), out=source.parent / "x")
