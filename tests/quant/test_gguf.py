@@ -1,4 +1,4 @@
-"""GGUF files: blocks bit for bit against the gguf package, whole files read back with it, computed as llama.cpp does."""
+"""GGUF files: blocks bit for bit against the gguf package, files read back with it, computed as llama.cpp does."""
 
 from __future__ import annotations
 
