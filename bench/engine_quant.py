@@ -2,8 +2,8 @@
 
     python bench/engine_quant.py --model runs/nano/pretrain --data runs/nano/data/kept.jsonl [--save]
 
-Samples are perplexities on samples/eval/perplexity.jsonl (no training text), in windows of the model's context. GPTQ and
-AWQ calibrate on `--data`. The bars of 8 bits are relative changes in percent; those of 4 bits, groups of 64, are
+Samples are perplexities on samples/eval/perplexity.jsonl (no training text), in windows of the model's context. GPTQ
+and AWQ calibrate on `--data`. The bars of 8 bits are relative changes in percent; those of 4 bits, groups of 64, are
 perplexities over that of rounding to nearest. KL divergence and equal tokens of every variant stand in the notes.
 """
 

@@ -14,7 +14,14 @@ import yaml
 
 from tests.conftest import ROOT, puyu
 
-PAGES = ("README.md", "README.zh.md", "docs/chain.md", "docs/quantization.md", "docs/supported-models.md", "CONTRIBUTING.md")
+PAGES = (
+    "README.md",
+    "README.zh.md",
+    "docs/chain.md",
+    "docs/quantization.md",
+    "docs/supported-models.md",
+    "CONTRIBUTING.md",
+)
 
 
 def blocks(page: str, language: str) -> list[str]:

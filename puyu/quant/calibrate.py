@@ -62,12 +62,8 @@ Visit = Callable[[int, Block, dict[str, Seen]], None]
 
 
 def linears(block: nn.Module) -> dict[str, Linear]:
-    """The layers of a block that are quantized, by name; the router of a mixture decides and stays as it is."""
-    return {
-        name: child
-        for name, child in block.named_modules()
-        if isinstance(child, Linear) and "router" not in name.split(".")
-    }
+    """The layers of a block that are quantized, by name; routers are no `Linear` and stay as they are."""
+    return {name: child for name, child in block.named_modules() if isinstance(child, Linear)}
 
 
 @torch.no_grad()

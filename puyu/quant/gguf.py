@@ -62,9 +62,14 @@ def check_exportable(folder: Path, config: ModelConfig) -> str:
     if config.family not in _ARCHITECTURES:
         known = ", ".join(_ARCHITECTURES)
         raise ConfigError(f"{folder}: model_type {config.family!r} is not exported to GGUF", remedy=f"known: {known}")
-    scaling = config.rope_scaling or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) not in ("default", "dynamic"):
-        raise ConfigError(f"{folder}: rope_scaling {dict(scaling)} is not exported to GGUF")
+    stretched = (config.rope_scaling or {}).get("rope_type", (config.rope_scaling or {}).get("type", "default"))
+    unknown = {
+        f"rope_scaling {stretched!r}": stretched not in ("default", "dynamic"),
+        "a mixture of experts": config.experts is not None,
+        "sliding windows": any(config.windows),
+    }
+    for what in (name for name, is_there in unknown.items() if is_there):
+        raise ConfigError(f"{folder}: {what} cannot be exported to GGUF", remedy="use llama.cpp's own converter")
     return _ARCHITECTURES[config.family]
 
 

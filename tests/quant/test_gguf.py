@@ -1,4 +1,4 @@
-"""GGUF files: blocks bit for bit against the gguf package, files read back with it, computed as llama.cpp does."""
+"""GGUF files: blocks bit for bit as the gguf package makes them; files read back, computed as llama.cpp does."""
 
 from __future__ import annotations
 
@@ -222,6 +222,10 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
     save_model(scalar_from_language(folder), tmp_path / "reward")
     with pytest.raises(ConfigError, match="reward model"):
         export_gguf(tmp_path / "reward", tmp_path / "x.gguf")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    save_model(small_model(family="llama", rope_scaling=yarn), tmp_path / "yarn")
+    with pytest.raises(ConfigError, match="rope_scaling 'yarn' cannot be exported"):
+        export_gguf(tmp_path / "yarn", tmp_path / "x.gguf")
     value = read_json(folder / "tokenizer.json")
     value["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\w+|\W"
     write_json(folder / "tokenizer.json", value)

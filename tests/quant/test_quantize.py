@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 from puyu.errors import CheckpointError, ConfigError
 from puyu.model.attention import PackedPlan
 from puyu.model.checkpoint import load_model, save_model, scalar_from_language
-from puyu.model.linear import Linear, QuantLinear
+from puyu.model.config import ExpertShape
+from puyu.model.linear import QuantLinear
+from puyu.model.moe import Gate
 from puyu.model.quant_files import FileForm
 from puyu.quant.evaluate import compare
 from puyu.quant.quantize import QuantizeConfig, check_layers, quantize_model, run
@@ -95,26 +98,34 @@ def test_calibrated_methods_are_closer_than_rounding(tmp_path: Path) -> None:
     assert found["gptq"] < found["rtn"] and found["awq"] < found["rtn"]
 
 
-def test_layers_that_no_token_reaches_are_rounded_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, other = small_model(), small_model()
-    c = QuantizeConfig.model_validate({"model": "x", "bits": 4, "group": 32, "method": "gptq"})
-
-    class Idle(torch.nn.Module):
-        """An expert that the router never chooses."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.expert, self.router = Linear(64, 64), Linear(64, 4)
-            torch.nn.init.normal_(self.expert.weight, generator=torch.Generator().manual_seed(0))
-
-    for each in (model, other):
-        each.trunk.layers[1].idle = Idle()
-    before = other.trunk.layers[1].idle.expert.weight.detach()
-    _, unseen = quantize_model(model, c, [tokens(30).tolist()])
-    assert unseen == ["layers.1.idle.expert"]
-    idle = model.trunk.layers[1].idle
-    assert isinstance(idle.router, Linear), "routers keep full precision"
-    assert torch.equal(idle.expert.weight(torch.float32), rtn(before, c.form).dequantized())
+@pytest.mark.parametrize("method", ["gptq", "awq", "rtn"])
+def test_experts_are_quantized_and_those_that_no_token_reaches_are_named(method: str, tmp_path: Path) -> None:
+    shape = ExpertShape(count=6, per_token=2, size=32)
+    model = small_model(family="mixtral", experts=shape, std=0.1)
+    with torch.no_grad():
+        for block in model.trunk.layers:
+            block.mlp.router.weight[2:].zero_()  # positive logits of the first two experts win over zeros
+            block.mlp_norm.weight.abs_()
+    before = copy.deepcopy(model)
+    c = QuantizeConfig.model_validate({"model": "x", "bits": 4, "group": 32, "method": method})
+    documents = [tokens(30, seed=s).tolist() for s in range(2)]
+    _, unseen = quantize_model(model, c, documents)
+    reached = set()
+    for index, block in enumerate(model.trunk.layers):
+        assert isinstance(block.mlp.router, Gate), "routers keep full precision"
+        for number in range(6):
+            name = f"layers.{index}.mlp.experts.{number}.down"
+            layer = model.trunk.get_submodule(name)
+            assert isinstance(layer, QuantLinear)
+            if name in unseen:
+                original = before.trunk.get_submodule(name).weight.detach()
+                assert torch.equal(layer.weight(torch.float32), rtn(original, c.form).dequantized())
+            else:
+                reached.add(number)
+    assert reached and (method == "rtn") == (unseen == [])
+    save_model(model, tmp_path, config=model.config.with_(quantization=c.file_form.to_config()), dtype=torch.float32)
+    row = tokens(20)
+    assert torch.equal(our_logits(load_model(tmp_path), row), our_logits(model, row))
 
 
 @pytest.mark.parametrize("tied", [False, True])
