@@ -22,7 +22,7 @@ from puyu.device import pick_device, pick_dtype, require_torch
 from puyu.engine.core import Engine, EngineConfig, Stats
 from puyu.engine.driver import Driver
 from puyu.engine.front import as_messages
-from puyu.engine.loop import AsyncEngine, last_delta
+from puyu.engine.loop import AsyncEngine, last_deltas
 from puyu.engine.score import score
 from puyu.errors import CheckpointError
 from puyu.hub import resolve
@@ -117,15 +117,19 @@ class LLM:
         yield from self._stream(_chat_request(messages, tools, params, changes))
 
     def _stream(self, request: GenerateRequest) -> Iterator[Delta]:
-        items: SimpleQueue[str | Completion] = SimpleQueue()
-        request_id, ended = self.driver.submit(request, done=items.put, text=items.put), False
+        items: SimpleQueue[Delta | Completion] = SimpleQueue()
+
+        def text(index: int, piece: str) -> None:
+            items.put(Delta(piece, index=index))
+
+        request_id, ended = self.driver.submit(request, done=items.put, text=text), False
         try:
             while not ended:
                 self.driver.pump()
                 while not items.empty():
                     item = items.get()
                     ended = isinstance(item, Completion)
-                    yield last_delta(item) if isinstance(item, Completion) else Delta(item)
+                    yield from last_deltas(item) if isinstance(item, Completion) else [item]
         finally:
             if not ended:
                 self.driver.abort(request_id)

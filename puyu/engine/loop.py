@@ -58,19 +58,23 @@ class AsyncEngine:
                 self._abort(request_id)
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """Text as it comes; the last delta has tool calls, finish reason and usage."""
+        """Text as it comes; each answer's last delta has tool calls and finish reason, the very last the usage."""
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[str | Completion] = asyncio.Queue()
+        queue: asyncio.Queue[Delta | Completion] = asyncio.Queue()
 
-        def put(item: str | Completion) -> None:
+        def put(item: Delta | Completion) -> None:
             _call_soon(loop, queue.put_nowait, item)
 
-        request_id, ended = self._submit(request, done=put, text=put), False
+        def text(index: int, piece: str) -> None:
+            put(Delta(piece, index=index))
+
+        request_id, ended = self._submit(request, done=put, text=text), False
         try:
             while not ended:
                 item = await queue.get()
                 ended = isinstance(item, Completion)
-                yield last_delta(item) if isinstance(item, Completion) else Delta(item)
+                for delta in last_deltas(item) if isinstance(item, Completion) else [item]:
+                    yield delta
         finally:
             if not ended:
                 self._abort(request_id)
@@ -143,9 +147,18 @@ class AsyncEngine:
             return not self._stopped
 
 
-def last_delta(completion: Completion) -> Delta:
-    """The end of a stream: tool calls, finish reason, usage."""
-    return Delta("", completion.message.tool_calls, completion.finish_reason, completion.usage)
+def last_deltas(completion: Completion) -> list[Delta]:
+    """The end of a stream: tool calls and finish reason of every answer, the usage with the last."""
+    answers = completion.choices
+    return [
+        Delta(
+            tool_calls=answer.message.tool_calls,
+            finish_reason=answer.finish_reason,
+            usage=completion.usage if index == len(answers) - 1 else None,
+            index=index,
+        )
+        for index, answer in enumerate(answers)
+    ]
 
 
 def _set_result(future: asyncio.Future[Completion], completion: Completion) -> None:

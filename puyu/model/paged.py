@@ -33,10 +33,24 @@ class KVCache:
         self.num_slots = num_blocks * block_size
         shape = (config.num_layers, 2 * config.num_kv_heads * self.num_slots, config.head_dim)
         self.rows = torch.empty(shape, device=device, dtype=dtype)
+        self._shape = shape
 
     @property
     def device(self) -> torch.device:
         return self.rows.device
+
+    def release(self) -> None:
+        """Give the memory back; what was cached is lost."""
+        self.rows = self.rows.new_empty(0)
+
+    def allocate(self) -> None:
+        """Take the memory again after `release`."""
+        if self.is_released:
+            self.rows = self.rows.new_empty(self._shape)
+
+    @property
+    def is_released(self) -> bool:
+        return self.rows.numel() == 0
 
     @staticmethod
     def block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype) -> int:
