@@ -48,8 +48,8 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """Likeliest tokens that each beam needs: even if `width` of them end, as many can go on."""
-        return 2 * self.width
+        """Likeliest tokens that each beam needs: even if all that can end do, `width` of them go on."""
+        return max(2, 1 + len(self.stop_ids)) * self.width
 
     def advance(self, nexts: Sequence[TopLogprobs]) -> None:
         """Continue each beam; `nexts` has its likeliest tokens in order."""
@@ -59,33 +59,32 @@ class BeamSearch:
             for token, logprob in tokens
         ]
         grown.sort(key=lambda beam: -beam.total)
+        is_last = len(grown[0].ids) >= self.max_tokens
         going: list[Beam] = []
         for rank, beam in enumerate(grown[: self.num_candidates]):
-            if beam.ids[-1] not in self.stop_ids:
+            stops = beam.ids[-1] in self.stop_ids
+            if not stops and not is_last:
                 going.append(beam)
             elif rank < self.width:
-                self._finish(beam, "stop")
-        self.beams = going[: self.width]
-        self._close()
+                self._finish(beam, "stop" if stops else "length")
+        self.beams = going[: self.width] if self._can_improve(going) else []
 
     def end(self, reason: FinishReason) -> None:
-        """End all beams now."""
+        """End all beams now; what the search would have found is unknown, so all answers say why."""
         for beam in self.beams:
             self._finish(beam, reason)
         self.beams = []
+        self.finished = [item._replace(reason=reason) for item in self.finished]
 
     def best(self, count: int) -> list[Finished]:
         """The highest scores first."""
         return self.finished[:count]
 
-    def _close(self) -> None:
-        """Stop at the longest length, or when no beam can get among the best."""
-        if self.beams and len(self.beams[0].ids) >= self.max_tokens:
-            self.end("length")
-        elif len(self.finished) >= self.width and self.beams:
-            reachable = self._score(self.beams[0])
-            if self.finished[self.width - 1].score >= reachable:
-                self.beams = []
+    def _can_improve(self, beams: Sequence[Beam]) -> bool:
+        """Whether the best of the beams, as it is, stands among the best that have ended."""
+        if not beams or len(self.finished) < self.width:
+            return True
+        return self._score(beams[0]) > self.finished[-1].score
 
     def _finish(self, beam: Beam, reason: FinishReason) -> None:
         self.finished.append(Finished(beam, self._score(beam), reason))

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from puyu.engine.request import Matcher
@@ -27,6 +29,8 @@ MAX_UNROLLED = 20_000
 the first step, and nested ones take it seconds."""
 CACHED = 64
 """Compiled grammars that are kept."""
+TRIAL = 8
+"""Tokens that a new grammar is tried with: some exceed their limits only after the first ones."""
 
 _LIMITS = {
     "max_items_in_row": 2_000,
@@ -40,32 +44,34 @@ _LIMITS = {
 
 
 class Compiler:
-    """Grammars for one tokenizer; what was compiled is kept."""
+    """Grammars for one tokenizer; what was compiled is kept. Any thread may compile."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._vocabularies: dict[frozenset[int], Any] = {}
         self._compiled: OrderedDict[tuple[str, frozenset[int]], Matcher] = OrderedDict()
+        self._lock = threading.Lock()
 
     def compile(self, guide: Guide, *, stop_ids: frozenset[int]) -> Matcher:
         """A matcher before its first token, to be copied; RequestError says what is wrong with the grammar."""
         grammar = grammar_of(guide)
         key = (grammar, stop_ids)
-        if key not in self._compiled:
-            self._compiled[key] = self._build(grammar, stop_ids)
+        with self._lock:
+            found = self._compiled.pop(key, None)
+        found = found or self._build(grammar, stop_ids)
+        with self._lock:
+            self._compiled[key] = found
             while len(self._compiled) > CACHED:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(key)
-        return self._compiled[key]
+        return found
 
     def _build(self, grammar: str, stop_ids: frozenset[int]) -> Matcher:
         llguidance = _library()
         limits = llguidance.LLParserLimits(**_LIMITS)
         matcher = llguidance.LLMatcher(self._vocabulary(stop_ids), grammar, log_level=0, limits=limits)
-        if not matcher.is_error():
-            matcher.deep_copy().compute_bitmask()  # the first step shows what only running shows
-        if matcher.is_error():
-            raise RequestError(f"the grammar cannot be used: {_first_line(matcher.get_error())}", param="guide")
+        wrong = matcher.get_error() if matcher.is_error() else _trial(matcher.deep_copy())
+        if wrong:
+            raise RequestError(f"the grammar cannot be used: {_first_line(wrong)}", param="guide")
         return matcher
 
     def _vocabulary(self, stop_ids: frozenset[int]) -> Any:
@@ -81,29 +87,52 @@ class Compiler:
         return self._vocabularies[stop_ids]
 
 
+def _trial(matcher: Matcher) -> str:
+    """What goes wrong along one way through the grammar; empty when nothing does."""
+    for _ in range(TRIAL):
+        bits = matcher.compute_bitmask()
+        first = next((at * 8 + (byte & -byte).bit_length() - 1 for at, byte in enumerate(bits) if byte), None)
+        if matcher.is_error():
+            return matcher.get_error()
+        if first is None:
+            return "no token of this vocabulary can begin or go on"
+        if not matcher.consume_token(first) or matcher.is_stopped():
+            break
+    return matcher.get_error() if matcher.is_error() else ""
+
+
 def grammar_of(guide: Guide) -> str:
     """The grammar in llguidance's form; RequestError for a value of the wrong kind or size."""
     value = guide.value
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else _as_json(value)
     if len(text.encode("utf-8", errors="replace")) > MAX_BYTES:
         raise RequestError(f"a grammar may have {MAX_BYTES} bytes", param="guide", remedy="simplify it")
     matcher = _library().LLMatcher
-    _check_repetitions(text)
     if guide.kind == "json_schema":
         return _schema_grammar(text)
     if guide.kind == "choice":
         if isinstance(value, str) or not value or not all(isinstance(item, str) and item for item in value):
             raise RequestError("a choice is a list of texts, none of them empty", param="guide")
         return str(matcher.grammar_from_regex("|".join(re.escape(item) for item in value)))
-    if not isinstance(value, str) or not value:
+    if guide.kind not in ("regex", "grammar") or not isinstance(value, str) or not value:
         raise RequestError(f"a {guide.kind} is a text that is not empty", param="guide")
+    _check_repetitions([value])
     return str(matcher.grammar_from_regex(value) if guide.kind == "regex" else matcher.grammar_from_lark(value))
 
 
-def _check_repetitions(text: str) -> None:
-    """Refuse nested counted repetitions, wherever in a grammar or a schema they stand."""
-    size = unrolled_size(text)
-    if size > MAX_UNROLLED + len(text):
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the guide's value is not JSON: {error}", param="guide") from error
+
+
+def _check_repetitions(texts: Iterable[str]) -> None:
+    """Refuse nested counted repetitions. In a Lark grammar brackets need not be classes, so both readings count."""
+    size = 0
+    for text in texts:
+        size += max(unrolled_size(text), unrolled_size(text.replace("[", " ").replace("]", " "))) - len(text)
+    if size > MAX_UNROLLED:
         raise RequestError(
             f"its counted repetitions, as in (a{{100}}){{100}}, unroll to {size} characters",
             param="guide",
@@ -136,11 +165,26 @@ def unrolled_size(regex: str) -> int:
 def _schema_grammar(text: str) -> str:
     try:
         schema = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"the JSON Schema is not JSON: {error}", param="guide") from error
     if not isinstance(schema, dict):
         raise RequestError("a JSON Schema is an object", param="guide")
+    _check_repetitions(_strings(schema))
     return str(_library().LLMatcher.grammar_from_json_schema(text))
+
+
+def _strings(schema: Any) -> Iterator[str]:
+    """All texts of a schema that a repetition may stand in: patterns, and the keys of `patternProperties`."""
+    waiting = [schema]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            if "{" in item:
+                yield item
+        elif isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            waiting += item
 
 
 def _library() -> Any:

@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +26,12 @@ from torch import Tensor
 
 from puyu.configure import Config
 from puyu.engine.blocks import BlockPool
-from puyu.engine.edits import row_edits
 from puyu.engine.request import Request, Running, Status
-from puyu.engine.runner import Output, Runner, Span
-from puyu.engine.sampler import Choice, Sampled, sample
+from puyu.engine.rows import Row, append, by_chunk, sample_plan, span_of
+from puyu.engine.runner import Output, Runner
+from puyu.engine.sampler import Sampled
 from puyu.engine.scheduler import Chunk, Plan, Scheduler
-from puyu.engine.speculate import Drafter
+from puyu.engine.speculate import Drafter, LookupDrafter, Wanted
 from puyu.errors import ResourceError
 from puyu.log import logger
 from puyu.model.heads import CausalLM, ScalarModel
@@ -110,8 +110,9 @@ class Engine:
         bank: AdapterBank | None = None,
     ) -> None:
         """`num_ids`: how many ids the tokenizer knows, when the model's vocabulary is padded beyond them."""
-        self.model, self.num_ids, self.drafter = model, num_ids, drafter
         self.config = config = config or EngineConfig()
+        self.model, self.num_ids = model, num_ids
+        self.drafter = (drafter or LookupDrafter()) if config.draft_tokens else None
         weight = model.trunk.embedding.weight
         dtype = model.trunk.compute_dtype or weight.dtype
         num_blocks = _num_blocks(model, config, dtype=dtype)
@@ -121,9 +122,14 @@ class Engine:
         self.runner = Runner(model, cache, bank=bank, alone=config.deterministic)
         pool = BlockPool(num_blocks=num_blocks, block_size=config.block_size, prefix_cache=config.prefix_cache)
         max_running = min(config.max_running, config.max_step_tokens)
-        self.scheduler = Scheduler(pool, max_running=max_running, max_step_tokens=config.max_step_tokens)
-        if drafter is not None:
-            drafter.attach(cache)
+        self.scheduler = Scheduler(
+            pool,
+            max_running=max_running,
+            max_step_tokens=config.max_step_tokens,
+            pools_apart=config.deterministic,  # their keys come from another kernel than those of decoding
+        )
+        if self.drafter is not None:
+            self.drafter.attach(cache)
         self._live: dict[str, Running] = {}
         self._sums: dict[str, Tensor] = {}
         self._orders = itertools.count()
@@ -161,13 +167,15 @@ class Engine:
     def step(self, now: float | None = None) -> list[Event]:
         """Run the model once; the events of all requests that got a token or ended. `now`: `time.monotonic()`."""
         late = [Event(running, None, "timeout") for running in self._expire(time.monotonic() if now is None else now)]
+        if self.is_asleep:
+            return late
         self._draft()
         plan = self.scheduler.step()
         if not plan.chunks:
             return late
         try:
-            output = self.runner.run([_span(chunk) for chunk in plan.chunks])
-            sampled = self._sample(plan, output)
+            output = self.runner.run([span_of(chunk) for chunk in plan.chunks])
+            sampled = sample_plan(plan, output.logits_SV, num_ids=self.num_ids, alone=self.config.deterministic)
         except Exception:  # noqa: BLE001 - logged and counted; the requests of this step end with reason "error"
             logger.exception("a step of %d requests failed", len(plan.chunks))
             return late + [self._fail(chunk.running) for chunk in plan.chunks]
@@ -181,38 +189,29 @@ class Engine:
         return late
 
     def _draft(self) -> None:
-        if self.drafter is None or not self.config.draft_tokens:
+        if self.drafter is None:
             return
-        wanted = []
+        wanted: list[tuple[Running, int]] = []
         for running in self.scheduler.running:
             room = min(running.request.max_tokens - running.num_generated - 1, self.config.draft_tokens)
             if running.num_remaining == 1 and running.num_generated and room > 0:
                 room = self.scheduler.reserve(running, room)
                 wanted += [(running, room)] if room else []
-        for (running, _), drafts in zip(wanted, self.drafter.propose(wanted), strict=True):
+        for (running, _), drafts in zip(wanted, self._guesses(self.drafter, wanted), strict=True):
             running.drafts = drafts
 
-    def _sample(self, plan: Plan, output: Output) -> Sampled:
-        """Tokens of all rows that are sampled from; the rows of prompts are only scored."""
-        rows: list[int] = []
-        choices: list[Choice] = []
-        start = 0
-        with torch.inference_mode():
-            for chunk in plan.chunks:
-                count = 1 + len(chunk.drafts) if chunk.samples else 0
-                _score_prompt(chunk, output.logits_SV[start : start + chunk.num_rows])
-                start += chunk.num_rows
-                rows += range(start - count, start)
-                choices += _choices(chunk) if chunk.samples else []
-            if not choices:
-                return Sampled([], None, {})
-            logits_SV = output.logits_SV if len(rows) == start else output.logits_SV[rows]
-            return sample(logits_SV, choices, num_ids=self.num_ids)
+    def _guesses(self, drafter: Drafter, wanted: Wanted) -> list[list[int]]:
+        """What may come next; nothing where guessing fails, which costs speed alone."""
+        try:
+            return drafter.propose(wanted)
+        except Exception:  # noqa: BLE001 - logged; the step goes on without guesses
+            logger.exception("drafting for %d requests failed", len(wanted))
+            return [[] for _ in wanted]
 
     def _count(self, plan: Plan, sampled: Sampled, output: Output) -> list[Event]:
         """Take over a computed step: requests with a row that is not finite fail first, so that nothing of them is
         shared."""
-        found = list(zip(plan.chunks, _by_chunk(plan, sampled), strict=True))
+        found = list(zip(plan.chunks, by_chunk(plan, sampled), strict=True))
         events = [self._fail(chunk.running) for chunk, rows in found if any(row.token is None for row in rows[:1])]
         self._counts["steps"] += 1
         self._counts["computed"] += plan.num_tokens
@@ -230,22 +229,26 @@ class Engine:
         for row, draft in zip(rows, [*chunk.drafts, None], strict=bool(rows)):
             if row.token is None:
                 break  # a guess led astray: the token is sampled again in the next step
-            events.append(Event(running, row.token, _append(running, row)))
+            events.append(Event(running, row.token, append(running, row)))
             if events[-1].finish_reason is not None or row.token != draft:
                 break
         self._counts["generated"] += len(events)
         self._counts["drafted"] += len(chunk.drafts)
         self._counts["accepted"] += max(len(events) - 1, 0)
         self.scheduler.computed(running, chunk.length - len(chunk.drafts) + max(len(events) - 1, 0))
-        if events and events[-1].finish_reason is not None:
-            self.finish(running.request.id, events[-1].finish_reason)
+        reason = events[-1].finish_reason if events else None
+        if reason == "error":
+            self._fail(running)
+        elif reason is not None:
+            self.finish(running.request.id, reason)
         return events
 
     def _pool(self, chunk: Chunk, hidden_LD: Tensor) -> list[Event]:
         """Gather hidden states; at the prompt's end they become the embedding, or the reward."""
         running = chunk.running
         request, end = running.request, chunk.start + chunk.length
-        state_D = hidden_LD.float().sum(dim=0) if request.pool == "mean" else hidden_LD[-1].float()
+        hidden_LD = hidden_LD if hidden_LD.dtype == torch.float64 else hidden_LD.float()
+        state_D = hidden_LD.double().sum(dim=0) if request.pool == "mean" else hidden_LD[-1]
         if request.pool == "mean" and chunk.start:
             state_D += self._sums[request.id]
         self._sums[request.id] = state_D
@@ -273,10 +276,15 @@ class Engine:
         """Give the cache's memory back; requests under way wait and are computed again after `wake`."""
         self.scheduler.restart()
         self.runner.cache.release()
+        if self.drafter is not None:
+            self.drafter.detach()
 
     def wake(self) -> None:
         """Take memory for the cache again."""
-        self.runner.cache.allocate()
+        if self.is_asleep:
+            self.runner.cache.allocate()
+            if self.drafter is not None:
+                self.drafter.attach(self.runner.cache)
 
     @property
     def is_asleep(self) -> bool:
@@ -288,6 +296,9 @@ class Engine:
         Requests under way are computed again from their first token, with the new weights.
         """
         self.scheduler.restart()
+        for running in self._live.values():
+            if not running.num_generated:
+                del running.prompt_logprobs[1:]
 
     def stats(self) -> Stats:
         """A snapshot for logs and metrics."""
@@ -313,66 +324,6 @@ class Engine:
         queued = [*self.scheduler.running, *self.scheduler.waiting]
         assert {running.request.id for running in queued} == set(self._live), "live requests and queues disagree"
         assert all(running.status is not Status.FINISHED for running in queued)
-
-
-class Row(NamedTuple):
-    """What sampling gave for one row."""
-
-    token: int | None
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
-
-
-def _by_chunk(plan: Plan, sampled: Sampled) -> Iterator[list[Row]]:
-    """The sampled rows of each chunk."""
-    start = 0
-    for chunk in plan.chunks:
-        stop = start + (1 + len(chunk.drafts) if chunk.samples else 0)
-        logprobs = sampled.logprobs
-        yield [
-            Row(sampled.tokens[at], logprobs[at] if logprobs else None, sampled.tops.get(at, ()))
-            for at in range(start, stop)
-        ]
-        start = stop
-
-
-def _append(running: Running, row: Row) -> FinishReason | None:
-    params = running.request.params
-    if params.logprobs and row.logprob is not None:
-        running.logprobs.append(row.logprob)
-    if params.top_logprobs:
-        running.top_logprobs.append(row.top)
-    assert row.token is not None
-    return running.append(row.token)
-
-
-def _span(chunk: Chunk) -> Span:
-    running, request = chunk.running, chunk.running.request
-    return Span(chunk.tokens, chunk.start, running.blocks, chunk.num_rows, bool(request.pool), request.adapter)
-
-
-def _choices(chunk: Chunk) -> list[Choice]:
-    """How the rows of a chunk are sampled: after its tokens, and after each of its drafts."""
-    running, params = chunk.running, chunk.running.request.params
-    first = running.num_generated
-    return [
-        Choice(params, running.draw(first + index) if params.temperature > 0 else 0.0, edits)
-        for index, edits in enumerate(row_edits(running, chunk.drafts))
-    ]
-
-
-def _score_prompt(chunk: Chunk, logits_LV: Tensor) -> None:
-    """Log-probabilities of the prompt's tokens that follow those of the chunk."""
-    running = chunk.running
-    known = len(running.prompt_logprobs)
-    first, last = max(known - 1, chunk.start), min(chunk.start + chunk.length, running.num_prompt - 1)
-    if not running.request.params.prompt_logprobs or first >= last:
-        return
-    rows = logits_LV[first - chunk.start : last - chunk.start]
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    targets = torch.tensor(running.tokens[first + 1 : last + 1], device=rows.device)
-    values = rows.gather(-1, targets[:, None])[:, 0] - rows.logsumexp(dim=-1)
-    running.prompt_logprobs += values.tolist()
 
 
 def _deadline(running: Running) -> float:

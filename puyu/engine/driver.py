@@ -19,6 +19,7 @@ from puyu.engine.core import Engine, Event, Stats
 from puyu.engine.flight import Answers, BeamFlight, Flight, Pooled
 from puyu.engine.front import Front, Reader
 from puyu.engine.request import Request, Running
+from puyu.model.heads import ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import Completion, FinishReason, GenerateRequest
 
@@ -31,7 +32,12 @@ class Driver:
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         bank = engine.runner.bank
-        self.front = Front(tokenizer, context=engine.context, check_adapter=None if bank is None else bank.check)
+        self.front = Front(
+            tokenizer,
+            context=engine.context,
+            check_adapter=None if bank is None else bank.check,
+            is_reward=isinstance(engine.model, ScalarModel),
+        )
         self.lock = threading.RLock()
         """Held while the engine is stepped; hold it to run the model beside the steps."""
         self._inbox: deque[tuple[Request, Flight | BeamFlight | Pooled] | str] = deque()
@@ -50,7 +56,17 @@ class Driver:
 
         `text` is told pieces of each answer's text, by its index.
         """
-        prepared = self.front.prepare(request)
+        return self.queue(request, self.front.prepare(request), done=done, text=text)
+
+    def queue(
+        self,
+        request: GenerateRequest,
+        prepared: Sequence[Request],
+        *,
+        done: Callable[[Completion], None],
+        text: Callable[[int, str], None] | None = None,
+    ) -> str:
+        """Queue what `Front.prepare` made of a request; any thread may prepare."""
         chat = not isinstance(request.prompt, str)
         if request.params.beam_width:
             return self._queue([(prepared[0], self._beams(prepared[0], chat=chat, done=done, text=text))])
@@ -76,6 +92,11 @@ class Driver:
     def has_work(self) -> bool:
         return bool(self._inbox) or self.engine.has_work
 
+    @property
+    def only_waits(self) -> bool:
+        """Whether requests wait for the engine to wake up."""
+        return self.engine.is_asleep and bool(self._flights)
+
     def pump(self) -> bool:
         """One step and its callbacks; False when nothing is left to do."""
         with self.lock:
@@ -90,6 +111,12 @@ class Driver:
             self._empty_inbox()
             for request_id in list(self._flights):
                 self._end(request_id, reason)
+
+    def uses(self, adapter: str) -> bool:
+        """Whether a request that waits or runs needs this adapter."""
+        queued = [item[0] for item in list(self._inbox) if not isinstance(item, str)]
+        live = [running.request for running in (*self.engine.scheduler.running, *self.engine.scheduler.waiting)]
+        return any(request.adapter == adapter for request in (*queued, *live))
 
     def stats(self) -> Stats:
         return self.engine.stats()

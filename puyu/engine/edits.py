@@ -79,13 +79,14 @@ def _edits(running: Running, drafts: list[int], mask: bytes | None) -> Edits:
     scaled = None
     if params.repetition_penalty != 1:
         scaled = np.unique(np.array([*running.tokens, *drafts], dtype=np.int64))
+    banned = _banned(request, answer)
     return Edits(
         scaled=scaled,
         scale=params.repetition_penalty,
         added=params.logit_bias,
         subtracted=_penalties(params, answer),
-        banned=_banned(request, answer),
-        allowed=mask,
+        banned=banned if mask is None else (),
+        allowed=None if mask is None else _without(mask, banned),
     )
 
 
@@ -111,12 +112,22 @@ def _masks(guide: Matcher | None, drafts: Sequence[int]) -> Iterator[bytes | Non
     if guide is None:
         yield from [None] * (1 + len(drafts))
         return
-    valid = guide.validate_tokens(list(drafts)) if drafts else 0
-    taken = 0
-    for count in range(1 + len(drafts)):
-        if 0 < count <= valid and not guide.is_stopped():
-            guide.consume_token(drafts[count - 1])
-            taken += 1
-        yield guide.compute_bitmask() if count <= taken else None
-    if taken:
-        guide.rollback(taken)
+    yield _mask(guide)
+    guide = guide.deep_copy() if drafts else guide  # a draft that turns out wrong leaves no trace
+    for draft in drafts:
+        useful = not guide.is_stopped() and guide.consume_token(draft)
+        yield _mask(guide) if useful else None
+
+
+def _mask(guide: Matcher) -> bytes:
+    """One bit for each id; a grammar that has failed allows none, so that its request ends."""
+    bits = guide.compute_bitmask()
+    return bytes(len(bits)) if guide.is_error() else bits
+
+
+def _without(mask: bytes, banned: Sequence[int]) -> bytes:
+    """The mask less what is banned; the grammar has the last word where nothing else would be left."""
+    bits = bytearray(mask)
+    for id in banned:
+        bits[id // 8] &= ~(1 << id % 8) & 0xFF
+    return bytes(bits) if any(bits) else mask

@@ -5,6 +5,7 @@ Callbacks run in the pumping thread and must be quick. Knows no scheduler and no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -41,7 +42,8 @@ class Answers:
             return
         ordered = [self.found[index] for index in range(self.count)]
         if self.params.best_of > self.params.n:
-            ordered = sorted(ordered, key=lambda answer: -_mean(answer.logprobs))[: self.params.n]
+            ordered = sorted(ordered, key=_worst_last)[: self.params.n]
+            ordered[0] = replace(ordered[0], prompt_logprobs=self.found[0].prompt_logprobs)
             for index, answer in enumerate(ordered):
                 if self.text is not None and answer.text:
                     self.text(index, answer.text)
@@ -123,6 +125,7 @@ class BeamFlight:
             self.round.append(
                 replace(self.request, id=new_id(), prompt_ids=ids, max_tokens=1, params=params, stop_ids=none)
             )
+        self.request = replace(self.request, queue_deadline=math.inf)  # it has begun
         return self.round
 
     def take(self, running: Running) -> bool:
@@ -172,5 +175,7 @@ def _sum(usages: Iterator[Usage]) -> Usage:
     return Usage(parts[0].prompt_tokens, sum(part.completion_tokens for part in parts), parts[0].cached_tokens)
 
 
-def _mean(logprobs: tuple[float, ...]) -> float:
-    return sum(logprobs) / max(len(logprobs), 1)
+def _worst_last(answer: Completion) -> tuple[bool, float]:
+    """Answers that came to their end first, of these the likeliest a token."""
+    count = len(answer.logprobs)
+    return answer.finish_reason in ("error", "abort", "timeout"), -sum(answer.logprobs) / max(count, 1)

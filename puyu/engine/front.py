@@ -43,10 +43,15 @@ class Front:
     """Validates and renders requests for one tokenizer and one context length."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, context: int, check_adapter: Callable[[str], None] | None = None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        check_adapter: Callable[[str], None] | None = None,
+        is_reward: bool = False,
     ) -> None:
-        """`check_adapter` raises RequestError for a name that is not loaded."""
-        self.tokenizer, self.context = tokenizer, context
+        """`check_adapter` raises RequestError for a name that is not loaded; a reward model does not answer."""
+        self.tokenizer, self.context, self.is_reward = tokenizer, context, is_reward
         self._check_adapter = check_adapter or _no_adapter
         self._compiler = Compiler(tokenizer)
         self._numbers = itertools.count()
@@ -57,6 +62,8 @@ class Front:
         `max_tokens` is capped to what the context has room for; such a request ends with reason "length".
         """
         params = request.params
+        if self.is_reward:
+            raise RequestError("this is a reward model, it does not answer", param="model", remedy="use LLM.reward")
         check_params(params, vocab_size=self.tokenizer.vocab_size)
         _check_limits(request)
         self._check_adapter(request.adapter)
@@ -86,7 +93,9 @@ class Front:
         self._check_adapter(adapter)
         if not ids:
             raise RequestError("the input is empty", param="input")
-        self._room(len(ids) - 1, field="input")
+        if len(ids) > self.context:
+            message = f"the input has {len(ids)} tokens, more than the context of {self.context}"
+            raise RequestError(message, param="input", remedy="shorten it")
         pool: Any = pooling
         return Request(self.new_id(), tuple(ids), 0, adapter=adapter, pool=pool)
 
@@ -263,9 +272,11 @@ class Reader:
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
         self._held = ""
         self._in_call = False
+        self._num_read = 0
 
     def push(self, token: int) -> str:
         """The text that this token completes; sets `stopped` when a stop string is found."""
+        self._num_read += not self.stopped
         if self.stopped or token in self.request.stop_ids or self._is_call(token):
             return ""
         self._held += self._decoder.push(token)
@@ -282,17 +293,18 @@ class Reader:
         return shown + rest
 
     def completion(self, running: Running, *, reason: FinishReason) -> Completion:
-        """What came back, after `close`."""
-        ids = running.generated
+        """What came back, after `close`. Tokens behind a stop string, which drafts may have brought, do not count."""
+        count = self._num_read if self.stopped else running.num_generated
+        ids = running.generated[:count]
         calls = self._calls(ids) if self.chat else ()
         return Completion(
             message=Message("assistant", self.text, tool_calls=calls),
             finish_reason="tool_calls" if calls and reason == "stop" else reason,
-            usage=running.usage,
+            usage=replace(running.usage, completion_tokens=count),
             token_ids=tuple(ids),
-            logprobs=tuple(running.logprobs),
+            logprobs=tuple(running.logprobs[:count]),
             raw_text=self.tokenizer.decode(ids),
-            top_logprobs=tuple(running.top_logprobs),
+            top_logprobs=tuple(running.top_logprobs[:count]),
             prompt_logprobs=tuple(running.prompt_logprobs),
         )
 

@@ -13,6 +13,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from puyu.engine.core import Stats
@@ -22,6 +23,7 @@ from puyu.log import logger
 from puyu.types import Completion, Delta, GenerateRequest
 
 T = TypeVar("T")
+ASLEEP_SECONDS = 0.25
 
 
 class AsyncEngine:
@@ -50,7 +52,7 @@ class AsyncEngine:
         def done(completion: Completion) -> None:
             _call_soon(loop, _set_result, future, completion)
 
-        request_id = self._submit(request, done=done)
+        request_id = await self._submit(request, done=done)
         try:
             return await future
         finally:
@@ -68,7 +70,7 @@ class AsyncEngine:
         def text(index: int, piece: str) -> None:
             put(Delta(piece, index=index))
 
-        request_id, ended = self._submit(request, done=put, text=text), False
+        request_id, ended = await self._submit(request, done=put, text=text), False
         try:
             while not ended:
                 item = await queue.get()
@@ -112,12 +114,15 @@ class AsyncEngine:
             self._wake.notify_all()
         thread.join()
 
-    def _submit(self, request: GenerateRequest, **callbacks: Any) -> str:
+    async def _submit(self, request: GenerateRequest, **callbacks: Any) -> str:
+        """Queue a request; a grammar is compiled in another thread, so that the event loop goes on."""
+        prepare = partial(self.driver.front.prepare, request)
+        prepared = prepare() if request.params.guide is None else await asyncio.to_thread(prepare)
         if self.failure is not None:
             raise ResourceError(f"the engine has stopped: {self.failure}", remedy="start it again; see the log")
         if self._closing:
             raise RequestError("the engine is shutting down", remedy="send the request to another server")
-        request_id = self.driver.submit(request, **callbacks)
+        request_id = self.driver.queue(request, prepared, **callbacks)
         with self._wake:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="puyu-engine", daemon=True)
@@ -127,6 +132,10 @@ class AsyncEngine:
 
     def _abort(self, request_id: str) -> None:
         self.driver.abort(request_id)
+        self.nudge()
+
+    def nudge(self) -> None:
+        """Let the thread look for work: the engine has been woken up."""
         with self._wake:
             self._wake.notify_all()
 
@@ -143,7 +152,9 @@ class AsyncEngine:
     def _wait(self) -> bool:
         """Sleep until there is work; False when the engine is to stop."""
         with self._wake:
-            self._wake.wait_for(lambda: self._stopped or self.driver.has_work)
+            # while the engine sleeps, somebody still has to look at deadlines
+            patience = ASLEEP_SECONDS if self.driver.only_waits else None
+            self._wake.wait_for(lambda: self._stopped or self.driver.has_work, patience)
             return not self._stopped
 
 

@@ -26,9 +26,7 @@ class Matcher(Protocol):
 
     def deep_copy(self) -> Matcher: ...
     def consume_token(self, token: int) -> bool: ...
-    def validate_tokens(self, tokens: list[int]) -> int: ...
     def compute_bitmask(self) -> bytes: ...
-    def rollback(self, count: int) -> bool: ...
     def is_stopped(self) -> bool: ...
     def is_error(self) -> bool: ...
     def get_error(self) -> str: ...
@@ -94,7 +92,7 @@ class Running:
     drafts: list[int] = field(default_factory=list)
     """Guesses of the next tokens, checked in the next step and then forgotten."""
     num_drafted: int = 0
-    """Tokens, guesses included, that a draft model has keys and values of."""
+    """Tokens, guesses included, that a draft model has keys and values of; shared blocks count as written."""
     guide: Matcher | None = None
     """The grammar after all generated tokens."""
     pooled: list[float] = field(default_factory=list)
@@ -152,11 +150,8 @@ class Running:
     def append(self, token: int) -> FinishReason | None:
         """Add a sampled token; returns why the request ends with it, if it does."""
         self.tokens.append(token)
-        if token in self.request.stop_ids:
+        if self.guide is not None and (self.guide.is_error() or not self.guide.consume_token(token)):
+            return "error"
+        if token in self.request.stop_ids or (self.guide is not None and self.guide.is_stopped()):
             return "stop"
-        if self.guide is not None:
-            if not self.guide.consume_token(token):
-                return "error"
-            if self.guide.is_stopped():
-                return "stop"
         return "length" if self.num_generated >= self.request.max_tokens else None

@@ -11,6 +11,7 @@ is in the step and however a prompt was cut into chunks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -79,9 +80,9 @@ class Runner:
         ]
         plan = PagedPlan.build(self.cache, sequences)
         tokens_T = self._tensor(np.array([token for span in spans for token in span.tokens]))
-        if self.bank is not None:
-            self.bank.select([(span.adapter, len(span.tokens)) for span in spans])
-        hidden_TD = self.model.trunk(tokens_T, self._tensor(positions), plan)
+        adapters = [(span.adapter, len(span.tokens)) for span in spans]
+        with contextlib.nullcontext() if self.bank is None else self.bank.using(adapters):
+            hidden_TD = self.model.trunk(tokens_T, self._tensor(positions), plan)
         kept = {at: hidden_TD[starts[at] : starts[at + 1]] for at, span in enumerate(spans) if span.hidden}
         rows = [row for end, span in zip(starts[1:], spans, strict=True) for row in range(end - span.rows, end)]
         if len(rows) < hidden_TD.shape[0]:

@@ -63,6 +63,17 @@ def sample(logits_BV: Tensor, choices: Sequence[Choice], *, num_ids: int | None 
     return Sampled(tokens, logprobs, tops)
 
 
+def sample_alone(logits_BV: Tensor, choices: Sequence[Choice], *, num_ids: int | None = None) -> Sampled:
+    """Like `sample`, one row after the other: no number of a row depends on how many others there are."""
+    rows = [sample(logits_BV[row : row + 1], [choice], num_ids=num_ids) for row, choice in enumerate(choices)]
+    wanted = any(row.logprobs is not None for row in rows)
+    return Sampled(
+        [row.tokens[0] for row in rows],
+        [0.0 if row.logprobs is None else row.logprobs[0] for row in rows] if wanted else None,
+        {at: row.tops[0] for at, row in enumerate(rows) if row.tops},
+    )
+
+
 def _edited(logits_BV: Tensor, choices: Sequence[Choice]) -> Tensor:
     """The logits with every row's edits; the model's own are left as they are."""
     rows = [(row, choice.edits) for row, choice in enumerate(choices) if choice.edits is not None]

@@ -20,7 +20,7 @@ from puyu.engine.request import Running, Status
 from puyu.types import FinishReason
 
 LOGPROB_CHUNK = 256
-"""Prompt tokens a step of a request that wants their log-probabilities: each takes a row of logits."""
+"""Prompt tokens in a step whose log-probabilities are wanted: each takes a row of logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,11 @@ class Plan:
 class Scheduler:
     """Waiting and running requests over one block pool."""
 
-    def __init__(self, pool: BlockPool, *, max_running: int, max_step_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, *, max_running: int, max_step_tokens: int, pools_apart: bool = False) -> None:
+        """`pools_apart`: requests that are pooled share blocks with each other alone."""
         assert 0 < max_running <= max_step_tokens, "every running request needs room for one token in a step"
         self.pool, self.max_running, self.max_step_tokens = pool, max_running, max_step_tokens
+        self.pools_apart = pools_apart
         self.waiting: list[Running] = []
         self.running: list[Running] = []
         self.num_preemptions = 0
@@ -165,13 +167,15 @@ class Scheduler:
 
     def _update_keys(self, running: Running) -> None:
         salt = running.request.adapter.encode()
+        if self.pools_apart and running.request.pool:
+            salt += b"\0pool"
         running.keys = block_keys(running.tokens, self.pool.block_size, running.keys, salt=salt)
 
     def _start(self, running: Running) -> None:
         found = self._cached_blocks(running)
         self.pool.share(found)
         running.blocks = found + self.pool.allocate(self.pool.blocks_for(len(running.tokens)) - len(found))
-        running.num_computed = len(found) * self.pool.block_size
+        running.num_computed = running.num_drafted = len(found) * self.pool.block_size
         if running.num_preemptions == 0:
             running.num_cached = running.num_computed
         running.status = Status.RUNNING
@@ -182,7 +186,7 @@ class Scheduler:
         """Decodes first: they are short and somebody is reading. Prompts share what is left, in order."""
         decoding = [running for running in self.running if running.num_remaining == 1 and not running.request.pool]
         prompts = [running for running in self.running if running.num_remaining > 1 or running.request.pool]
-        budget = self.max_step_tokens - len(decoding)
+        budget, logprob_budget = self.max_step_tokens - len(decoding), LOGPROB_CHUNK
         for running in decoding:
             drafts = tuple(running.drafts[:budget])
             budget -= len(drafts)
@@ -190,9 +194,10 @@ class Scheduler:
         for running in prompts:
             length = min(running.num_remaining, budget)
             if running.request.params.prompt_logprobs:
-                length = min(length, LOGPROB_CHUNK)
+                length = min(length, logprob_budget)
+                logprob_budget -= length
             if length == 0:
-                return
+                continue
             budget -= length
             samples = length == running.num_remaining and not running.request.pool
             yield Chunk(running, running.num_computed, length, samples)

@@ -30,7 +30,11 @@ class Drafter(Protocol):
     """Proposes tokens for requests that decode."""
 
     def attach(self, cache: KVCache) -> None:
-        """Told once which blocks the engine has."""
+        """Told which blocks the engine has, before the first guess."""
+        ...
+
+    def detach(self) -> None:
+        """Give memory back until `attach` is called again."""
         ...
 
     def propose(self, wanted: Wanted) -> list[list[int]]:
@@ -49,6 +53,9 @@ class LookupDrafter:
     def attach(self, cache: KVCache) -> None:
         """Needs no cache."""
 
+    def detach(self) -> None:
+        """Holds no memory."""
+
     def propose(self, wanted: Wanted) -> list[list[int]]:
         return [self.look_up(running.tokens, count) for running, count in wanted]
 
@@ -57,12 +64,17 @@ class LookupDrafter:
         text = array("i", tokens)
         data, width = text.tobytes(), text.itemsize
         for size in range(min(self.longest, len(tokens) - 1), self.shortest - 1, -1):
-            end, at = data[-size * width :], len(data) - width
+            end, at = data[-size * width :], len(data) - size * width
             while (at := data.rfind(end, 0, at + size * width - 1)) >= 0:
                 if at % width == 0:
-                    start = at // width + size
-                    return list(tokens[start : start + count])
+                    return _copied(tokens, at // width + size, count)
         return []
+
+
+def _copied(tokens: Sequence[int], start: int, count: int) -> list[int]:
+    """`count` tokens from `start` on; past the end, those that were copied are copied again."""
+    period = len(tokens) - start
+    return [tokens[start + index % period] for index in range(count)]
 
 
 class ModelDrafter:
@@ -86,11 +98,14 @@ class ModelDrafter:
         own.rows.zero_()  # what was never written is a bad guess, not NaN
         self._runner = Runner(self.model, own)
 
+    def detach(self) -> None:
+        """Give the cache back."""
+        self._runner = None
+
     def propose(self, wanted: Wanted) -> list[list[int]]:
         for running, _ in wanted:
             # guesses that were kept are tokens now, and their keys are right; what follows them is not
-            known = max(running.num_drafted, running.num_cached)
-            running.num_drafted = min(known, len(running.tokens) - 1)
+            running.num_drafted = min(running.num_drafted, len(running.tokens) - 1)
         guesses: list[list[int]] = [[] for _ in wanted]
         places = list(range(len(wanted)))
         while places:

@@ -7,13 +7,15 @@ peft directories.
 
     bank = AdapterBank(model)
     bank.load("poet", Path("runs/poet"))
-    bank.select([("poet", 5), ("", 3)])     # five tokens of the poet, three of the model itself
-    model(tokens_T, positions_T, plan)
+    with bank.using([("poet", 5), ("", 3)]):    # five tokens of the poet, three of the model itself
+        model(tokens_T, positions_T, plan)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from puyu.errors import CheckpointError, RequestError
 from puyu.files import read_json
@@ -32,7 +35,10 @@ from puyu.model.heads import CausalLM
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_UNSUPPORTED = ("use_dora", "modules_to_save", "fan_in_fan_out", "trainable_token_indices")
+_UNSUPPORTED = (
+    *("use_dora", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "layer_replication"),
+    *("alora_invocation_tokens", "use_qalora", "lora_bias", "arrow_config", "target_parameters"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +56,7 @@ class AdapterBank:
         self.model = model
         self._adapters: dict[str, dict[str, Delta]] = {}
         self._parts: list[tuple[slice, dict[str, Delta]]] = []
-        for name, _ in name_pairs(model.config.row, model.config.num_layers, head=None):
-            module = model.get_submodule(name)
-            if ".layers." in name and not name.endswith("norm"):
-                module.register_forward_hook(partial(self._add, name))
+        self._hooks: dict[str, tuple[nn.Module, RemovableHandle]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,12 +68,16 @@ class AdapterBank:
             raise CheckpointError(f"an adapter needs a name of its own, {name!r} is not free")
         weight = self.model.trunk.embedding.weight
         dtype = self.model.trunk.compute_dtype or weight.dtype
-        self._adapters[name] = read_adapter(folder, self.model.config, dtype=dtype, device=weight.device)
+        self._adapters[name] = read_adapter(Path(folder), self.model.config, dtype=dtype, device=weight.device)
 
     def unload(self, name: str) -> None:
-        """Forget an adapter."""
+        """Forget an adapter; with the last one, the model is as it was."""
         self.check(name)
-        del self._adapters[name]
+        self._adapters.pop(name, None)
+        if not self._adapters:
+            for _, handle in self._hooks.values():
+                handle.remove()
+            self._hooks.clear()
 
     def check(self, name: str) -> None:
         """RequestError for an adapter that is not loaded."""
@@ -78,13 +85,31 @@ class AdapterBank:
             known = ", ".join(self._adapters) or "none is loaded"
             raise RequestError(f"no such adapter: {name!r}", param="adapter", remedy=f"loaded: {known}")
 
-    def select(self, spans: Sequence[tuple[str, int]]) -> None:
-        """(adapter or "", number of tokens) in the order of the next forward's tokens."""
-        self._parts, start = [], 0
+    @contextlib.contextmanager
+    def using(self, spans: Sequence[tuple[str, int]]) -> Iterator[None]:
+        """(adapter or "", number of tokens) in the order of the tokens of the forward inside; others use none."""
+        parts, start = [], 0
         for name, count in spans:
             if name:
-                self._parts.append((slice(start, start + count), self._adapters[name]))
+                parts.append((slice(start, start + count), self._adapters[name]))
             start += count
+        if parts:
+            self._attach()
+        try:
+            self._parts = parts
+            yield
+        finally:
+            self._parts = []
+
+    def _attach(self) -> None:
+        """Hook the layers that adapters change, wherever they have been replaced since (by quantized ones)."""
+        for name in {name for deltas in self._adapters.values() for name in deltas}:
+            module = self.model.get_submodule(name)
+            known = self._hooks.get(name)
+            if known is None or known[0] is not module:
+                self._hooks[name] = (module, module.register_forward_hook(partial(self._add, name)))
+                if known is not None:
+                    known[1].remove()
 
     def _add(self, name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         """The layer's output with each adapter's share on its own tokens."""
@@ -108,7 +133,7 @@ def read_adapter(
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}", remedy="copy the adapter again") from error
     unused, deltas = set(stored), {}
     for ours, theirs in name_pairs(config.row, config.num_layers, head=None):
-        pairs = [_take(stored, unused, name) for name in theirs]
+        pairs = [_take(stored, unused, name) for name in theirs] if _takes_adapters(ours) else []
         if any(pairs):
             scales = [_scale(settings, name, pair) for name, pair in zip(theirs, pairs, strict=True)]
             delta = _fused(ours, pairs, scales, config)
@@ -134,6 +159,11 @@ def _read_settings(folder: Path) -> Mapping[str, Any]:
     return settings
 
 
+def _takes_adapters(ours: str) -> bool:
+    """Whether this layer of ours is a product that adapters may change."""
+    return ".layers." in ours and not ours.endswith("norm")
+
+
 Pair = tuple[Tensor, Tensor] | None
 
 
@@ -147,31 +177,43 @@ def _take(stored: Mapping[str, Tensor], unused: set[str], name: str) -> Pair:
 
 
 def _scale(settings: Mapping[str, Any], name: str, pair: Pair) -> float:
-    """alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732); `alpha_pattern` may name layers by their end."""
+    """alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732); `alpha_pattern` holds regular expressions of the
+    names' ends, of which the first that fits counts, as in peft."""
     if pair is None:
         return 0.0
     rank, patterns = pair[0].shape[0], settings.get("alpha_pattern") or {}
-    named = [value for key, value in patterns.items() if name == key or name.endswith("." + key)]
+    named = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)]
     alpha = float(named[0] if named else settings.get("lora_alpha", rank))
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
 def _fused(ours: str, pairs: Sequence[Pair], scales: Sequence[float], config: ModelConfig) -> Delta:
     """The parts of a fused layer as one: their As below each other, each B in columns of its own."""
-    rows = _part_rows(ours, len(pairs), config)
+    rows, inputs = _part_rows(ours, len(pairs), config), _inputs(ours, config)
     total = sum(pair[0].shape[0] for pair in pairs if pair)
     blocks, start = [], 0
     for pair, scale, count in zip(pairs, scales, rows, strict=True):
         block = torch.zeros(count, total)
         if pair:
             rank = pair[0].shape[0]
-            if pair[1].shape[0] != count:
-                raise CheckpointError(f"the adapter's {ours} has {pair[1].shape[0]} outputs, the model {count}")
+            if pair[1].shape != (count, rank) or pair[0].shape[1] != inputs:
+                shapes = f"A {tuple(pair[0].shape)} and B {tuple(pair[1].shape)}"
+                raise CheckpointError(
+                    f"the adapter's {ours} has {shapes}, the model {inputs} inputs and {count} outputs",
+                    remedy="give an adapter of this very model",
+                )
             block[:, start : start + rank] = pair[1].float() * scale
             start += rank
         blocks.append(block)
     fused = fuse_qkv(blocks, num_kv_heads=config.num_kv_heads) if ours.endswith(".qkv") else torch.cat(blocks)
     return Delta(torch.cat([pair[0].float() for pair in pairs if pair]), fused)
+
+
+def _inputs(ours: str, config: ModelConfig) -> int:
+    """Input columns of one of our layers."""
+    if ours.endswith(".down"):
+        return config.intermediate_size
+    return config.num_heads * config.head_dim if ours.endswith(".out") else config.hidden_size
 
 
 def _part_rows(ours: str, num_parts: int, config: ModelConfig) -> list[int]:
