@@ -118,7 +118,8 @@ class AdapterBank:
             return None
         output = output.clone()
         for rows, delta in parts:
-            output[rows] += ((inputs[0][rows] @ delta.a.T) @ delta.b.T).to(output.dtype)
+            x = inputs[0][rows]
+            output[rows] += (x @ delta.a.T.to(x.dtype)) @ delta.b.T.to(x.dtype)
         return output
 
 
