@@ -313,6 +313,8 @@ class LLM:
                 if read_config(folder).family != self.model.config.family:
                     raise CheckpointError(f"{folder} holds a model of another family")
                 state = _load(folder, device="cpu", dtype=self.model.trunk.embedding.weight.dtype).state_dict()
+                if set(state) != set(self.model.state_dict()):
+                    raise CheckpointError(f"{folder} holds a model of another shape")
             update_weights(self.model, state)
             self.driver.engine.reset_prefix_cache()
 

@@ -116,7 +116,10 @@ def test_what_cannot_be_embedded_is_named(llm: LLM) -> None:
 TALKS = [
     (Conversation((Message("user", "2+2?"),)), Message("assistant", "4")),
     (Conversation((Message("system", "Be kind."), Message("user", "你好"))), Message("assistant", "我是浦语")),
-    (Conversation((Message("user", "a"), Message("assistant", "b"), Message("user", "c" * 9))), Message("assistant", "")),
+    (
+        Conversation((Message("user", "a"), Message("assistant", "b"), Message("user", "c" * 9))),
+        Message("assistant", ""),
+    ),
 ]
 
 
