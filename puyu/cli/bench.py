@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
     options = argparse.ArgumentParser(prog="puyu bench", description="Quick numbers of this machine.")
     options.add_argument("what", choices=("engine",), help="what is measured")
-    options.add_argument("--model", required=True, help="model folder or hub id owner/name")
+    options.add_argument("--model", required=True, help="model folder or hub id (owner/name, ms:owner/name)")
     options.add_argument("--prompt", type=int, default=512, help="tokens of a prompt, at most half the context [512]")
     options.add_argument("--tokens", type=int, default=64, help="tokens of an answer [64]")
     options.add_argument("--runs", type=int, default=3, help="of which the best counts [3]")

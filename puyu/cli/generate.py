@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     options = argparse.ArgumentParser(prog="puyu generate", description="Answer every record of a file; resumable.")
     options.add_argument("input", type=Path, help="records, one JSON object a line (.gz and .zst too)")
     options.add_argument("output", type=Path, help="answers, one a line; an unfinished file is gone on with")
-    options.add_argument("--model", required=True, help="model folder or hub id owner/name")
+    options.add_argument("--model", required=True, help="model folder or hub id (owner/name, ms:owner/name)")
     options.add_argument("--params", default="{}", help="SamplingParams of records that give none, as JSON [{}]")
     options.add_argument("--window", type=int, default=256, help="records under way at the same time [256]")
     options.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")

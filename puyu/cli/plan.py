@@ -1,8 +1,8 @@
 """`puyu plan --serve MODEL --context N`: what serving a model will need, before anything is loaded or downloaded.
 
-Works from config.json alone (of a folder, or one of the published shapes below) and imports no torch. Weights are
-counted as they are loaded: int8 has one scale a row, int4 a scale and a zero point for each group; embedding, head
-and norms stay bf16.
+Works from config.json alone (of a folder, or one of the published shapes below), and without torch for plain dense
+models; what has experts or norms of its own is counted on the empty model. Weights are counted as they are loaded:
+int8 has one scale a row, int4 a scale and a zero point for each group; embedding, head and norms stay bf16.
 
     puyu plan --serve internlm2-7b --dtype int4 --context 32768 --streams 4
 """
@@ -16,10 +16,14 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from puyu.errors import CheckpointError, ConfigError, InputError
 from puyu.files import read_json
+
+if TYPE_CHECKING:
+    from puyu.model.config import ModelConfig
+    from puyu.model.heads import CausalLM
 
 _KEYS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
@@ -32,6 +36,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 """Published shapes: the keys above, key/value heads, and the context."""
 
+PLAIN = ("internlm", "internlm2", "llama", "mistral", "qwen2")
+"""Families whose layers are all alike and have nothing but what `Shape` counts."""
 GROUP = 64
 DTYPES = ("bf16", "int8", "int4")
 KV_BYTES = {"bf16": 2, "fp32": 4}
@@ -99,7 +105,54 @@ def _int4(rows: int, columns: int, group: int) -> int:
     return rows * columns // 2 + 4 * rows * (columns // group)
 
 
-def shape_of(model: str) -> Shape:
+@dataclass(frozen=True)
+class Counted:
+    """A model of any family, counted on modules that hold no numbers."""
+
+    config: ModelConfig
+
+    @property
+    def context(self) -> int:
+        return self.config.max_positions
+
+    @property
+    def products(self) -> Iterator[tuple[int, int]]:
+        """(outputs, inputs) of all products."""
+        from puyu.model.linear import Linear
+
+        found = [module for module in self._empty().modules() if isinstance(module, Linear)]
+        return ((module.out_features, module.in_features) for module in found)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self._empty().parameters())
+
+    def weight_bytes(self, dtype: str, *, group: int = GROUP) -> int:
+        """Bytes of all weights."""
+        from puyu.model.checkpoint import make_quantized
+        from puyu.model.linear import QuantFormat
+
+        model = self._empty()
+        if dtype != "bf16":
+            make_quantized(model, QuantFormat(8) if dtype == "int8" else QuantFormat(4, group))
+        tensors = model.bfloat16().state_dict().values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def kv_bytes(self, dtype: str) -> int:
+        """Bytes of the keys and values of one token."""
+        config = self.config
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * KV_BYTES[dtype]
+
+    def _empty(self) -> CausalLM:
+        import torch
+
+        from puyu.model.heads import CausalLM
+
+        with torch.device("meta"):
+            return CausalLM(self.config)
+
+
+def shape_of(model: str) -> Shape | Counted:
     """Read config.json of a folder, or take a published shape by its name."""
     if model in SHAPES:
         vocab, hidden, layers, heads, intermediate, kv_heads, context = SHAPES[model]
@@ -109,6 +162,10 @@ def shape_of(model: str) -> Shape:
         known = ", ".join(SHAPES)
         raise InputError(f"{model} is no folder with a config.json", remedy=f"published shapes: {known}")
     value = read_json(path)
+    if value.get("model_type") not in PLAIN:
+        from puyu.model.config import ModelConfig
+
+        return Counted(ModelConfig.from_hf(value, where=str(path)))
     missing = [key for key in _KEYS if not isinstance(value.get(key), int)]
     if missing:
         raise CheckpointError(f"{path}: missing key {missing[0]!r}")
@@ -146,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def plan_lines(shape: Shape, given: argparse.Namespace) -> Iterator[str]:
+def plan_lines(shape: Shape | Counted, given: argparse.Namespace) -> Iterator[str]:
     """The plan, a fact a line."""
     context = given.context or shape.context
     weights, token = shape.weight_bytes(given.dtype, group=given.group), shape.kv_bytes(given.kv)
@@ -170,7 +227,7 @@ def plan_lines(shape: Shape, given: argparse.Namespace) -> Iterator[str]:
         yield f"{name:<11} {_size(memory)}: {verdict}; {room if spare > 0 else 'not even the weights do'}"
 
 
-def _possible(shape: Shape, given: argparse.Namespace) -> list[str]:
+def _possible(shape: Shape | Counted, given: argparse.Namespace) -> list[str]:
     divides = all(columns % given.group == 0 for _, columns in shape.products)
     return [name for name in DTYPES if name != "int4" or divides]
 

@@ -78,8 +78,13 @@ class LLM:
         folder = resolve(path, allow_pickle=asked.allow_pickle)
         where = pick_device(device)
         tokenizer = Tokenizer.load(folder)
-        options: dict[str, Any] = {"allow_pickle": asked.allow_pickle, "context": asked.context or None}
-        self._load = partial(_load, device=where, dtype=pick_dtype(dtype, where), **options)
+        self._load: Callable[[Path], Model] = partial(
+            _load,
+            device=where,
+            dtype=pick_dtype(dtype, where),
+            allow_pickle=asked.allow_pickle,
+            context=asked.context or None,
+        )
         model, drafter = self._load(folder), None
         if draft_model is not None:
             drafter, config = self._drafter(resolve(draft_model), tokenizer), _with_drafts(config)
@@ -361,10 +366,19 @@ class LLM:
         self.close()
 
 
-def _load(folder: Path, *, device: torch.device | str, dtype: torch.dtype) -> Model:
+def _load(
+    folder: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    allow_pickle: bool = False,
+    context: int | None = None,
+) -> Model:
+    """A language model, or a reward model, whose weights are never pickled and whose context is its own."""
     read_config(folder)  # says what is wrong with the folder
-    load = load_scalar_model if is_scalar_checkpoint(folder) else load_model
-    return load(folder, dtype=dtype, device=device)
+    if is_scalar_checkpoint(folder):
+        return load_scalar_model(folder, dtype=dtype, device=device)
+    return load_model(folder, dtype=dtype, device=device, allow_pickle=allow_pickle, context=context)
 
 
 def _with_drafts(config: EngineConfig | None) -> EngineConfig:

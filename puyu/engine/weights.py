@@ -42,7 +42,7 @@ def our_names(model: Model, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     head = config.row.reward_head if isinstance(model, ScalarModel) else config.row.head
     tied = isinstance(model, CausalLM) and model.head is None
     new, unused = {}, set(state)
-    for ours, theirs in name_pairs(config.row, config.num_layers, head=None if tied else head):
+    for ours, theirs in name_pairs(config, head=None if tied else head):
         for key in (key for key in own if key.startswith(ours + ".")):
             names = [name + key[len(ours) :] for name in theirs]
             given = [state[name] for name in names if name in state]

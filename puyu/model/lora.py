@@ -34,6 +34,7 @@ from puyu.model.families import fuse_qkv, name_pairs
 from puyu.model.heads import CausalLM
 
 WEIGHTS = "adapter_model.safetensors"
+_PRODUCTS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
 _PREFIX = "base_model.model."
 _UNSUPPORTED = (
     *("use_dora", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "layer_replication"),
@@ -133,7 +134,7 @@ def read_adapter(
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}", remedy="copy the adapter again") from error
     unused, deltas = set(stored), {}
-    for ours, theirs in name_pairs(config.row, config.num_layers, head=None):
+    for ours, theirs in name_pairs(config, head=None):
         pairs = [_take(stored, unused, name) for name in theirs] if _takes_adapters(ours) else []
         if any(pairs):
             scales = [_scale(settings, name, pair) for name, pair in zip(theirs, pairs, strict=True)]
@@ -161,8 +162,8 @@ def _read_settings(folder: Path) -> Mapping[str, Any]:
 
 
 def _takes_adapters(ours: str) -> bool:
-    """Whether this layer of ours is a product that adapters may change."""
-    return ".layers." in ours and not ours.endswith("norm")
+    """Whether this layer of ours is a product over all tokens of a step; experts see some of them."""
+    return ".layers." in ours and ours.endswith(_PRODUCTS) and ".experts." not in ours and ".shared." not in ours
 
 
 Pair = tuple[Tensor, Tensor] | None

@@ -14,7 +14,7 @@ import torch
 from puyu.cli import bench, plan
 from puyu.errors import CheckpointError, InputError
 from puyu.model.checkpoint import make_quantized, save_model
-from puyu.model.config import ModelConfig
+from puyu.model.config import ExpertShape, ModelConfig
 from puyu.model.heads import CausalLM
 from puyu.model.linear import QuantFormat
 from puyu.model.paged import KVCache
@@ -29,6 +29,8 @@ SHAPES: list[dict[str, Any]] = [
     {"family": "llama", "tie_embeddings": True, "num_kv_heads": 1},
     {"family": "internlm", "qkv_bias": True, "out_bias": True, "num_kv_heads": 4},
     {"family": "qwen2", "qkv_bias": True, "head_dim": 32},
+    {"family": "qwen3", "head_dim": 32},
+    {"family": "mixtral", "experts": ExpertShape(count=4, per_token=2, size=64)},
 ]
 
 
@@ -80,7 +82,7 @@ def test_what_fits_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="published shapes"):
         plan.shape_of("gpt-9")
-    (tmp_path / "config.json").write_text('{"vocab_size": 5}')
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "vocab_size": 5}')
     with pytest.raises(CheckpointError, match="hidden_size"):
         plan.shape_of(str(tmp_path))
     with pytest.raises(CheckpointError, match="groups of 48"):
