@@ -231,5 +231,5 @@ def _close(output: Path) -> int:
     bad = [row for row in rows if "error" in row]
     for row in bad:
         say(f"line {row['line']} (id {row['id']}): {row['error']}")
-    say(f"{len(rows) - len(bad)} records answered, {len(bad)} could not be used: {output}")
+    print(f"{len(rows) - len(bad)} records answered, {len(bad)} could not be used: {output}")
     return InputError.exit_code if bad else 0

@@ -93,7 +93,7 @@ def test_bad_lines_are_named_and_answered(folder: Path, tmp_path: Path, capsys: 
     source = write(tmp_path / "in.jsonl", [*bad, "", {"prompt": "Hello", "params": {"max_tokens": 2}}])
     output = tmp_path / "out.jsonl"
     assert run(source, output, folder) == InputError.exit_code
-    rows, shown = read(output), capsys.readouterr().err
+    rows, shown = read(output), "".join(capsys.readouterr())
     assert [row["line"] for row in rows] == [*range(1, 11), 12]
     assert all("error" in row for row in rows[:-1]) and "text" in rows[-1]
     for part in ("1 records answered, 10 could not be used", "line 1 (id 1)", "promt", "top_q", "top_p", "wizard"):

@@ -25,6 +25,7 @@ from tests.serve.conftest import NAME, SUM, WHO, served, wait_until
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 3}
 TEXT = {"model": NAME, "prompt": "one", "max_tokens": 3}
+BAD_FORM = {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}
 ENDLESS = SamplingParams(max_tokens=900, ignore_eos=True)
 
 
@@ -56,7 +57,7 @@ def http(url: str) -> Any:
         ("chat/completions", {"n": True}, "n"),
         ("chat/completions", {"response_format": {"type": "xml"}}, "response_format"),
         ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format"),
-        ("chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}}, "guide"),
+        ("chat/completions", {"response_format": BAD_FORM}, "guide"),
         ("chat/completions", {"min_p": 2}, "min_p"),
         ("chat/completions", {"logit_bias": {"x": 1}}, "logit_bias"),
         ("chat/completions", {"logit_bias": {"999999999": 1}}, "logit_bias"),
@@ -165,9 +166,8 @@ def test_penalties_biases_and_forms_are_those_of_the_engine(http: httpx.Client, 
     params = SamplingParams(max_tokens=8, temperature=1.0, seed=3, ignore_eos=True, logit_bias={40: 100.0}, **fields)
     assert answer["choices"][0]["message"]["content"] == llm.chat(CHAT["messages"], params=params).text
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["red", "blue"]}}}
-    content = http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 30, "response_format": form}).json()[
-        "choices"
-    ][0]["message"]
+    answer = http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 30, "response_format": form}).json()
+    content = answer["choices"][0]["message"]
     assert json.loads(content["content"]) in ("red", "blue")
 
 
