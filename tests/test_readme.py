@@ -20,6 +20,7 @@ PAGES = (
     "docs/chain.md",
     "docs/quantization.md",
     "docs/supported-models.md",
+    "docs/inference.md",
     "CONTRIBUTING.md",
 )
 
@@ -56,6 +57,7 @@ def place(micro_run, tmp_path_factory):
     )
     chat = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}\n'
     (folder / "my_chats.jsonl").write_text(chat * 8)
+    (folder / "questions.jsonl").write_text('{"prompt": "2 + 2 =", "params": {"max_tokens": 4}}\n')
     return folder
 
 
@@ -103,7 +105,7 @@ def test_make_chain_runs_the_recipe(place):
     assert "report: runs/nano/report.html" in done.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/supported-models.md"])
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/supported-models.md", "docs/inference.md"])
 def test_every_python_block_runs(page, place):
     for block in blocks(page, "python"):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

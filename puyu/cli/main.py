@@ -46,7 +46,10 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
     "use a model": (
         Verb("chat", "talk to a checkpoint, a hub model or a server in the terminal", "puyu.cli.chat"),
         Verb("export", "one GGUF file for llama.cpp", "puyu.cli.export"),
+        Verb("generate", "answer every record of a file; resumable", "puyu.cli.generate"),
         Verb("serve", "OpenAI-compatible server", "puyu.cli.serve"),
+        Verb("plan", "what serving a model will need: weights, KV cache, memory", "puyu.cli.plan"),
+        Verb("bench", "quick numbers of the engine on this machine", "puyu.cli.bench"),
         Verb("agent", "answer one task with tools", "puyu.cli.agent"),
     ),
 }

@@ -50,6 +50,27 @@ class KVCache:
     def device(self) -> torch.device:
         return self.rows.device
 
+    def release(self) -> None:
+        """Give the memory back; what was cached is lost."""
+        if self.is_released:
+            return
+        self._shapes = [tensor.shape for tensor in self._tensors()]
+        self.rows = self.rows.new_empty(0)
+        self.sides = None if self.sides is None else self.sides.new_empty(0)
+
+    def allocate(self) -> None:
+        """Take the memory again after `release`."""
+        if self.is_released:
+            self.rows = self.rows.new_empty(self._shapes[0])
+            self.sides = None if self.sides is None else self.sides.new_empty(self._shapes[1])
+
+    @property
+    def is_released(self) -> bool:
+        return self.rows.numel() == 0
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.rows] if self.sides is None else [self.rows, self.sides]
+
     @staticmethod
     def block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype, storage: CacheStorage = "auto") -> int:
         """Bytes of one block over all layers, keys and values."""
