@@ -173,8 +173,8 @@ def peer_python(name: str, given: Path | None = None) -> Path:
     if not stamp.is_file() or stamp.read_text() != wanted.read_text():
         print(f"making {folder} from {wanted.name}", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True, symlinks=os.name == "posix")
-        lines = [line for line in wanted.read_text().splitlines() if line and not line.startswith("#")]
-        for step in (lines[:1], lines):  # the exact pin of torch first, so that nothing else chooses it
+        lines = [line for line in wanted.read_text().splitlines() if line and not line.startswith(("#", "-"))]
+        for step in (lines[:1], ["-r", str(wanted)]):  # the exact pin of torch first, so that nothing else chooses it
             subprocess.run([python, "-m", "pip", "install", "-q", *step], check=True, stdout=sys.stderr)
         stamp.write_text(wanted.read_text())
     return python

@@ -6,20 +6,20 @@ once, from flat lists, and the model's layers share them.
     output = runner.run([Span(tokens=(5, 6, 7), context=0, blocks=(3,))])
 
 `alone` computes every token by itself: its numbers then depend on nothing but the tokens before it, whatever else
-is in the step and however a prompt was cut into chunks.
+is in the step and however a prompt was cut into chunks. The native step does that for many tokens at once.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from puyu.engine.native import MAX_BATCH, NativeStep
+from puyu.engine.native_step import NativeStep
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.lora import AdapterBank
 from puyu.model.paged import KVCache, PagedPlan, PagedSequence
@@ -54,22 +54,36 @@ class Runner:
     ) -> None:
         self.model, self.cache, self.bank, self.alone = model, cache, bank, alone
         self.device = cache.device
-        self.native = NativeStep.make(model, cache) if isinstance(model, CausalLM) else None
-        """The quick way for a few decoding sequences, where this machine has it; None otherwise."""
+        self.native = NativeStep.make(model, cache, invariant=alone) if isinstance(model, CausalLM) else None
+        """The quick way on a CPU, where this machine and this model have it; None otherwise."""
 
     @torch.inference_mode()
     def run(self, spans: Sequence[Span]) -> Output:
         """Compute the tokens of all spans; their keys and values stand in the cache afterwards."""
-        if self.alone:
-            return self._one_by_one(spans)
-        if self._suits_native(spans):
-            return self._decode(spans)
-        return self._forward(spans)
+        quick = self._quick(spans)
+        if self.native is not None and len(quick) == len(spans):
+            return Output(self.native.run(spans), {})
+        if not quick:
+            return self._slow(spans)
+        assert self.native is not None
+        slow = [at for at in range(len(spans)) if at not in quick]
+        output = self._slow([spans[at] for at in slow])
+        logits_SV = self.native.run([spans[at] for at in quick])
+        parts = dict(zip(quick, logits_SV.split([spans[at].rows for at in quick]), strict=True))
+        parts |= zip(slow, output.logits_SV.split([spans[at].rows for at in slow]), strict=True)
+        hidden = {slow[at]: states for at, states in output.hidden.items()}
+        return Output(torch.cat([parts[at].float() for at in range(len(spans))]), hidden)
 
-    def _suits_native(self, spans: Sequence[Span]) -> bool:
-        if self.native is None or len(spans) > MAX_BATCH:
-            return False
-        return all(len(span.tokens) == 1 and not span.hidden and not span.adapter for span in spans)
+    def _quick(self, spans: Sequence[Span]) -> list[int]:
+        """Which spans the native step computes: what it can, where that is faster or has to be."""
+        if self.native is None:
+            return []
+        able = [at for at, span in enumerate(spans) if not span.hidden and not span.adapter]
+        lengths = [len(spans[at].tokens) for at in able]
+        return able if able and (self.alone or self.native.suits(sum(lengths), max(lengths))) else []
+
+    def _slow(self, spans: Sequence[Span]) -> Output:
+        return self._one_by_one(spans) if self.alone else self._forward(spans)
 
     def _forward(self, spans: Sequence[Span]) -> Output:
         starts = np.cumsum([0] + [len(span.tokens) for span in spans])
@@ -95,34 +109,15 @@ class Runner:
         assert hidden_SD.shape[0] == 0, "a model without a language head has no logits"
         return hidden_SD
 
-    def _decode(self, spans: Sequence[Span]) -> Output:
-        assert self.native is not None
-        logits_BV = self.native.run([s.tokens[0] for s in spans], [s.context for s in spans], [s.blocks for s in spans])
-        wanted = [span.rows > 0 for span in spans]
-        return Output(logits_BV if all(wanted) else logits_BV[wanted], {})
-
     def _one_by_one(self, spans: Sequence[Span]) -> Output:
-        """Every token alone, or in the native step's batches, whose rows do not depend on each other."""
-        logits: dict[tuple[int, int], Tensor] = {}
-        hidden: dict[int, list[Tensor]] = {at: [] for at, span in enumerate(spans) if span.hidden}
-        for batch in self._waves(spans):
-            singles = [_single(spans[at], place) for at, place in batch]
-            output = self._decode(singles) if self._suits_native(singles) else self._forward(singles)
-            wanted = [key for key, single in zip(batch, singles, strict=True) if single.rows]
-            logits |= zip(wanted, output.logits_SV, strict=True)
-            for row, states_1D in output.hidden.items():
-                hidden[batch[row][0]].append(states_1D)
-        rows = [logits[key] for key in sorted(logits)]
-        empty = torch.empty(0, self.model.config.vocab_size, device=self.device)
-        return Output(torch.stack(rows) if rows else empty, {at: torch.cat(parts) for at, parts in hidden.items()})
-
-    def _waves(self, spans: Sequence[Span]) -> Iterator[list[tuple[int, int]]]:
-        """(span, place) in batches. Tokens of one span come one after the other: each needs the keys before it."""
-        for place in range(max(len(span.tokens) for span in spans)):
-            here = [(at, place) for at, span in enumerate(spans) if place < len(span.tokens)]
-            plain = [key for key in here if self._suits_native([_single(spans[key[0]], key[1])])]
-            yield from (plain[start : start + MAX_BATCH] for start in range(0, len(plain), MAX_BATCH))
-            yield from ([key] for key in here if key not in plain)
+        """Every token in a forward of its own."""
+        logits, hidden = [], {}
+        for at, span in enumerate(spans):
+            outputs = [self._forward([_single(span, place)]) for place in range(len(span.tokens))]
+            logits += [output.logits_SV for output in outputs]
+            if span.hidden:
+                hidden[at] = torch.cat([output.hidden[0] for output in outputs])
+        return Output(torch.cat(logits), hidden)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
