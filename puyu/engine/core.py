@@ -278,6 +278,8 @@ class Engine:
         """Give the cache's memory back; requests under way wait and are computed again after `wake`."""
         self.scheduler.restart()
         self.runner.cache.release()
+        if self.runner.native is not None:
+            self.runner.native.release()
         if self.drafter is not None:
             self.drafter.detach()
 
@@ -285,6 +287,7 @@ class Engine:
         """Take memory for the cache again."""
         if self.is_asleep:
             self.runner.cache.allocate()
+            self.runner.renew()
             if self.drafter is not None:
                 self.drafter.attach(self.runner.cache)
 
@@ -298,6 +301,8 @@ class Engine:
         Requests under way are computed again from their first token, with the new weights.
         """
         self.scheduler.restart()
+        if not self.is_asleep:
+            self.runner.renew()
         for running in self._live.values():
             if not running.num_generated:
                 del running.prompt_logprobs[1:]

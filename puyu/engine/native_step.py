@@ -132,6 +132,10 @@ class NativeStep:
             return None
         return NativeStep(library, model, cache, invariant=invariant) if _is_known(model, cache.rows.dtype) else None
 
+    def release(self) -> None:
+        """Give the packed weights back; the step is not to be used any more."""
+        self._packed, self._head = {}, None
+
     def suits(self, num_tokens: int, longest: int) -> bool:
         """Whether this way is the faster one: always for quantized weights, else for a few sequences that decode."""
         return bool(self._packed) or (longest == 1 and num_tokens <= MAX_BATCH)

@@ -54,8 +54,18 @@ class Runner:
     ) -> None:
         self.model, self.cache, self.bank, self.alone = model, cache, bank, alone
         self.device = cache.device
-        self.native = NativeStep.make(model, cache, invariant=alone) if isinstance(model, CausalLM) else None
+        self.native = self._native()
         """The quick way on a CPU, where this machine and this model have it; None otherwise."""
+
+    def _native(self) -> NativeStep | None:
+        if not isinstance(self.model, CausalLM):
+            return None
+        return NativeStep.make(self.model, self.cache, invariant=self.alone)
+
+    def renew(self) -> None:
+        """Take over weights that have changed: those of quantized layers are kept packed."""
+        if self.native is not None:
+            self.native = self._native()
 
     @torch.inference_mode()
     def run(self, spans: Sequence[Span]) -> Output:
