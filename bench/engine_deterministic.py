@@ -4,8 +4,8 @@
 
 The schedules are those of tests/engine/test_deterministic.py: random arrivals, chunks, pools, priorities, several
 answers, drafts, prefix hits, aborts of others; with the native step and without. The value is how many schedules gave
-every request exactly what it gets alone, if all did, else 0. The cost is new tokens a second of 16 requests at a time on the nano
-shape, with the mode and without, in the notes of the result.
+every request exactly what it gets alone, if all did, else 0. The cost is new tokens a second of 16 requests at a time
+on the nano shape, with the mode and without, in the notes of the result.
 """
 
 from __future__ import annotations

@@ -181,3 +181,11 @@ def test_a_draft_model_from_a_folder(tokenizer: Tokenizer, tmp_path: Path) -> No
     strange = saved(tiny_model(3, vocab_size=other.vocab_size), other, tmp_path / "strange")
     with pytest.raises(CheckpointError, match="another tokenizer"):
         LLM(target, draft_model=strange, **options)  # type: ignore[arg-type]
+
+
+def test_the_draft_models_cache_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puyu.engine.core._free_bytes", lambda device: 1 << 20)
+    model, config = tiny_model(0), EngineConfig(draft_tokens=2, max_running=1000)
+    alone = Engine(model, config).stats().num_blocks
+    both = Engine(model, config, drafter=ModelDrafter(model)).stats().num_blocks
+    assert alone // 2 == both
