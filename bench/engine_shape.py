@@ -48,7 +48,7 @@ def inputs() -> Path:
         _save_model(FOLDER / "bf16")
         _save_quantized(FOLDER)
         _save_gguf(FOLDER)
-        sizes = {path.name: sum(f.stat().st_size for f in path.rglob("*")) for path in sorted(FOLDER.iterdir())}
+        sizes = {str(path.relative_to(FOLDER)): path.stat().st_size for path in sorted(FOLDER.rglob("*.*"))}
         (FOLDER / "ready.json").write_text(json.dumps(sizes))
     return FOLDER
 

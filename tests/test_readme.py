@@ -14,15 +14,8 @@ import yaml
 
 from tests.conftest import ROOT, puyu
 
-PAGES = (
-    "README.md",
-    "README.zh.md",
-    "docs/chain.md",
-    "docs/quantization.md",
-    "docs/supported-models.md",
-    "docs/inference.md",
-    "CONTRIBUTING.md",
-)
+DOCS = ("docs/chain.md", "docs/quantization.md", "docs/supported-models.md", "docs/inference.md")
+PAGES = ("README.md", "README.zh.md", *DOCS, "CONTRIBUTING.md")
 
 
 def blocks(page: str, language: str) -> list[str]:

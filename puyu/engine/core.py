@@ -118,7 +118,7 @@ class Engine:
         self.drafter = (drafter or LookupDrafter()) if config.draft_tokens else None
         weight = model.trunk.embedding.weight
         dtype = model.trunk.compute_dtype or weight.dtype
-        num_blocks = _num_blocks(model, config, dtype=dtype)
+        num_blocks = _num_blocks(model, config, dtype=dtype, drafter=self.drafter)
         sizes = {"num_blocks": num_blocks, "block_size": config.block_size}
         cache = KVCache(model.config, **sizes, device=weight.device, dtype=dtype, storage=config.cache_dtype)
         self.runner = Runner(model, cache, bank=bank, alone=config.deterministic)
@@ -340,12 +340,15 @@ def _deadline(running: Running) -> float:
     return min(request.deadline, request.queue_deadline if waits else math.inf)
 
 
-def _num_blocks(model: CausalLM | ScalarModel, config: EngineConfig, *, dtype: torch.dtype) -> int:
+def _num_blocks(
+    model: CausalLM | ScalarModel, config: EngineConfig, *, dtype: torch.dtype, drafter: Drafter | None
+) -> int:
     """How many blocks the cache gets; ResourceError when not even one fits."""
     if config.cache_tokens:
         return -(-config.cache_tokens // config.block_size)
     wanted = config.max_running * -(-model.config.max_positions // config.block_size)
     size = KVCache.block_bytes(model.config, block_size=config.block_size, dtype=dtype, storage=config.cache_dtype)
+    size += drafter.block_bytes(config.block_size) if drafter is not None else 0
     fitting = int(_free_bytes(model.trunk.embedding.weight.device) * config.cache_fraction) // size
     if fitting < 1:
         raise ResourceError("no memory is left for the key/value cache", remedy="close other programs")

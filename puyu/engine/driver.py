@@ -122,10 +122,10 @@ class Driver:
         return self.engine.stats()
 
     def _queue(self, items: Prepared) -> str:
-        self._inbox.extend(items)
         first = items[0][0].id
         if len(items) > 1:
             self._groups[first] = [request.id for request, _ in items]
+        self._inbox.extend(items)  # last: from here on, another thread may run them to their end
         return first
 
     def _empty_inbox(self) -> None:

@@ -61,6 +61,9 @@ DRAFT_TOKENS = 4
 class LLM:
     """A language model that runs here. Close it, or use it in a `with` block, when the async calls were used."""
 
+    _sources: list[tuple[Model, Path]]
+    """Models that can be read again, and where from."""
+
     def __init__(
         self,
         path: str | Path,
@@ -85,10 +88,12 @@ class LLM:
             allow_pickle=asked.allow_pickle,
             context=asked.context or None,
         )
-        model, drafter = self._load(folder), None
+        model, drafter, folders = self._load(folder), None, [folder]
         if draft_model is not None:
-            drafter, config = self._drafter(resolve(draft_model), tokenizer), _with_drafts(config)
-        self._set(model, tokenizer, config, name=Path(folder).name, drafter=drafter, folder=folder)
+            folders.append(resolve(draft_model))
+            drafter, config = self._drafter(folders[1], tokenizer), _with_drafts(config)
+        self._set(model, tokenizer, config, name=Path(folder).name, drafter=drafter)
+        self._sources = list(zip([model, drafter.model] if drafter else [model], folders, strict=True))
         for name, adapter in (adapters or {}).items():
             self.load_adapter(name, adapter)
 
@@ -120,7 +125,6 @@ class LLM:
         *,
         name: str,
         drafter: ModelDrafter | None = None,
-        folder: Path | None = None,
     ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise CheckpointError(
@@ -128,7 +132,8 @@ class LLM:
                 remedy="use the tokenizer that the model was trained with",
             )
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self._folder, self._is_empty = folder, False
+        self._is_empty = False
+        self._sources = []
         self._bank = AdapterBank(model) if isinstance(model, CausalLM) else None
         sizes: dict[str, Any] = {"num_ids": tokenizer.vocab_size, "drafter": drafter, "bank": self._bank}
         self.driver = Driver(Engine(model, config, **sizes), tokenizer)
@@ -327,20 +332,21 @@ class LLM:
         """Give memory back until `wake`: 1, the key/value cache; 2, the weights as well. Requests wait meanwhile."""
         if level not in (1, 2):
             raise ConfigError(f"sleep has the levels 1 and 2, not {level!r}")
-        if level == 2 and self._folder is None:
+        if level == 2 and not self._sources:
             raise ConfigError("this model was given in memory and cannot be loaded again", remedy="use level 1")
         with self.driver.lock:
             self.driver.engine.sleep()
             if level == 2 and not self._is_empty:
-                drop_weights(self.model)
                 self._is_empty = True
+                for model, _ in self._sources:
+                    drop_weights(model)
 
     def wake(self) -> None:
         """Take the memory again; what waits goes on."""
         with self.driver.lock:
-            if self._is_empty and self._folder is not None:
-                refill_weights(self.model, self._load(self._folder))
-                self._is_empty = False
+            for model, folder in self._sources if self._is_empty else ():
+                refill_weights(model, self._load(folder))
+            self._is_empty = False
             self.driver.engine.wake()
         self.loop.nudge()
 

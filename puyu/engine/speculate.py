@@ -14,6 +14,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
+
 from puyu.engine.request import Running
 from puyu.engine.runner import Runner, Span
 from puyu.model.heads import CausalLM
@@ -37,6 +39,10 @@ class Drafter(Protocol):
         """Give memory back until `attach` is called again."""
         ...
 
+    def block_bytes(self, block_size: int) -> int:
+        """Memory that it takes for each block of the engine's."""
+        ...
+
     def propose(self, wanted: Wanted) -> list[list[int]]:
         """Guesses for each request, none where it has no idea."""
         ...
@@ -55,6 +61,10 @@ class LookupDrafter:
 
     def detach(self) -> None:
         """Holds no memory."""
+
+    def block_bytes(self, block_size: int) -> int:
+        """None."""
+        return 0
 
     def propose(self, wanted: Wanted) -> list[list[int]]:
         return [self.look_up(running.tokens, count) for running, count in wanted]
@@ -90,13 +100,12 @@ class ModelDrafter:
 
     def attach(self, cache: KVCache) -> None:
         """Make a cache with as many blocks as the engine's."""
-        weight = self.model.trunk.embedding.weight
         own = KVCache(
             self.model.config,
             num_blocks=cache.num_blocks,
             block_size=cache.block_size,
-            device=weight.device,
-            dtype=self.model.trunk.compute_dtype or weight.dtype,
+            device=self.model.trunk.embedding.weight.device,
+            dtype=self._dtype,
         )
         own.rows.zero_()  # what was never written is a bad guess, not NaN
         self._runner = Runner(self.model, own)
@@ -104,6 +113,14 @@ class ModelDrafter:
     def detach(self) -> None:
         """Give the cache back."""
         self._runner = None
+
+    def block_bytes(self, block_size: int) -> int:
+        """Keys and values of the draft model."""
+        return KVCache.block_bytes(self.model.config, block_size=block_size, dtype=self._dtype)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.trunk.compute_dtype or self.model.trunk.embedding.weight.dtype
 
     def propose(self, wanted: Wanted) -> list[list[int]]:
         for running, _ in wanted:

@@ -125,3 +125,12 @@ def test_a_search_ends_when_no_beam_can_improve() -> None:
     search = BeamSearch(SamplingParams(beam_width=1, max_tokens=9), stop_ids=frozenset({2}), max_tokens=9)
     search.advance([((2, -0.1), (3, -5.0))])
     assert not search.beams and search.best(1)[0].beam.ids == (2,)
+
+
+def test_ends_that_are_not_among_the_best_take_no_beams_place() -> None:
+    params = SamplingParams(beam_width=2, max_tokens=9)
+    search = BeamSearch(params, stop_ids=frozenset({2, 3, 5, 6}), max_tokens=9)
+    likeliest = ((2, -0.1), (7, -0.2), (3, -0.3), (5, -0.4), (6, -0.5), (8, -0.6), (9, -0.7))
+    search.advance([likeliest[: search.num_candidates]])
+    assert [beam.ids for beam in search.beams] == [(7,), (8,)]
+    assert [item.beam.ids for item in search.finished] == [(2,)]

@@ -151,6 +151,17 @@ def disturb(engine: Engine, rng: random.Random) -> None:
         engine.wake()
 
 
+@pytest.mark.parametrize("pool", ["last", "mean"])
+def test_keys_of_embeddings_are_not_those_of_native_decoding(pool: Any) -> None:
+    engine = engine_of("float32", True, EngineConfig(cache_tokens=512, block_size=2, deterministic=True))
+    for number in range(11):
+        embedded = engine.add(Request("pool", subject(number).prompt_ids, 0, pool=pool))
+        run_audited(engine)
+        running = engine.add(subject(number))
+        run_audited(engine)
+        assert embedded.finish_reason == "stop" and told(running) == lone("float32", True, number)
+
+
 def test_the_schedules_hold_what_they_promise() -> None:
     """Preemptions, prefix hits, chunks and accepted drafts all occur among the first of them."""
     counts = {"preemptions": 0, "cached": 0, "accepted": 0}

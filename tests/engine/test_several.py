@@ -13,6 +13,7 @@ from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.llm import LLM
 from puyu.engine.request import Request
 from puyu.engine.score import Pair, logprobs_of
+from puyu.errors import RequestError
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import GenerateRequest, SamplingParams
 from tests.engine.conftest import tiny_model
@@ -201,3 +202,19 @@ def test_shares_of_prompt_are_exact_in_float64() -> None:
     expected = logprobs_of(model, [Pair(whole, len(whole) - 1)])[0][0]
     found = torch.tensor([*running.prompt_logprobs[1:], *running.logprobs], dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_what_can_never_fit_is_refused_and_what_just_fits_is_not(tokenizer: Tokenizer) -> None:
+    model = tiny_model(2, vocab_size=tokenizer.vocab_size)
+    with LLM.from_model(model, tokenizer, config=EngineConfig(cache_tokens=24, block_size=4)) as llm:
+        assert llm.driver.engine.context == 24
+        ids = llm.driver.front.text_ids("a")
+        fitting = "a" * next(n for n in range(1, 60) if len(llm.driver.front.text_ids("a" * n)) == 23)
+        assert len(ids) < 23
+        answer = llm.complete(fitting, max_tokens=50, ignore_eos=True)
+        assert (answer.finish_reason, len(answer.token_ids)) == ("length", 1)
+        with pytest.raises(RequestError) as caught:
+            llm.complete(fitting + "a", max_tokens=1)
+        assert caught.value.param == "prompt" and not llm.driver.has_work
+        beams = llm.complete("a", max_tokens=50, beam_width=3, n=3, ignore_eos=True)
+        assert {len(one.token_ids) + len(ids) for one in beams.choices} == {24}

@@ -121,29 +121,24 @@ def test_look_up_finds_the_longest_and_latest_match() -> None:
     assert drafter.look_up([256, 1, 65536, 1, 256], 2) == [], "bytes of ids are not ids"
 
 
-@pytest.mark.parametrize("drafts", [0, 5])
-def test_a_stop_string_inside_accepted_drafts_cuts_there(tokenizer: Tokenizer, drafts: int) -> None:
+def test_a_stop_string_inside_accepted_drafts_cuts_there(tokenizer: Tokenizer) -> None:
     model = tiny_model(2, vocab_size=tokenizer.vocab_size).double()
-    config = EngineConfig(cache_tokens=4096)
-    params = SamplingParams(max_tokens=60, ignore_eos=True, logprobs=True, top_logprobs=1)
+    config = EngineConfig(cache_tokens=4096, max_running=64)
+    params = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=True, top_logprobs=1)
     with LLM.from_model(model, tokenizer, config=config) as llm:
-        whole = llm.complete("Hello", params=params)
-        middle = whole.text[len(whole.text) // 2 :][:2]
-        stopped = llm.complete("Hello", params=replace(params, stop=(middle,)))
-    drafter = ModelDrafter(model)
-    engine = Engine(model, config.model_copy(update={"draft_tokens": 5}), drafter=drafter)
-    with LLM.from_model(model, tokenizer, config=config.model_copy(update={"draft_tokens": drafts})) as llm:
-        if drafts:
-            llm.driver.engine = engine
-        found = llm.complete("Hello", params=replace(params, stop=(middle,)))
-        assert not drafts or engine.stats().num_accepted >= 10
-    assert (found.text, found.token_ids, found.usage.completion_tokens) == (
-        stopped.text,
-        stopped.token_ids,
-        stopped.usage.completion_tokens,
-    )
-    assert len(found.logprobs) == len(found.top_logprobs) == len(found.token_ids) < 60
-    assert found.finish_reason == "stop"
+        whole = llm.complete("Hello", params=params).text
+        stops = sorted({whole[at : at + 2] for at in range(len(whole) - 1)})
+        requests = [GenerateRequest("Hello", replace(params, stop=(stop,))) for stop in stops]
+        expected = llm.generate_all(requests)
+    with LLM.from_model(model, tokenizer, config=config) as llm:
+        drafts = config.model_copy(update={"draft_tokens": 5})
+        llm.driver.engine = Engine(model, drafts, num_ids=tokenizer.vocab_size, drafter=ModelDrafter(model))
+        found = llm.generate_all(requests)
+        assert llm.driver.engine.stats().num_accepted > 50
+    assert len({len(one.token_ids) for one in expected}) > 10, "some stop at the first token of a step, some later"
+    for ours, plain in zip(found, expected, strict=True):
+        assert (ours.text, ours.token_ids, ours.finish_reason) == (plain.text, plain.token_ids, "stop")
+        assert ours.usage.completion_tokens == len(ours.token_ids) == len(ours.logprobs) == len(ours.top_logprobs)
 
 
 def test_drafting_that_fails_costs_nothing_but_speed() -> None:
@@ -181,3 +176,11 @@ def test_a_draft_model_from_a_folder(tokenizer: Tokenizer, tmp_path: Path) -> No
     strange = saved(tiny_model(3, vocab_size=other.vocab_size), other, tmp_path / "strange")
     with pytest.raises(CheckpointError, match="another tokenizer"):
         LLM(target, draft_model=strange, **options)  # type: ignore[arg-type]
+
+
+def test_the_draft_models_cache_counts_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puyu.engine.core._free_bytes", lambda device: 1 << 20)
+    model, config = tiny_model(0), EngineConfig(draft_tokens=2, max_running=1000)
+    alone = Engine(model, config).stats().num_blocks
+    both = Engine(model, config, drafter=ModelDrafter(model)).stats().num_blocks
+    assert alone // 2 == both

@@ -125,6 +125,10 @@ def test_what_waits_goes_on_after_waking(level: int, draft: bool, tokenizer: Tok
         assert llm.is_asleep and llm.driver.engine.runner.cache.rows.numel() == 0
         sizes = sum(tensor.numel() for tensor in llm.model.state_dict().values())
         assert (sizes == 0) == (level == 2)
+        if draft:
+            drafter = llm.driver.engine.drafter
+            assert isinstance(drafter, ModelDrafter)
+            assert (drafter.model.trunk.embedding.weight.numel() == 0) == (level == 2)
         llm.driver.submit(ASK, done=got.append)
         llm.driver.pump()
         llm.driver.engine.audit()
