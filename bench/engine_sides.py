@@ -88,6 +88,8 @@ def llama(task: str, path: Path) -> None:
     import llama_cpp as lib
     import numpy as np
 
+    quiet = lib.llama_log_callback(lambda level, text, data: None)
+    lib.llama_log_set(quiet, None)
     lib.llama_backend_init()
     model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     params = lib.llama_context_default_params()

@@ -184,8 +184,9 @@ class Worker:
     """A process that speaks the protocol of worker.py. `facts` is what it said when it was ready."""
 
     def __init__(self, command: Sequence[str | Path]) -> None:
-        # an idle side must not spin on the cores while the other one works
-        quiet = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+        # how threads wait is left to each side: OpenMP's default looks for about a millisecond before it sleeps, so an
+        # idle side does not disturb the other, and a side that waits often is not slowed by going to sleep each time
+        quiet = {"TOKENIZERS_PARALLELISM": "false"}
         environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(cores()), "PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
