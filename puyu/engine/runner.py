@@ -9,15 +9,19 @@ once, from flat lists, and the model's layers share them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from puyu.engine.kernels.launch import can_launch
 from puyu.engine.native import MAX_BATCH, NativeStep
 from puyu.model.heads import CausalLM
 from puyu.model.paged import KVCache, PagedPlan, PagedSequence
+
+if TYPE_CHECKING:
+    from puyu.engine.gpu import GpuStep
 
 
 class Span(NamedTuple):
@@ -37,10 +41,19 @@ class Runner:
         self.device = cache.device
         self.native = NativeStep.make(model, cache)
         """The quick way for a few decoding sequences, where this machine has it; None otherwise."""
+        self.gpu = _gpu_step(model, cache)
+        """The quick way for every step, where there is a GPU; None otherwise."""
 
     @torch.inference_mode()
-    def run(self, spans: Sequence[Span]) -> Tensor:
-        """Logits [S, V] after the last token of each span that samples, in their order."""
+    def run(self, spans: Sequence[Span], feed: Tensor | None = None) -> Tensor:
+        """Logits [S, V] after the last token of each span that samples, in their order.
+
+        A token below 0 is a result of the last step that only the device knows: -1 the first of `feed`, and so on.
+        """
+        if self.gpu is not None:
+            return self.gpu.run(spans, feed)
+        if feed is not None:
+            spans = [span._replace(tokens=_known(span.tokens, feed)) for span in spans]
         if self.native is not None and len(spans) <= MAX_BATCH and all(len(span.tokens) == 1 for span in spans):
             return self._decode(self.native, spans)
         starts = np.cumsum([0] + [len(span.tokens) for span in spans])
@@ -63,3 +76,16 @@ class Runner:
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64, copy=False)).to(self.device, non_blocking=True)
+
+
+def _gpu_step(model: CausalLM, cache: KVCache) -> GpuStep | None:
+    """Imports the kernels, and Triton with them, only where they can run."""
+    if not can_launch(cache.device):
+        return None
+    from puyu.engine.gpu import GpuStep
+
+    return GpuStep.make(model, cache)
+
+
+def _known(tokens: Sequence[int], feed: Tensor) -> Sequence[int]:
+    return [int(feed[-1 - token]) if token < 0 else token for token in tokens]

@@ -136,6 +136,7 @@ def test_products(bits: int, rows: int) -> None:
         torch.testing.assert_close(ours, matmul.multiply_reference(x, weight, around), rtol=1e-5, atol=2e-5)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_products_in_half_precision_round_once(bits: int) -> None:
     """fp16, because the interpreter cannot multiply bf16."""
@@ -146,6 +147,17 @@ def test_products_in_half_precision_round_once(bits: int) -> None:
         data = weight.data.half() if bits == 16 else weight.data
         ours = matmul.multiply(x, matmul.Weight(data, bits, weight.group, weight.scales, weight.zeros))
         assert relative(ours, exact) < 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_many_rows_take_a_dense_product(bits: int) -> None:
+    weight = weight_of(bits, 38, 96, bias=bits == 8)
+    torch.testing.assert_close(matmul.unpack(weight, torch.float32), matmul.dense(weight, torch.float32))
+    x, residual = randn(130, 96, seed=1), randn(130, 38, seed=2)
+    for around in (matmul.Around(randn(96, seed=3), 1e-5, gated=bits != 8), matmul.Around(residual_MN=residual)):
+        expected = matmul.multiply_reference(x, weight, around)
+        torch.testing.assert_close(matmul.project(x, weight, around), expected, rtol=1e-5, atol=2e-5)
 
 
 def test_more_rows_than_one_tile() -> None:

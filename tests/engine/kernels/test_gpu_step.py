@@ -1,0 +1,150 @@
+"""`GpuStep` in Triton's interpreter against the torch modules: whole steps of tiny models."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from puyu.engine.core import Engine, EngineConfig
+from puyu.engine.gpu import GpuStep
+from puyu.engine.request import Request
+from puyu.engine.runner import Runner, Span
+from puyu.model.checkpoint import make_quantized
+from puyu.model.heads import CausalLM
+from puyu.model.linear import QuantFormat
+from puyu.model.paged import KVCache
+from puyu.types import SamplingParams
+from tests.engine.conftest import tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+SHAPES: list[dict[str, int]] = [
+    {},
+    {"num_kv_heads": 1, "vocab_size": 99, "intermediate_size": 46, "num_layers": 1},
+    {"num_kv_heads": 4, "head_dim": 6, "tie_embeddings": True, "num_layers": 1},
+    {"qkv_bias": True, "out_bias": True, "num_heads": 6, "hidden_size": 48, "num_layers": 1},
+]
+
+
+def cache_of(model: CausalLM) -> KVCache:
+    cache = KVCache(model.config, num_blocks=40, block_size=4, device="cpu", dtype=torch.float32)
+    cache.rows.fill_(float("nan"))
+    return cache
+
+
+def filled(**shape: int) -> CausalLM:
+    model = tiny_model(7, **shape)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".bias", "norm.weight")):
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return model
+
+
+def modules(model: CausalLM, cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """A runner that has only the torch modules."""
+    runner = Runner(model, cache)
+    monkeypatch.setattr(runner, "native", None)
+    monkeypatch.setattr(runner, "gpu", None)
+    return runner
+
+
+STEPS = [
+    [Span(tuple(range(3, 20)), 0, tuple(range(10, 16)), False), Span((5,), 0, (1, 2), True)],
+    [
+        Span((9,), 1, (1, 2), True),
+        Span(tuple(range(40, 47)), 17, tuple(range(10, 16)), True),
+        Span((1, 2), 0, (0,), True),
+    ],
+    [Span((8,), 2, (1, 2), True), Span((6,), 24, (*range(10, 16), 30), True), Span((4,), 2, (0,), False)],
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steps_equal_the_modules(shape: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in two chunks beside decodes, a row that does not sample; then decodes alone."""
+    model = filled(**shape)
+    step, theirs = GpuStep.make(model, cache_of(model)), modules(model, cache_of(model), monkeypatch)
+    assert step is not None
+    for spans in STEPS:
+        torch.testing.assert_close(step.run(spans), theirs.run(spans), rtol=0, atol=3e-5)
+    torch.testing.assert_close(step.cache.rows, theirs.cache.rows, rtol=0, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("form", [QuantFormat(8), QuantFormat(4, 32)])
+def test_quantized_steps_equal_dequantized_modules(form: QuantFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(3, intermediate_size=64, num_layers=1)
+    make_quantized(model, form)
+    generator = torch.Generator().manual_seed(1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("codes"):
+            high = 256 if buffer.dtype == torch.uint8 else 127
+            buffer.copy_(torch.randint(0 if high == 256 else -127, high, buffer.shape, generator=generator))
+        else:
+            size = 0.002 if form.bits == 8 else 0.04
+            buffer.copy_((torch.rand(buffer.shape, generator=generator) * size).bfloat16())
+    for module in model.modules():
+        if hasattr(module, "has_kernel"):
+            monkeypatch.setattr(module, "has_kernel", False)  # the CPU's integer kernels round activations to bf16
+    step, theirs = GpuStep.make(model, cache_of(model)), modules(model, cache_of(model), monkeypatch)
+    assert step is not None
+    for spans in STEPS:
+        torch.testing.assert_close(step.run(spans), theirs.run(spans), rtol=1e-4, atol=1e-4)
+
+
+def test_results_on_the_device_feed_the_next_step() -> None:
+    model = filled()
+    first, second = GpuStep.make(model, cache_of(model)), GpuStep.make(model, cache_of(model))
+    assert first is not None and second is not None
+    told = [Span((7, 11), 0, (0,), True), Span((9,), 0, (1,), True)]
+    fed = [Span((-2, 11), 0, (0,), True), Span((-3,), 0, (1,), True)]
+    assert torch.equal(first.run(told), second.run(fed, torch.tensor([1, 7, 9])))
+
+
+def test_the_engine_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests of all kinds through the scheduler, in little memory, with and without the kernels."""
+    model, answers = filled(num_layers=1), []
+    for kernels in (True, False):
+        engine = Engine(model, EngineConfig(cache_tokens=40, block_size=4, max_step_tokens=9, max_running=4))
+        if not kernels:
+            monkeypatch.setattr(engine.runner, "gpu", None)
+        assert (engine.runner.gpu is not None) == kernels
+        rng = random.Random(0)
+        runs = []
+        for index in range(4):
+            prompt = tuple(rng.randrange(90) for _ in range(rng.randrange(1, 14)))
+            params = SamplingParams(temperature=0.0 if index % 2 else 0.9, seed=index, top_k=index * 5)
+            runs.append(engine.add(Request(str(index), prompt, max_tokens=4, params=params)))
+        while engine.has_work:
+            engine.step()
+            engine.audit()
+        answers.append([list(run.generated) for run in runs])
+    assert answers[0] == answers[1]
+
+
+def test_what_it_does_not_know_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = filled()
+    model.trunk.layers[0].mlp.extra = torch.nn.Identity()
+    assert GpuStep.make(model, cache_of(model)) is None
+    double = filled().double()
+    cache = KVCache(double.config, num_blocks=4, block_size=4, device="cpu", dtype=torch.float64)
+    assert GpuStep.make(double, cache) is None
+    half = filled()
+    assert (
+        GpuStep.make(half, KVCache(half.config, num_blocks=4, block_size=4, device="cpu", dtype=torch.bfloat16)) is None
+    )
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert Runner(half, cache_of(half)).gpu is None, "no GPU and no interpreter"
+
+
+def test_a_changed_rope_base_counts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = filled()
+    step = GpuStep.make(model, cache_of(model))
+    assert step is not None
+    step.run(STEPS[0])
+    model.set_rope_theta(77.0)
+    theirs = modules(model, cache_of(model), monkeypatch)
+    torch.testing.assert_close(step.run(STEPS[0]), theirs.run(STEPS[0]), rtol=0, atol=3e-5)
