@@ -53,6 +53,8 @@ class EngineConfig(Config):
     model for more (`ModelConfig.stretched`)."""
     allow_pickle: bool = False
     """Whether `LLM(path)` reads weights from pickle files where there are no safetensors."""
+    overlap: bool = False
+    """Whether the next step is scheduled while the last one runs (`overlap.py`); for GPUs."""
 
 
 class Event(NamedTuple):
@@ -140,9 +142,9 @@ class Engine:
         return self._count(plan, sampled)
 
     def _compute(self, plan: Plan) -> Sampled:
-        spans = [_span(chunk) for chunk in plan.chunks]
+        spans = [span_of(chunk) for chunk in plan.chunks]
         logits_SV = self.runner.run(spans)
-        choices = [_choice(chunk.running) for chunk in plan.chunks if chunk.samples]
+        choices = [choice_of(chunk.running) for chunk in plan.chunks if chunk.samples]
         with torch.inference_mode():
             return sample(logits_SV, choices, num_ids=self.num_ids) if choices else Sampled([], None)
 
@@ -204,12 +206,12 @@ class Engine:
         assert all(running.status is not Status.FINISHED for running in queued)
 
 
-def _span(chunk: Chunk) -> Span:
+def span_of(chunk: Chunk) -> Span:
     running, stop = chunk.running, chunk.start + chunk.length
     return Span(running.tokens[chunk.start : stop], chunk.start, running.blocks, chunk.samples)
 
 
-def _choice(running: Running) -> Choice:
+def choice_of(running: Running) -> Choice:
     params = running.request.params
     return Choice(params, running.draws.random() if params.temperature > 0 else 0.0)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -160,12 +160,13 @@ class GpuStep:
         arrays = [*_token_arrays(spans, cache.block_size), *_length_arrays(spans), tables, last]
         uploaded = upload([*arrays, *tile_arrays(prompts, height)], self.device)
         tokens_T, positions_T, slots_T, lengths_B, tables_BW, sampled_S, *tiles = uploaded
+        sequences, tile_starts, ends, at = tiles
         return Batch(
             _fed(tokens_T, feed),
             Places(positions_T, slots_T),
             Pages(tables_BW, lengths_B, cache.block_size),
             count,
-            Tiles(*tiles, height) if prompts else None,
+            Tiles(sequences, tile_starts, ends, at, height) if prompts else None,
             None if len(last) == len(tokens_T) else sampled_S,
         )
 
@@ -194,7 +195,7 @@ class GpuStep:
 class _Graph:
     """One captured step of `size` decodes over static inputs."""
 
-    def __init__(self, step: GpuStep, size: int, key: tuple[float, ...], pool: tuple[int, int] | None) -> None:
+    def __init__(self, step: GpuStep, size: int, key: tuple[float, ...], pool: Any) -> None:
         self.key, self.step, self.size = key, step, size
         device = step.device
         self.ids_4B = torch.zeros(4, size, dtype=torch.int32, device=device)  # tokens, positions, slots, lengths

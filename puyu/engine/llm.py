@@ -19,10 +19,11 @@ from queue import SimpleQueue
 from typing import Any
 
 from puyu.device import pick_device, pick_dtype, require_torch
-from puyu.engine.core import Engine, EngineConfig, Stats
+from puyu.engine.core import EngineConfig, Stats
 from puyu.engine.driver import Driver
 from puyu.engine.front import as_messages
 from puyu.engine.loop import AsyncEngine, last_delta
+from puyu.engine.overlap import make_engine
 from puyu.engine.score import score
 from puyu.errors import CheckpointError
 from puyu.hub import resolve
@@ -80,7 +81,7 @@ class LLM:
                 remedy="use the tokenizer that the model was trained with",
             )
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.driver = Driver(Engine(model, config, num_ids=tokenizer.vocab_size), tokenizer)
+        self.driver = Driver(make_engine(model, config, num_ids=tokenizer.vocab_size), tokenizer)
         self.loop = AsyncEngine(self.driver)
 
     # ---- blocking ----

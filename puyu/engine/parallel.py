@@ -200,15 +200,20 @@ def _packed(spans: Sequence[Span]) -> list[int]:
     return numbers
 
 
+def _first(group: Group) -> int:
+    """The global rank of the group's rank 0."""
+    return 0 if group is None else dist.get_global_rank(group, 0)
+
+
 def _announce(numbers: list[int], group: Group, device: torch.device) -> None:
-    source = dist.get_global_rank(group or dist.group.WORLD, 0)
+    source = _first(group)
     dist.broadcast(torch.tensor([len(numbers)], device=device), source, group=group)
     if numbers:
         dist.broadcast(torch.tensor(numbers, device=device), source, group=group)
 
 
 def _heard(group: Group, device: torch.device) -> list[Span]:
-    source = dist.get_global_rank(group or dist.group.WORLD, 0)
+    source = _first(group)
     count = torch.zeros(1, dtype=torch.int64, device=device)
     dist.broadcast(count, source, group=group)
     numbers = torch.zeros(int(count), dtype=torch.int64, device=device)

@@ -15,7 +15,8 @@ with pytest.MonkeyPatch.context() as patch:
     import puyu.engine.kernels.attention
     import puyu.engine.kernels.matmul
     import puyu.engine.kernels.norm
-    import puyu.engine.kernels.rope  # noqa: F401
+    import puyu.engine.kernels.rope
+    import puyu.engine.kernels.sampling  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
