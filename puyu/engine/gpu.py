@@ -28,6 +28,7 @@ from puyu.engine.kernels.attention import (
     tile_arrays,
     tile_height,
 )
+from puyu.engine.kernels.fp8 import Fp8Linear
 from puyu.engine.kernels.launch import DTYPES, can_launch, upload
 from puyu.engine.kernels.matmul import Around, Weight, project
 from puyu.engine.kernels.rope import Angles, Places, rope_and_cache
@@ -270,7 +271,7 @@ def _layer(block: nn.Module) -> _Layer:
 def _whole(layer: nn.Module) -> Weight:
     """A weight whose inputs may be divided; its bias then belongs to rank 0."""
     if not isinstance(layer, RowLinear):
-        assert isinstance(layer, Linear | QuantLinear)
+        assert isinstance(layer, Linear | QuantLinear | Fp8Linear)
         return Weight.of(layer)
     inner = Weight.of(layer.inner)
     bias = layer.bias if dist.get_rank(layer.group) == 0 else None
@@ -281,7 +282,7 @@ def _is_known(model: CausalLM, dtype: torch.dtype) -> bool:
     """Whether the model is made of exactly the layers that the kernels know, all weights in the cache's dtype."""
     leaves = Counter(type(module) for module in model.modules() if not list(module.children()))
     layers = model.config.num_layers
-    products = leaves.pop(Linear, 0) + leaves.pop(QuantLinear, 0)
+    products = sum(leaves.pop(kind, 0) for kind in (Linear, QuantLinear, Fp8Linear))
     embeddings = leaves.pop(nn.Embedding, 0) + leaves.pop(VocabEmbedding, 0)
     return (
         products == 4 * layers + (model.head is not None)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from puyu.engine.kernels import fp8
 from puyu.engine.kernels.launch import power_of_two
 from puyu.engine.kernels.norm import rms_norm, rms_norm_reference, silu_mul
 from puyu.model.linear import Linear, QuantLinear, unpack_int4
@@ -31,27 +32,40 @@ _MAGIC = tl.constexpr(8388608.0)  # 2^23, whose float has the bits above; a code
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A matrix [N, K] as the kernels read it: `data` is [N, K] (dense or int8) or int32 [N, K / 8] (int4)."""
+    """A matrix [N, K] as the kernels read it: `data` is [N, K] (dense, int8, e4m3) or int32 [N, K / 8] (int4)."""
 
     data: Tensor
     bits: int = 16
+    """16: dense of any dtype; 8: int8 codes, or e4m3 values where `data` has that dtype; 4: int4 codes."""
     group: int = 0
     scales: Tensor | None = None
     zeros: Tensor | None = None
     bias: Tensor | None = None
 
     @staticmethod
-    def of(layer: Linear | QuantLinear) -> Weight:
+    def of(layer: Linear | QuantLinear | fp8.Fp8Linear) -> Weight:
         """Holds the layer's own tensors, so that changed weights count at once; only scales are copied, to bf16,
         which they fit, and int4 codes that stand at an odd address."""
         bias = layer.bias
         if isinstance(layer, Linear):
             return Weight(layer.weight, bias=bias)
+        if isinstance(layer, fp8.Fp8Linear):
+            return Weight(layer.values, 8, 0, layer.scales, bias=bias)
         scales = layer.scales.bfloat16().contiguous()
         if layer.form.bits == 8:
             return Weight(layer.codes, 8, 0, scales, bias=bias)
         codes = layer.codes if layer.codes.data_ptr() % 16 == 0 else layer.codes.clone()
         return Weight(codes.view(torch.int32), 4, layer.form.group, scales, layer.zeros.bfloat16().contiguous(), bias)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the eight bits are floats."""
+        return self.data.dtype == torch.float8_e4m3fn
+
+    @property
+    def bytes(self) -> Tensor:
+        """The data as kernels load it: 8-bit floats as integers, which can be masked."""
+        return self.data.view(torch.int8) if self.is_float else self.data
 
     @property
     def num_outputs(self) -> int:
@@ -96,7 +110,7 @@ def choose_tile(rows: int, weight: Weight) -> Tile | None:
         return Tile(16, {16: 256, 8: 512, 4: 1024}[weight.bits], 1, 4, 4)
     if rows <= 16:
         return Tile(16, {16: 256, 8: 256, 4: 256}[weight.bits], 16, 4, 4)
-    if weight.bits < 16 and rows <= 128:
+    if weight.bits < 16 and not weight.is_float and rows <= 128:
         return Tile(64, 128, 32 if rows <= 32 else 64, 4, 3)
     return None
 
@@ -121,8 +135,9 @@ def unpack(weight: Weight, dtype: torch.dtype) -> Tensor:
     out_NK = torch.empty(outputs, inputs, dtype=dtype, device=weight.data.device)
     block = min(power_of_two(inputs), 2048)
     _unpack[(outputs, triton.cdiv(inputs, block))](
-        *(weight.data, weight.scales, weight.scales if weight.zeros is None else weight.zeros, out_NK, inputs),
+        *(weight.bytes, weight.scales, weight.scales if weight.zeros is None else weight.zeros, out_NK, inputs),
         BITS=weight.bits,
+        E4M3=weight.is_float,
         GROUP=weight.group or 1,
         BLOCK=block,
         num_warps=4,
@@ -131,11 +146,20 @@ def unpack(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
+def _numbers(codes, E4M3: tl.constexpr):
+    """Bytes that are bits of floats become floats; integers and dense weights stay what they are."""
+    if E4M3:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return codes
+
+
+@triton.jit
 def _unpack(w_ptr, scales_ptr, zeros_ptr, out_ptr, size, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     n, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = k < size
     if BITS == 8:
-        w = tl.load(w_ptr + n * size + k, mask=inside, other=0).to(tl.float32) * tl.load(scales_ptr + n).to(tl.float32)
+        w = _numbers(tl.load(w_ptr + n * size + k, mask=inside, other=0), E4M3).to(tl.float32)
+        w *= tl.load(scales_ptr + n).to(tl.float32)
     else:
         codes = (tl.load(w_ptr + n * (size // 8) + k // 8, mask=inside, other=0) >> (4 * (k % 8))) & 15
         scale = tl.load(scales_ptr + n * (size // GROUP) + k // GROUP, mask=inside, other=0.0).to(tl.float32)
@@ -164,12 +188,13 @@ def multiply(x_MK: Tensor, weight: Weight, around: Around = NOTHING, *, tile: Ti
     y_MN = torch.empty(len(x_MK), outputs, dtype=x_MK.dtype, device=x_MK.device)
     unused = y_MN
     _multiply[(triton.cdiv(outputs, tile.outputs), triton.cdiv(len(x_MK), tile.rows))](
-        *(x_MK, around.norm_K if around.norm_K is not None else unused, weight.data),
+        *(x_MK, around.norm_K if around.norm_K is not None else unused, weight.bytes),
         *(weight.scales if weight.scales is not None else unused, weight.zeros if weight.zeros is not None else unused),
         *(weight.bias if weight.bias is not None else unused, y_MN),
         around.residual_MN if around.residual_MN is not None else unused,
         *(len(x_MK), outputs, weight.num_inputs, x_MK.stride(0), around.eps),
         BITS=weight.bits,
+        E4M3=weight.is_float,
         GROUP=weight.group or 1,
         NORM=around.norm_K is not None,
         GATED=around.gated,
@@ -190,12 +215,25 @@ def project(x_MK: Tensor, weight: Weight, around: Around = NOTHING) -> Tensor:
         return multiply(x_MK, weight, around)
     if around.norm_K is not None:
         x_MK = rms_norm(x_MK, around.norm_K, eps=around.eps)
+    if weight.is_float and fp8.has_fp8(x_MK.device):
+        return _project_fp8(x_MK, weight, around)
     w_NK = unpack(weight, x_MK.dtype)
     if around.residual_MN is not None:
         y_MN = around.residual_MN.addmm_(x_MK, w_NK.T)
         return y_MN if weight.bias is None else y_MN.add_(weight.bias)
     y_MN = F.linear(x_MK, w_NK, weight.bias)
     return silu_mul(y_MN) if around.gated else y_MN
+
+
+def _project_fp8(x_MK: Tensor, weight: Weight, around: Around) -> Tensor:
+    """Many rows by the tensor cores' 8-bit floats; the norm has been done."""
+    assert weight.scales is not None
+    y_MN = fp8.multiply(x_MK, weight.data, weight.scales, dtype=x_MK.dtype)
+    if weight.bias is not None:
+        y_MN = y_MN.add_(weight.bias)
+    if around.gated:
+        y_MN = silu_mul(y_MN)
+    return y_MN if around.residual_MN is None else around.residual_MN.add_(y_MN)
 
 
 @triton.jit
@@ -212,7 +250,8 @@ def _inputs(x_ptr, norm_ptr, m, k, size, rows, stride, NORM: tl.constexpr):
 @triton.jit
 def _dense_rows(
     x_ptr, norm_ptr, w_ptr, n, n_inside, m, rows, size, stride,
-    NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    E4M3: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums [n, m] over all inputs of w[n] * x[m], and of x[m]^2. Dense weights or int8 codes."""
     WIDE: tl.constexpr = BLOCK_K if BLOCK_M == 1 else BLOCK_M
@@ -223,6 +262,7 @@ def _dense_rows(
         k = k0 + tl.arange(0, BLOCK_K)
         inside = n_inside[:, None] & (k < size)[None, :]
         w = tl.load(w_ptr + n[:, None].to(tl.int64) * size + k[None, :], mask=inside, other=0.0)
+        w = _numbers(w, E4M3)
         scaled, x = _inputs(x_ptr, norm_ptr, m, k, size, rows, stride, NORM)
         if NORM:
             squares += x * x
@@ -291,8 +331,8 @@ def _int4_rows(
 @triton.jit
 def _any_rows(
     x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, n, n_inside, m, rows, size, stride,
-    BITS: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, E4M3: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if BITS == 4:
         acc, squares = _int4_rows(
@@ -301,7 +341,7 @@ def _any_rows(
         )  # fmt: skip
     else:
         acc, squares = _dense_rows(
-            x_ptr, norm_ptr, w_ptr, n, n_inside, m, rows, size, stride, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES
+            x_ptr, norm_ptr, w_ptr, n, n_inside, m, rows, size, stride, E4M3, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES
         )
         if BITS == 8:
             acc *= tl.load(scales_ptr + n, mask=n_inside, other=0.0).to(tl.float32)[:, None]
@@ -324,6 +364,7 @@ def _multiply(
     stride,
     eps,
     BITS: tl.constexpr,
+    E4M3: tl.constexpr,
     GROUP: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
@@ -339,7 +380,7 @@ def _multiply(
     n_inside = n < outputs
     y, squares = _any_rows(
         x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, n, n_inside, m, rows, size, stride,
-        BITS, GROUP, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
+        BITS, E4M3, GROUP, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
     )  # fmt: skip
     if NORM:
         rms = 1.0 / tl.sqrt(squares / size + eps)
@@ -347,7 +388,7 @@ def _multiply(
     if GATED:
         up, _ = _any_rows(
             x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, n + outputs, n_inside, m, rows, size, stride,
-            BITS, GROUP, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
+            BITS, E4M3, GROUP, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
         )  # fmt: skip
         if NORM:
             up *= rms[None, :]

@@ -13,6 +13,7 @@ import pytest
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
     import puyu.engine.kernels.attention
+    import puyu.engine.kernels.fp8
     import puyu.engine.kernels.matmul
     import puyu.engine.kernels.norm
     import puyu.engine.kernels.rope

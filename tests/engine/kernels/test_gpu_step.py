@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.gpu import GpuStep
+from puyu.engine.kernels.fp8 import to_fp8
+from puyu.engine.parallel import shard
 from puyu.engine.request import Request
 from puyu.engine.runner import Runner, Span
 from puyu.model.checkpoint import make_quantized
@@ -93,6 +97,22 @@ def test_quantized_steps_equal_dequantized_modules(form: QuantFormat, monkeypatc
     assert step is not None
     for spans in STEPS:
         torch.testing.assert_close(step.run(spans), theirs.run(spans), rtol=1e-4, atol=1e-4)
+
+
+def test_fp8_and_sharded_models_are_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A group of one: the ways that sum over ranks and gather the vocabulary are taken."""
+    model = tiny_model(3, intermediate_size=64, num_layers=1, out_bias=True)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    shard(model)
+    floats = tiny_model(3, intermediate_size=64, num_layers=1)
+    to_fp8(floats)
+    for ours, limit in ((model, 1e-5), (floats, 0.1)):
+        step, theirs = GpuStep.make(ours, cache_of(ours)), modules(ours, cache_of(ours), monkeypatch)
+        assert step is not None
+        for spans in STEPS:
+            found, expected = step.run(spans), theirs.run(spans)
+            assert (found - expected).norm() / expected.norm() < limit
+    dist.destroy_process_group()
 
 
 def test_results_on_the_device_feed_the_next_step() -> None:

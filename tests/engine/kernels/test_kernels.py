@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from puyu.engine.kernels import attention, matmul, norm, rope
+from puyu.engine.kernels import attention, fp8, matmul, norm, rope
 from puyu.engine.kernels.launch import upload
+from puyu.errors import ConfigError
 from puyu.model.layers import rotation
 from puyu.model.linear import Linear, QuantFormat, QuantLinear, pack_int4
+from tests.engine.conftest import tiny_model
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # silu of -100 is 0, as it should
@@ -172,3 +174,33 @@ def test_more_rows_than_one_tile() -> None:
         atol=2e-5,
     )
     assert matmul.choose_tile(41, weight_of(16, 8, 128)) is None, "torch's own product"
+
+
+def test_rows_become_e4m3() -> None:
+    x = randn(5, 200, seed=3) * torch.tensor([1e-3, 1.0, 50.0, 1e4, 0.0])[:, None]
+    (ours, scales), (values, expected) = fp8.to_rows(x), fp8.to_rows_reference(x)
+    torch.testing.assert_close(scales, expected)
+    # the interpreter cuts off where the hardware rounds: at most one step of three mantissa bits
+    assert bool(((ours.float() - values.float()).abs() <= values.float().abs() / 8 + 2**-9).all())
+    assert relative(values.float()[:4] * expected[:4], x[:4]) < 0.03, "a step is at most 1/16 of a value"
+    assert torch.equal(values[4].float(), torch.zeros(200)), "a row of zeros stays one"
+
+
+@torch.no_grad()
+def test_fp8_products_are_the_dequantized_ones() -> None:
+    linear = Linear(96, 48, bias=True)
+    linear.weight.data, linear.bias.data = randn(48, 96, seed=2) * 0.1, randn(48, seed=6)
+    layer, x = fp8.Fp8Linear(linear), randn(7, 96, seed=1)
+    assert relative(layer(x), linear(x)) < 0.05
+    weight = matmul.Weight.of(layer)
+    assert matmul.choose_tile(40, weight) is None, "torch's own product in e4m3"
+    expected = x.double() @ (layer.values.double() * layer.scales.double()).T + linear.bias.double()
+    assert relative(matmul.multiply(x, weight), expected) < 1e-5, "few rows: e4m3 weights, activations as they are"
+    assert relative(matmul.project(randn(130, 96, seed=1), weight), layer(randn(130, 96, seed=1))) < 0.05
+
+
+def test_fp8_refuses_what_it_cannot_do() -> None:
+    model = tiny_model(0)
+    fp8.to_fp8(model)
+    with pytest.raises(ConfigError, match="fp8 needs full-precision layers"):
+        fp8.to_fp8(model)
