@@ -149,12 +149,17 @@ def unpack(weight: Weight, dtype: torch.dtype) -> Tensor:
 def _numbers(codes, E4M3: tl.constexpr):
     """Bytes that are bits of floats become floats; integers and dense weights stay what they are."""
     if E4M3:
-        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return codes
+        numbers = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        numbers = codes
+    return numbers
 
 
 @triton.jit
-def _unpack(w_ptr, scales_ptr, zeros_ptr, out_ptr, size, BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _unpack(
+    w_ptr, scales_ptr, zeros_ptr, out_ptr, size,
+    BITS: tl.constexpr, E4M3: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     n, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = k < size
     if BITS == 8:
