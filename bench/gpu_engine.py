@@ -66,7 +66,7 @@ class Size(NamedTuple):
 def size_of(tiny: bool) -> Size:
     if tiny:
         config = ModelConfig(**TINY)  # type: ignore[arg-type]
-        return Size(config, torch.device("cpu"), torch.float32, 1, (1, 2), 5, 3, 40, 1 << 20, 16)
+        return Size(config, torch.device("cpu"), torch.float32, 1, (1, 2), 5, 3, 20, 1 << 20, 16)
     config, streams = ModelConfig(**SHAPE), (1, 2, 4, 8, 16, 32, 64, 128, 256)  # type: ignore[arg-type]
     return Size(config, torch.device("cuda"), torch.bfloat16, 20, streams, 512, 128, 200_000, 4 << 30, 4096)
 

@@ -28,7 +28,6 @@ def test_it_runs() -> None:
     if find_spec("triton") is None:
         assert run() == {"bench": "gpu_engine", "measured": False, "why": "torch sees no GPU"}
         return
-    result = run("--tiny", "--parts", "context,memory", TRITON_INTERPRET="1")
+    result = run("--tiny", "--parts", "context", TRITON_INTERPRET="1")
     assert not result["measured"] and result["versions"]["torch"] == torch.__version__
-    assert result["context"]["tokens"] == 40 and result["context"]["decode_tokens_s"] > 0
-    assert result["memory"]["streams"] == 8
+    assert result["context"]["tokens"] == 20 and result["context"]["decode_tokens_s"] > 0

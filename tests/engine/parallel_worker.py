@@ -1,12 +1,11 @@
 """One of two processes of the tensor-parallel test: rank 0 answers requests, rank 1 follows; prints what came out.
 
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29555 python -m tests.engine.parallel_worker bits
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29555 python -m tests.engine.parallel_worker
 """
 
 from __future__ import annotations
 
 import json
-import sys
 
 import torch
 import torch.distributed as dist
@@ -61,24 +60,30 @@ def answers(engine: Engine) -> list[list[int]]:
     return [list(running.generated) for running in found]
 
 
+BITS = (16, 8, 4)
 CONFIG = EngineConfig(cache_tokens=160, block_size=4, max_step_tokens=10, max_running=3)
 
 
-def main(bits: int) -> None:
+def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    model = model_of(bits)
-    shard(model)
-    if dist.get_rank() == 0:
-        engine = Engine(model, CONFIG)
-        leader = engine.runner = Leader(model, engine.runner.cache)
-        print(json.dumps(answers(engine)))
-        leader.end()
-    else:
-        cache = KVCache(model.config, num_blocks=40, block_size=4, device="cpu", dtype=torch.float32)
-        print(json.dumps(follow(model, cache)))
+    print(json.dumps([part(bits) for bits in BITS]))
     dist.destroy_process_group()
 
 
+def part(bits: int) -> object:
+    """This rank's work with one model: the answers, or the number of steps that it followed."""
+    model = model_of(bits)
+    shard(model)
+    if dist.get_rank() != 0:
+        cache = KVCache(model.config, num_blocks=40, block_size=4, device="cpu", dtype=torch.float32)
+        return follow(model, cache)
+    engine = Engine(model, CONFIG)
+    leader = engine.runner = Leader(model, engine.runner.cache)
+    found = answers(engine)
+    leader.end()
+    return found
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

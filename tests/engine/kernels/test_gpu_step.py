@@ -134,7 +134,7 @@ def test_the_engine_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> No
         assert (engine.runner.gpu is not None) == kernels
         rng = random.Random(0)
         runs = []
-        for index in range(4):
+        for index in range(3):
             prompt = tuple(rng.randrange(90) for _ in range(rng.randrange(1, 14)))
             params = SamplingParams(temperature=0.0 if index % 2 else 0.9, seed=index, top_k=index * 5)
             runs.append(engine.add(Request(str(index), prompt, max_tokens=4, params=params)))
