@@ -172,7 +172,7 @@ class GpuStep:
         )
 
     def _graph(self, size: int) -> _Graph:
-        """The graph of one batch size, captured on first use, and again when weights have moved."""
+        """The graph of one batch size, captured on first use, and again when weights or the cache have moved."""
         key = (self.model.trunk.rope_theta, *(tensor.data_ptr() for tensor in self._tensors()))
         graph = self._graphs.get(size)
         if graph is None or graph.key != key:
@@ -181,6 +181,8 @@ class GpuStep:
         return graph
 
     def _tensors(self) -> Iterator[Tensor]:
+        yield self.cache.rows
+        yield self.model.trunk.norm.weight
         for layer in self._layers:
             yield layer.attention_norm
             yield layer.mlp_norm
@@ -211,7 +213,8 @@ class _Graph:
             step.forward(batch)  # compiles what is not compiled yet, which no capture may do
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # other threads of a server may use the device meanwhile
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.logits_BV = step.forward(batch)
 
     def replay(self, spans: Sequence[Span], feed: Tensor | None) -> Tensor:
@@ -288,6 +291,7 @@ def _is_known(model: CausalLM, dtype: torch.dtype) -> bool:
         products == 4 * layers + (model.head is not None)
         and embeddings == 1
         and leaves == {RMSNorm: 2 * layers + 1}
+        and all(block.mlp.gate_up.bias is None for block in model.trunk.layers if isinstance(block, Block))
         and model.trunk.compute_dtype in (None, dtype)
         and all(parameter.dtype == dtype and parameter.is_contiguous() for parameter in model.parameters())
     )

@@ -196,17 +196,25 @@ class _Stream:
         rows = [(c.params.temperature, float(c.params.top_k), c.params.top_p, 0.0, c.uniform) for c in choices]
         knobs = Knobs.of(rows, logits_SV.device)
         tokens_S, logprobs_S = sample_rows(logits_SV, knobs, num_ids=engine.num_ids or logits_SV.shape[1])
-        both = torch.stack((tokens_S.view(torch.float32), logprobs_S)).to("cpu", non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        both = torch.stack((tokens_S, logprobs_S.view(torch.int32))).to("cpu", non_blocking=True)  # pinned by torch
+        wait = _milestone(logits_SV.device)
 
         def result() -> Sampled:
-            done.synchronize()
-            tokens = [None if token < 0 else token for token in both[0].view(torch.int32).tolist()]
+            wait()
+            tokens = [None if token < 0 else token for token in both[0].tolist()]
             wanted = any(choice.params.logprobs for choice in choices)
-            return Sampled(tokens, both[1].tolist() if wanted else None)
+            return Sampled(tokens, both[1].view(torch.float32).tolist() if wanted else None)
 
         return Ticket(lambda: tokens_S.clamp(min=0), result)
+
+
+def _milestone(device: torch.device) -> Callable[[], None]:
+    """Waits, when called, for all that has been launched until now; a CPU has finished it already."""
+    if device.type != "cuda":
+        return lambda: None
+    done = torch.cuda.Event()
+    done.record()
+    return done.synchronize
 
 
 def _failed(error: Exception) -> Ticket:

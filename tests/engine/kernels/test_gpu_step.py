@@ -12,6 +12,7 @@ import torch.distributed as dist
 from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.gpu import GpuStep
 from puyu.engine.kernels.fp8 import to_fp8
+from puyu.engine.overlap import OverlapEngine, _Stream
 from puyu.engine.parallel import shard
 from puyu.engine.request import Request
 from puyu.engine.runner import Runner, Span
@@ -143,6 +144,25 @@ def test_the_engine_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> No
             engine.audit()
         answers.append([list(run.generated) for run in runs])
     assert answers[0] == answers[1]
+
+
+def test_overlapped_with_sampling_on_the_device_it_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane that GPUs take: fed tokens, the sampling kernel, results asked for one step later."""
+    model, answers = filled(num_layers=1), []
+    config = EngineConfig(cache_tokens=80, block_size=4, max_step_tokens=9, max_running=2)
+    for kind in (Engine, OverlapEngine):
+        engine = kind(model, config)
+        if isinstance(engine, OverlapEngine):
+            monkeypatch.setattr(engine, "_lane", _Stream(engine))
+        params = [SamplingParams(logprobs=True), SamplingParams(temperature=0.9, top_k=9, seed=1, logprobs=True)]
+        runs = [engine.add(Request(str(i), (3 + i, 4, 5), max_tokens=4, params=p)) for i, p in enumerate(params)]
+        while engine.has_work:
+            engine.step()
+            engine.audit()
+        answers.append([(list(run.generated), run.finish_reason, run.logprobs) for run in runs])
+    for (tokens, reason, logprobs), (expected, why, theirs) in zip(*answers, strict=True):
+        assert (tokens, reason) == (expected, why)
+        assert logprobs == pytest.approx(theirs, abs=1e-4)
 
 
 def test_what_it_does_not_know_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
