@@ -121,6 +121,8 @@ class OverlapEngine(Engine):
         except Exception:  # noqa: BLE001 - logged and counted; the requests of this step end with reason "error"
             logger.exception("a step of %d requests failed", len(flight.plan.chunks))
             return [self._fail(chunk.running) for chunk in chunks]
+        for chunk in chunks:
+            chunk.running.num_computed = chunk.start  # what was counted ahead is counted for good below
         rows = [row for row, running in enumerate(flight.sampling) if running.status is Status.RUNNING]
         for row in rows:
             _drop_placeholder(flight.sampling[row])
