@@ -37,9 +37,9 @@ from puyu.engine.runner import Runner, Span
 from puyu.model.checkpoint import make_quantized
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
-from puyu.model.layers import rotation
 from puyu.model.linear import Linear, QuantFormat, QuantLinear
 from puyu.model.paged import KVCache
+from puyu.model.rope import rotation
 from puyu.types import SamplingParams
 
 SHAPE = {"vocab_size": 92544, "hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8}

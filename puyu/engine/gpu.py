@@ -33,10 +33,12 @@ from puyu.engine.kernels.launch import DTYPES, can_launch, upload
 from puyu.engine.kernels.matmul import Around, Weight, project
 from puyu.engine.kernels.rope import Angles, Places, rope_and_cache
 from puyu.engine.parallel import RowLinear, VocabEmbedding, VocabHead
+from puyu.model.attention import Attention
 from puyu.model.heads import CausalLM
-from puyu.model.layers import RMSNorm, rotation
+from puyu.model.layers import GatedMLP, RMSNorm
 from puyu.model.linear import Linear, QuantLinear
 from puyu.model.paged import KVCache
+from puyu.model.rope import RopeScaling
 from puyu.model.transformer import Block
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 
 BUCKETS = (1, 2, 4, 8, *range(16, 257, 8))
 """Batch sizes that have a graph; a larger batch of decodes runs as it comes."""
+
+
+Rope = tuple[float, RopeScaling | None]
 
 
 class Batch(NamedTuple):
@@ -78,7 +83,7 @@ class GpuStep:
         self._rows = [module for module in model.modules() if isinstance(module, RowLinear)]
         self._leads = not self._rows or dist.get_rank(self._rows[0].group) == 0
         self._width = -(-min(model.config.max_positions, cache.num_slots) // cache.block_size)
-        self._angles: tuple[float, Angles] | None = None
+        self._angles: tuple[Rope, Angles] | None = None
         self._graphs: dict[int, _Graph] = {}
 
     @staticmethod
@@ -140,13 +145,18 @@ class GpuStep:
 
     def angles(self) -> Angles:
         """cos and sin of every position that a sequence can reach, made again when the base changes."""
-        theta = self.model.trunk.rope_theta
-        if self._angles is None or self._angles[0] != theta:
+        trunk, rope = self.model.trunk, self.rope
+        if self._angles is None or self._angles[0] != rope:
             positions = torch.arange(self._width * self.cache.block_size, device=self.device)
-            head_dim = self.cache.rows.shape[-1]
-            turn = rotation(positions, theta=theta, head_dim=head_dim, dtype=self.cache.rows.dtype)
-            self._angles = (theta, Angles(*(x.flatten(1)[:, : head_dim // 2].contiguous() for x in turn)))
+            half = self.cache.rows.shape[-1] // 2
+            turn = trunk.rotation(positions, self.cache.rows.dtype)
+            self._angles = (rope, Angles(*(x.flatten(1)[:, :half].contiguous() for x in turn)))
         return self._angles[1]
+
+    @property
+    def rope(self) -> Rope:
+        """What angles depend on, as it is now."""
+        return self.model.trunk.rope_theta, self.model.trunk.config.scaling
 
     def _batch(self, spans: Sequence[Span], feed: Tensor | None) -> Batch:
         """Everything in one upload."""
@@ -173,7 +183,7 @@ class GpuStep:
 
     def _graph(self, size: int) -> _Graph:
         """The graph of one batch size, captured on first use, and again when weights or the cache have moved."""
-        key = (self.model.trunk.rope_theta, *(tensor.data_ptr() for tensor in self._tensors()))
+        key = (self.rope, *(tensor.data_ptr() for tensor in self._tensors()))
         graph = self._graphs.get(size)
         if graph is None or graph.key != key:
             pool = next((other.graph.pool() for other in self._graphs.values()), None)
@@ -198,7 +208,7 @@ class GpuStep:
 class _Graph:
     """One captured step of `size` decodes over static inputs."""
 
-    def __init__(self, step: GpuStep, size: int, key: tuple[float, ...], pool: Any) -> None:
+    def __init__(self, step: GpuStep, size: int, key: tuple[object, ...], pool: Any) -> None:
         self.key, self.step, self.size = key, step, size
         device = step.device
         self.ids_4B = torch.zeros(4, size, dtype=torch.int32, device=device)  # tokens, positions, slots, lengths
@@ -264,7 +274,7 @@ def _tables(spans: Sequence[Span], rows: int) -> np.ndarray:
 
 
 def _layer(block: nn.Module) -> _Layer:
-    assert isinstance(block, Block)
+    assert isinstance(block, Block) and isinstance(block.mlp, GatedMLP)
     attention, mlp = block.attention, block.mlp
     out, down = (_whole(layer) for layer in (attention.out, mlp.down))
     qkv, gate_up = Weight.of(attention.qkv), Weight.of(mlp.gate_up)
@@ -291,7 +301,15 @@ def _is_known(model: CausalLM, dtype: torch.dtype) -> bool:
         products == 4 * layers + (model.head is not None)
         and embeddings == 1
         and leaves == {RMSNorm: 2 * layers + 1}
-        and all(block.mlp.gate_up.bias is None for block in model.trunk.layers if isinstance(block, Block))
+        and all(_is_known_block(block) for block in model.trunk.layers)
         and model.trunk.compute_dtype in (None, dtype)
         and all(parameter.dtype == dtype and parameter.is_contiguous() for parameter in model.parameters())
     )
+
+
+def _is_known_block(block: nn.Module) -> bool:
+    """No experts, windows, norms of heads or bias in the gate."""
+    if type(block) is not Block or type(block.mlp) is not GatedMLP or type(block.attention) is not Attention:
+        return False
+    attention = block.attention
+    return not attention.window and attention.q_norm is None and block.mlp.gate_up.bias is None

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from puyu.engine.runner import Runner, Span
 from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM
+from puyu.model.layers import GatedMLP
 from puyu.model.linear import Linear, QuantLinear
 from puyu.model.paged import KVCache
 from puyu.model.transformer import Block
@@ -92,6 +93,8 @@ def shard(model: CausalLM, group: Group = None) -> None:
             )
     for block in trunk.layers:
         assert isinstance(block, Block)
+        if not isinstance(block.mlp, GatedMLP):
+            raise ConfigError("layers of experts cannot be sharded yet", remedy="run this model in one process")
         attention, mlp = block.attention, block.mlp
         attention.qkv = _rows(attention.qkv, _part(attention.qkv.out_features, rank, size))
         attention.out = RowLinear(_columns(attention.out, rank, size), group)  # type: ignore[assignment]

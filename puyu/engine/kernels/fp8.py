@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from puyu.engine.kernels.launch import can_launch, power_of_two
 from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM
+from puyu.model.layers import GatedMLP
 from puyu.model.linear import Linear
 from puyu.model.transformer import Block
 
@@ -101,6 +102,8 @@ def to_fp8(model: CausalLM) -> None:
     """Replace the products of all blocks, one after another, so that no more than one matrix stands twice."""
     for block in model.trunk.layers:
         assert isinstance(block, Block)
+        if not isinstance(block.mlp, GatedMLP):
+            raise ConfigError("fp8 knows no layers of experts", remedy="leave fp8 off for this model")
         for parent, name in [
             *((block.attention, name) for name in ("qkv", "out")),
             *((block.mlp, name) for name in ("gate_up", "down")),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from puyu.engine.kernels.launch import power_of_two
-from puyu.model.layers import Rotation, rotate
+from puyu.model.rope import Rotation, rotate
 
 
 class Angles(NamedTuple):

@@ -169,6 +169,9 @@ def test_what_it_does_not_know_is_left_to_torch(monkeypatch: pytest.MonkeyPatch)
     model = filled()
     model.trunk.layers[0].mlp.extra = torch.nn.Identity()
     assert GpuStep.make(model, cache_of(model)) is None
+    windowed = filled()
+    windowed.trunk.layers[1].attention.window = 8
+    assert GpuStep.make(windowed, cache_of(windowed)) is None
     double = filled().double()
     cache = KVCache(double.config, num_blocks=4, block_size=4, device="cpu", dtype=torch.float64)
     assert GpuStep.make(double, cache) is None

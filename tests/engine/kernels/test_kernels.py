@@ -11,8 +11,8 @@ from torch import Tensor
 from puyu.engine.kernels import attention, fp8, matmul, norm, rope
 from puyu.engine.kernels.launch import upload
 from puyu.errors import ConfigError
-from puyu.model.layers import rotation
 from puyu.model.linear import Linear, QuantFormat, QuantLinear, pack_int4
+from puyu.model.rope import rotation
 from tests.engine.conftest import tiny_model
 
 CPU = torch.device("cpu")
