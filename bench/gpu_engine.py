@@ -34,11 +34,11 @@ from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.kernels.launch import interpreting, upload
 from puyu.engine.request import Request
 from puyu.engine.runner import Runner, Span
-from puyu.model.checkpoint import make_quantized
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
 from puyu.model.linear import Linear, QuantFormat, QuantLinear
 from puyu.model.paged import KVCache
+from puyu.model.quant_modules import make_quantized
 from puyu.model.rope import rotation
 from puyu.types import SamplingParams
 
@@ -113,7 +113,7 @@ def model_of(size: Size, bits: int) -> CausalLM:
     model.requires_grad_(False)
     if bits in (4, 8):
         group = 128 if size.config.hidden_size % 128 == 0 else 32
-        make_quantized(model, QuantFormat(8) if bits == 8 else QuantFormat(4, group))
+        make_quantized(model, QuantFormat(8) if bits == 8 else QuantFormat(4, group, symmetric=False))
         model.to(size.device)
     for module in model.modules():
         fill(module)
@@ -130,7 +130,9 @@ def fill(module: torch.nn.Module) -> None:
     elif isinstance(module, QuantLinear):
         module.codes.random_(0, 255 if module.form.bits == 4 else 127)
         module.scales.fill_(0.02 / (8 if module.form.bits == 4 else 64))
-        module.scales, module.zeros = module.scales.bfloat16(), getattr(module, "zeros", module.scales).bfloat16()
+        module.scales = module.scales.bfloat16()
+        if module.zeros is not None:
+            module.zeros.fill_(7)
 
 
 def weight_bytes(model: CausalLM) -> int:
@@ -333,7 +335,7 @@ def tiles_of(rows: int, bits: int, size: Size) -> Iterator[Any]:
 
 def spans_of(batch: int, context: int, block_size: int = 16) -> list[Span]:
     width = context // block_size + 1
-    return [Span((5,), context, tuple(range(row * width, (row + 1) * width)), True) for row in range(batch)]
+    return [Span((5,), context, tuple(range(row * width, (row + 1) * width))) for row in range(batch)]
 
 
 def decode(size: Size) -> dict[str, Any]:

@@ -173,8 +173,8 @@ def peer_python(name: str, given: Path | None = None) -> Path:
     if not stamp.is_file() or stamp.read_text() != wanted.read_text():
         print(f"making {folder} from {wanted.name}", file=sys.stderr)
         venv.create(folder, with_pip=True, clear=True, symlinks=os.name == "posix")
-        lines = [line for line in wanted.read_text().splitlines() if line and not line.startswith("#")]
-        for step in (lines[:1], lines):  # the exact pin of torch first, so that nothing else chooses it
+        lines = [line for line in wanted.read_text().splitlines() if line and not line.startswith(("#", "-"))]
+        for step in (lines[:1], ["-r", str(wanted)]):  # the exact pin of torch first, so that nothing else chooses it
             subprocess.run([python, "-m", "pip", "install", "-q", *step], check=True, stdout=sys.stderr)
         stamp.write_text(wanted.read_text())
     return python
@@ -184,8 +184,9 @@ class Worker:
     """A process that speaks the protocol of worker.py. `facts` is what it said when it was ready."""
 
     def __init__(self, command: Sequence[str | Path]) -> None:
-        # an idle side must not spin on the cores while the other one works
-        quiet = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "TOKENIZERS_PARALLELISM": "false"}
+        # how threads wait is left to each side: OpenMP's default looks for about a millisecond before it sleeps, so an
+        # idle side does not disturb the other, and a side that waits often is not slowed by going to sleep each time
+        quiet = {"TOKENIZERS_PARALLELISM": "false"}
         environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(cores()), "PYTHONPATH": str(ROOT)}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(

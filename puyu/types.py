@@ -19,7 +19,8 @@ from puyu.errors import InputError
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
-FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error", "timeout"]
+"""Why a completion ended. `timeout`: its own limit of time, waiting or in all, was reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,8 +201,17 @@ class Preference:
 
 
 @dataclass(frozen=True, slots=True)
+class Guide:
+    """The form that an answer must have. `value` by kind: a JSON Schema, a regular expression, a Lark grammar, or the
+    texts to choose from."""
+
+    kind: Literal["json_schema", "regex", "grammar", "choice"]
+    value: str | Mapping[str, Any] | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to continue. temperature 0 is greedy; top_k 0 and top_p 1 switch those filters off."""
+    """How to continue. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off."""
 
     max_tokens: int = 256
     temperature: float = 0.0
@@ -212,6 +222,32 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
+    """How many of the most likely tokens to report at each place, beside the one that was chosen."""
+    prompt_logprobs: bool = False
+    min_p: float = 0.0
+    """Tokens less likely than this share of the most likely one are left out (arXiv 2407.01082)."""
+    min_tokens: int = 0
+    """Tokens before the end of the text, or a stop token, may come."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens of the prompt and the answer become less likely (Keskar et al. 2019, arXiv 1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of each token that stands in the answer."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that a token stands in the answer."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    bad_words: tuple[str, ...] = ()
+    """Texts whose last token is never chosen after the tokens before it."""
+    n: int = 1
+    """Answers to give; each has a stream of random numbers of its own."""
+    best_of: int = 0
+    """Answers to sample, of which the `n` likeliest are given; 0 is as many as `n`."""
+    beam_width: int = 0
+    """Above 0: beam search with so many beams instead of sampling; the `n` best are given."""
+    length_penalty: float = 1.0
+    """Beam search ranks by logprob / length ** length_penalty."""
+    guide: Guide | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +266,18 @@ class GenerateRequest:
     prompt: str | tuple[Message, ...]
     params: SamplingParams = SamplingParams()
     tools: tuple[ToolSpec, ...] = ()
+    priority: int = 0
+    """Higher goes first; equal ones in the order of arrival."""
+    timeout: float | None = None
+    """Seconds from submission to the end; what is there by then comes back with reason `timeout`."""
+    queue_timeout: float | None = None
+    """Seconds that the request may wait before it begins."""
+    adapter: str = ""
+    """Name of a LoRA adapter that the engine has loaded; empty is the model itself."""
+
+
+TopLogprobs = tuple[tuple[int, float], ...]
+"""(token id, natural log-probability) of the most likely tokens at one place, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,10 +290,20 @@ class Completion:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     raw_text: str = ""
+    top_logprobs: tuple[TopLogprobs, ...] = ()
+    prompt_logprobs: tuple[float | None, ...] = ()
+    """One for each token of the prompt; None for the first, which follows nothing."""
+    alternatives: tuple[Completion, ...] = ()
+    """The other answers when more than one was asked for."""
 
     @property
     def text(self) -> str:
         return self.message.text
+
+    @property
+    def choices(self) -> tuple[Completion, ...]:
+        """All answers, this one first."""
+        return (self, *self.alternatives)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +314,8 @@ class Delta:
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    index: int = 0
+    """Which of several answers the piece belongs to."""
 
 
 @dataclass(frozen=True, slots=True)

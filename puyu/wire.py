@@ -20,6 +20,7 @@ from puyu.types import (
     Delta,
     FinishReason,
     GenerateRequest,
+    Guide,
     Message,
     SamplingParams,
     Scored,
@@ -42,9 +43,15 @@ FINISH: Mapping[str, FinishReason] = {
 
 def request_body(request: GenerateRequest, model: str, *, stream: bool = False) -> tuple[str, dict[str, Any]]:
     """The path and the JSON body: chat for messages, completions for plain text."""
+    _check_sendable(request)
     body: dict[str, Any] = {"model": model, **_params_body(request.params)}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
+    if request.params.guide is not None:
+        body["response_format"] = {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": _schema(request.params.guide)},
+        }
     if isinstance(request.prompt, str):
         if request.params.logprobs:
             body["logprobs"] = 1
@@ -70,7 +77,35 @@ def _params_body(params: SamplingParams) -> dict[str, Any]:
         body["stop_token_ids"] = list(params.stop_token_ids)
     if params.ignore_eos:
         body["ignore_eos"] = True
+    for name in ("min_p", "min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if getattr(params, name) != getattr(_DEFAULT, name):
+            body[name] = getattr(params, name)
+    if params.logit_bias:
+        body["logit_bias"] = {str(id): bias for id, bias in params.logit_bias.items()}
     return body
+
+
+_DEFAULT = SamplingParams()
+_LOCAL_PARAMS = ("top_logprobs", "prompt_logprobs", "bad_words", "n", "best_of", "beam_width")
+_LOCAL_LIMITS = ("priority", "timeout", "queue_timeout", "adapter")
+
+
+def _check_sendable(request: GenerateRequest) -> None:
+    """RequestError for what the wire has no word for: nothing that would change the answer is left out in silence."""
+    plain = GenerateRequest("")
+    wrong = [name for name in _LOCAL_PARAMS if getattr(request.params, name) != getattr(_DEFAULT, name)]
+    wrong += [name for name in _LOCAL_LIMITS if getattr(request, name) != getattr(plain, name)]
+    guide = request.params.guide
+    if guide is not None and (guide.kind != "json_schema" or isinstance(request.prompt, str)):
+        wrong.append("guide")
+    if wrong:
+        raise RequestError(
+            f"{wrong[0]} cannot be sent to a server", param=wrong[0], remedy="use an LLM in this process"
+        )
+
+
+def _schema(guide: Guide) -> Any:
+    return json.loads(guide.value) if isinstance(guide.value, str) else guide.value
 
 
 # -- answers: what is read ------------------------------------------------------------------------------------

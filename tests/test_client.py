@@ -19,7 +19,17 @@ from hypothesis import strategies as st
 
 from puyu import Client
 from puyu.errors import ConfigError, RequestError, ResourceError
-from puyu.types import Completion, GenerateRequest, LanguageModel, Message, SamplingParams, ToolCall, ToolSpec, Usage
+from puyu.types import (
+    Completion,
+    GenerateRequest,
+    Guide,
+    LanguageModel,
+    Message,
+    SamplingParams,
+    ToolCall,
+    ToolSpec,
+    Usage,
+)
 from puyu.wire import SseDecoder, StreamReader, request_body
 
 MODELS = {"data": [{"id": "tiny"}]}
@@ -307,3 +317,28 @@ def test_request_body_is_pure() -> None:
     assert request_body(request, "m") == request_body(request, "m")
     assert request_body(request, "m", stream=True)[1]["logprobs"] == 1
     assert list(StreamReader().push({"choices": []})) == []
+
+
+def test_every_parameter_is_sent_or_refused_by_name() -> None:
+    talk = (Message("user", "Hi"),)
+    sent = {"min_p": 0.1, "min_tokens": 2, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.1}
+    body = request_body(GenerateRequest(talk, SamplingParams(logit_bias={5: 1.0}, **sent)), "m")[1]
+    assert sent.items() <= body.items() and body["logit_bias"] == {"5": 1.0}
+    assert not set(sent) & set(request_body(GenerateRequest(talk), "m")[1]), "defaults are left to the server"
+    schema = {"type": "object"}
+    for value in (schema, json.dumps(schema)):
+        body = request_body(GenerateRequest(talk, SamplingParams(guide=Guide("json_schema", value))), "m")[1]
+        assert body["response_format"]["json_schema"]["schema"] == schema
+    local: list[tuple[GenerateRequest, str]] = [
+        (GenerateRequest(talk, SamplingParams(n=2)), "n"),
+        (GenerateRequest(talk, SamplingParams(beam_width=2)), "beam_width"),
+        (GenerateRequest(talk, SamplingParams(bad_words=("x",))), "bad_words"),
+        (GenerateRequest(talk, SamplingParams(guide=Guide("regex", "a"))), "guide"),
+        (GenerateRequest("Hi", SamplingParams(guide=Guide("json_schema", schema))), "guide"),
+        (GenerateRequest(talk, adapter="poet"), "adapter"),
+        (GenerateRequest(talk, timeout=3.0), "timeout"),
+    ]
+    for request, param in local:
+        with pytest.raises(RequestError) as caught:
+            request_body(request, "m")
+        assert caught.value.param == param

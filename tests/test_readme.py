@@ -14,7 +14,8 @@ import yaml
 
 from tests.conftest import ROOT, puyu
 
-PAGES = ("README.md", "README.zh.md", "docs/chain.md", "docs/supported-models.md", "CONTRIBUTING.md")
+DOCS = ("docs/chain.md", "docs/quantization.md", "docs/supported-models.md", "docs/inference.md")
+PAGES = ("README.md", "README.zh.md", *DOCS, "CONTRIBUTING.md")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -49,6 +50,7 @@ def place(micro_run, tmp_path_factory):
     )
     chat = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}\n'
     (folder / "my_chats.jsonl").write_text(chat * 8)
+    (folder / "questions.jsonl").write_text('{"prompt": "2 + 2 =", "params": {"max_tokens": 4}}\n')
     return folder
 
 
@@ -96,7 +98,7 @@ def test_make_chain_runs_the_recipe(place):
     assert "report: runs/nano/report.html" in done.stdout
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/supported-models.md"])
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/supported-models.md", "docs/inference.md"])
 def test_every_python_block_runs(page, place):
     for block in blocks(page, "python"):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}

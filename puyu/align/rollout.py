@@ -127,6 +127,7 @@ class RolloutSource:
         settings = self.settings
         lengths = [len(answer.token_ids) for answer in answers]
         engine_A = torch.tensor([value for answer in answers for value in answer.logprobs])
+        assert isinstance(self.llm.model, CausalLM)
         policy_A, _ = answer_logprobs(self.llm.model, batch, temperature=settings.temperature)
         reference_A, _ = answer_logprobs(self.reference, batch, temperature=settings.temperature)
         values_A = answer_values(self.critic, batch).float()

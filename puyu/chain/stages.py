@@ -73,7 +73,14 @@ STAGES: dict[str, Stage] = {
         Stage("sft", "fine-tune on conversations", "puyu.train.sft", "SFTConfig"),
         Stage("reward", "train a reward model on preference pairs", "puyu.train.reward", "RewardConfig"),
         Stage("ppo", "align a model with a reward (PPO)", "puyu.align.ppo", "PPOConfig"),
-        Stage("quantize", "int8 or int4 weights", "puyu.quant.quantize", "QuantizeConfig", extras=_quantize_extras),
+        Stage(
+            "quantize",
+            "8- or 4-bit weights",
+            "puyu.quant.quantize",
+            "QuantizeConfig",
+            version=2,
+            extras=_quantize_extras,
+        ),
         Stage("eval", "score checkpoints on tasks", "puyu.eval.run", "EvalConfig", extras=_eval_extras),
         Stage("talk", "serve a model, chat with it, run an agent through it", "puyu.chain.talk", "TalkConfig"),
     )

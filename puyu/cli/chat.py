@@ -37,6 +37,9 @@ def parser(verb: str, help: str) -> argparse.ArgumentParser:
     made.add_argument("--max-tokens", type=int, default=256, help="longest answer, in tokens [256]")
     made.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token [0]")
     made.add_argument("--top-p", type=float, default=1.0, help="sample from this share of the probability [1]")
+    made.add_argument("--top-k", type=int, default=0, help="sample from so many tokens; 0 is all [0]")
+    made.add_argument("--min-p", type=float, default=0.0, help="leave out what is below this share of the best [0]")
+    made.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 makes repeating unlikely [1]")
     made.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
     made.add_argument("--style", choices=("native", "react"), default="native", help="how tools are called [native]")
     made.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
@@ -81,7 +84,15 @@ def opened(given: argparse.Namespace) -> Iterator[LanguageModel]:
 
 
 def params_of(given: argparse.Namespace) -> SamplingParams:
-    return SamplingParams(given.max_tokens, given.temperature, given.top_p, seed=given.seed)
+    return SamplingParams(
+        given.max_tokens,
+        given.temperature,
+        given.top_p,
+        given.top_k,
+        seed=given.seed,
+        min_p=given.min_p,
+        repetition_penalty=given.repetition_penalty,
+    )
 
 
 def typed_lines() -> Iterator[str]:

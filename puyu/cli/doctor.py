@@ -15,7 +15,7 @@ from puyu.device import cpu_flags
 
 _EXTRAS = {
     "data": ("numpy", "py3langid", "resiliparse", "zstandard"),
-    "local": ("jinja2", "numpy", "safetensors", "tokenizers", "torch"),
+    "local": ("jinja2", "llguidance", "numpy", "safetensors", "tokenizers", "torch"),
     "serve": ("fastapi", "uvicorn"),
     "train": ("tensorboard",),
 }

@@ -39,13 +39,17 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb("sft", "fine-tune on conversations", "puyu.cli.stage", stage=True),
         Verb("reward", "train a reward model on preference pairs", "puyu.cli.stage", stage=True),
         Verb("ppo", "align with PPO against a reward model and checks", "puyu.cli.stage", stage=True),
-        Verb("quantize", "int8 or int4 weights, with size, quality and speed", "puyu.cli.stage", stage=True),
+        Verb("quantize", "8- or 4-bit weights, with size, quality and speed", "puyu.cli.stage", stage=True),
         Verb("eval", "score checkpoints on tasks, with intervals", "puyu.cli.stage", stage=True),
         Verb("talk", "serve a model, chat with it and run an agent, as the chain does", "puyu.cli.stage", stage=True),
     ),
     "use a model": (
         Verb("chat", "talk to a checkpoint, a hub model or a server in the terminal", "puyu.cli.chat"),
+        Verb("export", "one GGUF file for llama.cpp", "puyu.cli.export"),
+        Verb("generate", "answer every record of a file; resumable", "puyu.cli.generate"),
         Verb("serve", "OpenAI-compatible server", "puyu.cli.serve"),
+        Verb("plan", "what serving a model will need: weights, KV cache, memory", "puyu.cli.plan"),
+        Verb("bench", "quick numbers of the engine on this machine", "puyu.cli.bench"),
         Verb("agent", "answer one task with tools", "puyu.cli.agent"),
     ),
 }

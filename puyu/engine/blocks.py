@@ -20,11 +20,16 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 
-def block_keys(tokens: Sequence[int], block_size: int, known: Sequence[bytes] = ()) -> list[bytes]:
-    """Content keys of the full blocks of `tokens`; `known` are those of its first blocks, not computed again."""
+def block_keys(
+    tokens: Sequence[int], block_size: int, known: Sequence[bytes] = (), *, salt: bytes = b""
+) -> list[bytes]:
+    """Content keys of the full blocks of `tokens`; `known` are those of its first blocks, not computed again.
+
+    Equal tokens with another `salt` (an adapter's name) have other keys, because they have other values.
+    """
     keys = list(known)
     for start in range(len(keys) * block_size, len(tokens) - block_size + 1, block_size):
-        parent = keys[-1] if keys else b""
+        parent = keys[-1] if keys else salt
         content = array("q", tokens[start : start + block_size]).tobytes()
         keys.append(blake2b(parent + content, digest_size=16).digest())
     return keys

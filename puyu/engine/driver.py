@@ -1,9 +1,10 @@
 """Ties the front to the engine: submit a request with callbacks, pump steps, abort at any time.
 
 Any thread may submit, abort or pump; one pumps at a time. Requests and aborts wait in an inbox that the next pump
-empties first, so an event loop never blocks on a running step and an abort takes effect within one step.
+empties first, so an event loop never blocks on a running step and an abort takes effect within one step. A request
+for several answers is several requests of the engine; one for beam search is a round of them for each token.
 
-    flight = driver.submit(GenerateRequest("Once"), done=print)
+    request_id = driver.submit(GenerateRequest("Once"), done=print)
     while driver.pump(): ...
 """
 
@@ -11,29 +12,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
+from puyu.engine.beam import BeamSearch
 from puyu.engine.core import Engine, Event, Stats
+from puyu.engine.flight import Answers, BeamFlight, Flight, Pooled
 from puyu.engine.front import Front, Reader
 from puyu.engine.request import Request, Running
+from puyu.model.heads import ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import Completion, FinishReason, GenerateRequest
 
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """One request under way and who is told about it. Callbacks run in the pumping thread and must be quick."""
-
-    request: Request
-    reader: Reader
-    done: Callable[[Completion], None]
-    text: Callable[[str], None] | None = None
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether its text is needed token by token."""
-        return self.text is not None or bool(self.request.params.stop)
+Prepared = Sequence[tuple[Request, "Flight | BeamFlight | Pooled"]]
 
 
 class Driver:
@@ -41,24 +31,53 @@ class Driver:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.engine, self.tokenizer = engine, tokenizer
-        self.front = Front(tokenizer, context=engine.context)
+        bank = engine.runner.bank
+        self.front = Front(
+            tokenizer,
+            context=engine.context,
+            check_adapter=None if bank is None else bank.check,
+            is_reward=isinstance(engine.model, ScalarModel),
+        )
         self.lock = threading.RLock()
         """Held while the engine is stepped; hold it to run the model beside the steps."""
-        self._inbox: deque[Flight | str] = deque()
-        self._flights: dict[str, Flight] = {}
+        self._inbox: deque[tuple[Request, Flight | BeamFlight | Pooled] | str] = deque()
+        self._flights: dict[str, Flight | BeamFlight | Pooled] = {}
+        self._groups: dict[str, list[str]] = {}
+        """First id -> all ids of what was asked for with one call."""
 
     def submit(
         self,
         request: GenerateRequest,
         *,
         done: Callable[[Completion], None],
-        text: Callable[[str], None] | None = None,
+        text: Callable[[int, str], None] | None = None,
     ) -> str:
-        """Validate and queue; returns the request's id. RequestError leaves no trace."""
-        prepared = self.front.prepare(request)
-        reader = Reader(prepared, self.tokenizer, chat=not isinstance(request.prompt, str))
-        self._inbox.append(Flight(prepared, reader, done, text))
-        return prepared.id
+        """Validate and queue; returns the request's id. RequestError leaves no trace.
+
+        `text` is told pieces of each answer's text, by its index.
+        """
+        return self.queue(request, self.front.prepare(request), done=done, text=text)
+
+    def queue(
+        self,
+        request: GenerateRequest,
+        prepared: Sequence[Request],
+        *,
+        done: Callable[[Completion], None],
+        text: Callable[[int, str], None] | None = None,
+    ) -> str:
+        """Queue what `Front.prepare` made of a request; any thread may prepare."""
+        chat = not isinstance(request.prompt, str)
+        if request.params.beam_width:
+            return self._queue([(prepared[0], self._beams(prepared[0], chat=chat, done=done, text=text))])
+        answers = Answers(request.params, len(prepared), done, text, first_id=prepared[0].id)
+        readers = [Reader(item, self.tokenizer, chat=chat) for item in prepared]
+        flights = [Flight(reader, index, answers) for index, reader in enumerate(readers)]
+        return self._queue(list(zip(prepared, flights, strict=True)))
+
+    def submit_pool(self, request: Request, *, done: Callable[[Running], None]) -> str:
+        """Queue what `Front.prepare_pool` made; `done` is told the request with its `pooled` numbers."""
+        return self._queue([(request, Pooled(done))])
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; one that has ended already is left as it is."""
@@ -72,6 +91,11 @@ class Driver:
     @property
     def has_work(self) -> bool:
         return bool(self._inbox) or self.engine.has_work
+
+    @property
+    def only_waits(self) -> bool:
+        """Whether requests wait for the engine to wake up."""
+        return self.engine.is_asleep and bool(self._flights)
 
     def pump(self) -> bool:
         """One step and its callbacks; False when nothing is left to do."""
@@ -88,47 +112,98 @@ class Driver:
             for request_id in list(self._flights):
                 self._end(request_id, reason)
 
+    def uses(self, adapter: str) -> bool:
+        """Whether a request that waits or runs needs this adapter."""
+        queued = [item[0] for item in list(self._inbox) if not isinstance(item, str)]
+        live = [running.request for running in (*self.engine.scheduler.running, *self.engine.scheduler.waiting)]
+        return any(request.adapter == adapter for request in (*queued, *live))
+
     def stats(self) -> Stats:
         return self.engine.stats()
+
+    def _queue(self, items: Prepared) -> str:
+        first = items[0][0].id
+        if len(items) > 1:
+            self._groups[first] = [request.id for request, _ in items]
+        self._inbox.extend(items)  # last: from here on, another thread may run them to their end
+        return first
 
     def _empty_inbox(self) -> None:
         while self._inbox:
             item = self._inbox.popleft()
-            if isinstance(item, Flight):
-                self._flights[item.request.id] = item
-                self.engine.add(item.request)
+            if isinstance(item, str):
+                for request_id in self._groups.get(item, [item]):
+                    self._end(request_id, "abort")
+            elif isinstance(item[1], BeamFlight):
+                self._next_round(item[1])
             else:
-                self._end(item, "abort")
+                self._flights[item[0].id] = item[1]
+                self.engine.add(item[0])
 
     def _end(self, request_id: str, reason: FinishReason) -> None:
+        beams = self._beams_of(request_id)
+        if beams is not None:
+            self._end_round(beams, reason)
+            return
         running = self.engine.finish(request_id, reason)
         if running is not None:
-            self._land(self._flights.pop(request_id), running)
+            self._land(running)
 
     def _tell(self, event: Event) -> None:
         """Show a token's text; end the request when the engine or a stop string says so."""
         request_id = event.running.request.id
-        flight = self._flights[request_id]
-        if flight.is_watched and event.token is not None:
-            piece = flight.reader.push(event.token)
-            if piece and flight.text is not None:
-                flight.text(piece)
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return  # a stop string has ended it with an earlier token of this very step
+        if isinstance(flight, Flight) and event.token is not None:
+            flight.push(event.token)
         if event.finish_reason is not None:
-            self._land(self._flights.pop(request_id), event.running)
-        elif flight.reader.stopped:
+            self._land(event.running)
+        elif isinstance(flight, Flight) and flight.reader.stopped:
             self._end(request_id, "stop")
 
-    def _land(self, flight: Flight, running: Running) -> None:
-        """Build the completion and hand it over; a request nobody watched is read here in one go."""
+    def _land(self, running: Running) -> None:
+        """Hand over what a request gave."""
+        flight = self._flights.pop(running.request.id)
+        if isinstance(flight, BeamFlight):
+            self._take_beam(flight, running)
+            return
+        flight.land(running)
+        if isinstance(flight, Flight) and flight.answers.is_complete:
+            self._groups.pop(flight.answers.first_id, None)
+
+    # ---- beam search: a round of one-token requests for each place ----
+
+    def _beams(
+        self,
+        request: Request,
+        *,
+        chat: bool,
+        done: Callable[[Completion], None],
+        text: Callable[[int, str], None] | None,
+    ) -> BeamFlight:
+        search = BeamSearch(request.params, stop_ids=request.stop_ids, max_tokens=request.max_tokens)
+        return BeamFlight(request, search, lambda: Reader(request, self.tokenizer, chat=chat), done, text)
+
+    def _beams_of(self, request_id: str) -> BeamFlight | None:
+        flights = {flight for flight in self._flights.values() if isinstance(flight, BeamFlight)}
+        return next((flight for flight in flights if flight.request.id == request_id), None)
+
+    def _next_round(self, flight: BeamFlight) -> None:
+        """One request for each beam, for its likeliest next tokens."""
+        for request in flight.next_round(self.front.new_id):
+            self._flights[request.id] = flight
+            self.engine.add(request)
+
+    def _take_beam(self, flight: BeamFlight, running: Running) -> None:
         reason = running.finish_reason
-        assert reason is not None
-        if not flight.is_watched:
-            for token in running.generated:
-                flight.reader.push(token)
-        rest = flight.reader.close()
-        if rest and flight.text is not None:
-            flight.text(rest)
-        if flight.reader.stopped and reason == "length":
-            reason = "stop"
-        completion = flight.reader.completion(running.generated, running.logprobs, reason=reason, usage=running.usage)
-        flight.done(completion)
+        if reason not in ("stop", "length"):
+            self._end_round(flight, reason or "error")
+        elif flight.take(running):
+            self._next_round(flight)
+
+    def _end_round(self, flight: BeamFlight, reason: FinishReason) -> None:
+        for request in flight.round:
+            self._flights.pop(request.id, None)
+            self.engine.finish(request.id, reason)
+        flight.end(reason)

@@ -11,11 +11,14 @@ Knows no tensors and no scheduler; `LLM` and `serve` are two thin users of it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from puyu.engine.request import Request
+from puyu.engine.constrain import Compiler
+from puyu.engine.request import Request, Running
 from puyu.errors import InputError, RequestError
 from puyu.files import hash_json
 from puyu.tokenizer.chat import parse, render_prompt
@@ -24,42 +27,106 @@ from puyu.types import (
     Completion,
     FinishReason,
     GenerateRequest,
+    Guide,
     Message,
     SamplingParams,
     ToolCall,
-    Usage,
 )
 
-MAX_STOPS = 16
+MAX_STOPS, MAX_BAD_WORDS = 16, 256
+MAX_ANSWERS, MAX_BEAMS, MAX_TOP_LOGPROBS = 128, 32, 50
+_SEED_STEP = 0x9E3779B1
+"""Between the seeds of several answers to one prompt; the first has the request's own."""
 
 
 class Front:
     """Validates and renders requests for one tokenizer and one context length."""
 
-    def __init__(self, tokenizer: Tokenizer, *, context: int) -> None:
-        self.tokenizer, self.context = tokenizer, context
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        check_adapter: Callable[[str], None] | None = None,
+        is_reward: bool = False,
+    ) -> None:
+        """`check_adapter` raises RequestError for a name that is not loaded; a reward model does not answer."""
+        self.tokenizer, self.context, self.is_reward = tokenizer, context, is_reward
+        self._check_adapter = check_adapter or _no_adapter
+        self._compiler = Compiler(tokenizer)
         self._numbers = itertools.count()
 
-    def prepare(self, request: GenerateRequest) -> Request:
-        """The ids and limits of a request; RequestError names the field that cannot be accepted.
+    def prepare(self, request: GenerateRequest) -> tuple[Request, ...]:
+        """The ids and limits of a request, once for each answer; RequestError names a field that cannot be accepted.
 
         `max_tokens` is capped to what the context has room for; such a request ends with reason "length".
         """
-        check_params(request.params, vocab_size=self.tokenizer.vocab_size)
-        field = "prompt" if isinstance(request.prompt, str) else "messages"
+        params = request.params
+        if self.is_reward:
+            raise RequestError("this is a reward model, it does not answer", param="model", remedy="use LLM.reward")
+        check_params(params, vocab_size=self.tokenizer.vocab_size)
+        _check_limits(request)
+        self._check_adapter(request.adapter)
         ids = self.prompt_ids(request)
-        room = self.context - len(ids)
+        room = self._room(len(ids), field="prompt" if isinstance(request.prompt, str) else "messages")
+        first = Request(
+            id=self.new_id(),
+            prompt_ids=tuple(ids),
+            max_tokens=min(params.max_tokens, room),
+            params=replace(params, logprobs=params.logprobs or params.best_of > params.n),
+            stop_ids=self._stop_ids(params),
+            priority=request.priority,
+            deadline=_moment(request.timeout),
+            queue_deadline=_moment(request.queue_timeout),
+            adapter=request.adapter,
+            bad_words=self._bad_words(params.bad_words),
+        )
+        if params.guide is not None:
+            first = replace(first, guide=self._compiler.compile(params.guide, stop_ids=first.stop_ids))
+        count = 1 if params.beam_width else max(params.n, params.best_of)
+        return (first, *(self._sibling(first, index) for index in range(1, count)))
+
+    def prepare_pool(self, ids: Sequence[int], *, pooling: str, adapter: str = "") -> Request:
+        """A request for the pooled hidden states of `ids`, or for their reward."""
+        if pooling not in ("last", "mean"):
+            raise RequestError(f"pooling must be 'last' or 'mean', got {pooling!r}", param="pooling")
+        self._check_adapter(adapter)
+        if not ids:
+            raise RequestError("the input is empty", param="input")
+        if len(ids) > self.context:
+            message = f"the input has {len(ids)} tokens, more than the context of {self.context}"
+            raise RequestError(message, param="input", remedy="shorten it")
+        pool: Any = pooling
+        return Request(self.new_id(), tuple(ids), 0, adapter=adapter, pool=pool)
+
+    def new_id(self) -> str:
+        """An id that no other request has."""
+        return f"request-{next(self._numbers)}"
+
+    def _sibling(self, first: Request, index: int) -> Request:
+        """Another answer to the same prompt, which the first one computes for both."""
+        seed = first.params.seed
+        params = replace(first.params, seed=None if seed is None else seed + index * _SEED_STEP, prompt_logprobs=False)
+        return replace(first, id=self.new_id(), params=params, leader=first.id)
+
+    def _room(self, count: int, *, field: str) -> int:
+        room = self.context - count
         if room < 1:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens, which leaves no room to answer in a context of {self.context}",
+                f"the prompt has {count} tokens, which leaves no room to answer in a context of {self.context}",
                 param=field,
                 remedy="shorten the prompt, or start the engine with a larger cache if the model allows it",
             )
-        stops = set(request.params.stop_token_ids)
-        if not request.params.ignore_eos:
-            stops.update(self.tokenizer.stop_ids)
-        number = f"request-{next(self._numbers)}"
-        return Request(number, tuple(ids), min(request.params.max_tokens, room), request.params, frozenset(stops))
+        return room
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        ends = () if params.ignore_eos else self.tokenizer.stop_ids
+        return frozenset((*params.stop_token_ids, *ends))
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as it stands at the beginning of a text, and after a space."""
+        rows = [tuple(self.tokenizer.encode(text)) for word in words for text in (word, " " + word.lstrip())]
+        return tuple(dict.fromkeys(rows))
 
     def prompt_ids(self, request: GenerateRequest) -> list[int]:
         """Messages through the chat template; plain text after <s>, as a base model was trained."""
@@ -83,21 +150,90 @@ class Front:
 
 def check_params(params: SamplingParams, *, vocab_size: int) -> None:
     """RequestError for the first parameter out of its range."""
+    _check_numbers(params)
+    _check_lists(params, vocab_size)
+    _check_answers(params)
+    fits = params.guide is None or isinstance(params.guide, Guide)
+    _require(fits, "guide", "a Guide", params)
+
+
+def _check_numbers(params: SamplingParams) -> None:
     _require(_is_int(params.max_tokens) and params.max_tokens >= 1, "max_tokens", "an integer of at least 1", params)
     _require(_in(params.temperature, 0, 1e6), "temperature", "a number of at least 0", params)
     _require(_in(params.top_p, 0, 1) and params.top_p > 0, "top_p", "above 0 and at most 1", params)
     _require(_is_int(params.top_k) and params.top_k >= 0, "top_k", "an integer of at least 0 (0 is off)", params)
+    _require(_in(params.min_p, 0, 1), "min_p", "from 0 (off) to 1", params)
     _require(params.seed is None or _is_int(params.seed), "seed", "an integer", params)
-    stops_fit = isinstance(params.stop, tuple) and len(params.stop) <= MAX_STOPS
-    stops_fit = stops_fit and all(isinstance(stop, str) and stop for stop in params.stop)
-    _require(stops_fit, "stop", f"at most {MAX_STOPS} strings, none of them empty", params)
-    ids_fit = all(_is_int(id) and 0 <= id < vocab_size for id in params.stop_token_ids)
+    fits = _is_int(params.min_tokens) and 0 <= params.min_tokens <= params.max_tokens
+    _require(fits, "min_tokens", "an integer from 0 to max_tokens", params)
+    fits = _in(params.repetition_penalty, 0, 100) and params.repetition_penalty > 0
+    _require(fits, "repetition_penalty", "above 0 and at most 100 (1 is off)", params)
+    for name in ("presence_penalty", "frequency_penalty", "length_penalty"):
+        _require(_in(getattr(params, name), -100, 100), name, "a number from -100 to 100", params)
+    fits = _is_int(params.top_logprobs) and 0 <= params.top_logprobs <= MAX_TOP_LOGPROBS
+    _require(fits, "top_logprobs", f"an integer from 0 to {MAX_TOP_LOGPROBS}", params)
+
+
+def _check_lists(params: SamplingParams, vocab_size: int) -> None:
+    for name, most in (("stop", MAX_STOPS), ("bad_words", MAX_BAD_WORDS)):
+        texts = getattr(params, name)
+        fits = isinstance(texts, tuple) and len(texts) <= most
+        fits = fits and all(isinstance(text, str) and text for text in texts)
+        _require(fits, name, f"at most {most} strings, none of them empty", params)
+    ids_fit = all(_is_id(id, vocab_size) for id in params.stop_token_ids)
     _require(ids_fit, "stop_token_ids", f"token ids below {vocab_size}", params)
+    bias = params.logit_bias
+    fits = isinstance(bias, Mapping) and all(_is_id(id, vocab_size) for id in bias)
+    fits = fits and all(_in(value, -1e6, 1e6) for value in bias.values())
+    _require(fits, "logit_bias", f"numbers by token ids below {vocab_size}", params)
+
+
+def _check_answers(params: SamplingParams) -> None:
+    """How many answers, and that beam search is not asked to sample."""
+    _require(_is_int(params.n) and 1 <= params.n <= MAX_ANSWERS, "n", f"an integer from 1 to {MAX_ANSWERS}", params)
+    fits = _is_int(params.best_of) and (params.best_of == 0 or params.n <= params.best_of <= MAX_ANSWERS)
+    _require(fits, "best_of", f"0, or an integer from n to {MAX_ANSWERS}", params)
+    fits = _is_int(params.beam_width) and 0 <= params.beam_width <= MAX_BEAMS
+    _require(fits, "beam_width", f"an integer from 0 (off) to {MAX_BEAMS}", params)
+    if params.beam_width:
+        plain = SamplingParams(
+            params.max_tokens,
+            stop_token_ids=params.stop_token_ids,
+            ignore_eos=params.ignore_eos,
+            seed=params.seed,
+            n=params.n,
+            beam_width=params.beam_width,
+            length_penalty=params.length_penalty,
+        )
+        _require(params.n <= params.beam_width, "n", "at most beam_width", params)
+        _require(params == plain, "beam_width", "0 where sampling, penalties, stops or a guide are wanted", params)
+
+
+def _check_limits(request: GenerateRequest) -> None:
+    for name in ("timeout", "queue_timeout"):
+        value = getattr(request, name)
+        if value is not None and not (_in(value, 0, 1e9) and value > 0):
+            raise RequestError(f"{name} must be a number of seconds above 0, got {value!r}", param=name)
+    if not _is_int(request.priority):
+        raise RequestError(f"priority must be an integer, got {request.priority!r}", param="priority")
+
+
+def _moment(seconds: float | None) -> float:
+    return math.inf if seconds is None else time.monotonic() + seconds
+
+
+def _no_adapter(name: str) -> None:
+    if name:
+        raise RequestError(f"no such adapter: {name!r}", param="adapter", remedy="load adapters when the engine starts")
 
 
 def _require(fits: bool, field: str, wanted: str, params: SamplingParams) -> None:
     if not fits:
         raise RequestError(f"{field} must be {wanted}, got {getattr(params, field)!r}", param=field)
+
+
+def _is_id(value: Any, vocab_size: int) -> bool:
+    return _is_int(value) and 0 <= value < vocab_size
 
 
 def _is_int(value: Any) -> bool:
@@ -136,9 +272,11 @@ class Reader:
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
         self._held = ""
         self._in_call = False
+        self._num_read = 0
 
     def push(self, token: int) -> str:
         """The text that this token completes; sets `stopped` when a stop string is found."""
+        self._num_read += not self.stopped
         if self.stopped or token in self.request.stop_ids or self._is_call(token):
             return ""
         self._held += self._decoder.push(token)
@@ -154,18 +292,20 @@ class Reader:
         self.text += rest
         return shown + rest
 
-    def completion(
-        self, ids: Sequence[int], logprobs: Sequence[float], *, reason: FinishReason, usage: Usage
-    ) -> Completion:
-        """What came back, after `close`."""
+    def completion(self, running: Running, *, reason: FinishReason) -> Completion:
+        """What came back, after `close`. Tokens behind a stop string, which drafts may have brought, do not count."""
+        count = self._num_read if self.stopped else running.num_generated
+        ids = running.generated[:count]
         calls = self._calls(ids) if self.chat else ()
         return Completion(
             message=Message("assistant", self.text, tool_calls=calls),
             finish_reason="tool_calls" if calls and reason == "stop" else reason,
-            usage=usage,
+            usage=replace(running.usage, completion_tokens=count),
             token_ids=tuple(ids),
-            logprobs=tuple(logprobs),
+            logprobs=tuple(running.logprobs[:count]),
             raw_text=self.tokenizer.decode(ids),
+            top_logprobs=tuple(running.top_logprobs[:count]),
+            prompt_logprobs=tuple(running.prompt_logprobs),
         )
 
     def _is_call(self, token: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -77,14 +78,14 @@ class GpuStep:
 
     def __init__(self, model: CausalLM, cache: KVCache) -> None:
         self.model, self.cache, self.device = model, cache, cache.device
-        self._layers = [_layer(block) for block in model.trunk.layers]
-        head = model.head.inner if isinstance(model.head, VocabHead) else model.head
-        self._head = Weight(model.trunk.embedding.weight) if head is None else Weight.of(head)  # type: ignore[arg-type]
+        self._layers: list[_Layer] = []
+        self._head: Weight | None = None
         self._rows = [module for module in model.modules() if isinstance(module, RowLinear)]
         self._leads = not self._rows or dist.get_rank(self._rows[0].group) == 0
         self._width = -(-min(model.config.max_positions, cache.num_slots) // cache.block_size)
         self._angles: tuple[Rope, Angles] | None = None
         self._graphs: dict[int, _Graph] = {}
+        self._read()
 
     @staticmethod
     def make(model: CausalLM, cache: KVCache) -> GpuStep | None:
@@ -93,22 +94,40 @@ class GpuStep:
             return None
         return GpuStep(model, cache) if _is_known(model, cache.rows.dtype) else None
 
+    def _read(self) -> None:
+        head = self.model.head.inner if isinstance(self.model.head, VocabHead) else self.model.head
+        self._layers = [_layer(block) for block in self.model.trunk.layers]
+        self._head = Weight(self.model.trunk.embedding.weight) if head is None else Weight.of(head)  # type: ignore[arg-type]
+
+    def renew(self) -> bool:
+        """Take over weights that have changed; whether the kernels know them. Graphs stay where nothing has moved."""
+        known = _is_known(self.model, self.cache.rows.dtype)
+        if known:
+            self._read()
+        return known
+
+    def release(self) -> None:
+        """Give back graphs and all that was made of the weights; nothing may be run before `renew`."""
+        self._layers, self._head, self._angles = [], None, None
+        self._graphs.clear()
+
     @torch.inference_mode()
     def run(self, spans: Sequence[Span], feed: Tensor | None = None) -> Tensor:
-        """Logits [S, V] of the spans that sample; valid until the next run.
+        """Logits [S, V] of the wanted rows; valid until the next run.
 
         A token below 0 stands for a result that is still on the device: -1 for the first of `feed`, -2 for the second.
         """
         size = next((size for size in BUCKETS if size >= len(spans)), None)
         if self.device.type == "cuda" and size is not None and all(len(span.tokens) == 1 for span in spans):
             logits_BV = self._graph(size).replay(spans, feed)
-            samples = [span.samples for span in spans]
-            return logits_BV if all(samples) else logits_BV[torch.tensor(samples, device=self.device)]
+            wanted = [span.rows > 0 for span in spans]
+            return logits_BV if all(wanted) else logits_BV[torch.tensor(wanted, device=self.device)]
         return self.forward(self._batch(spans, feed))
 
     def forward(self, batch: Batch) -> Tensor:
         """All layers, then logits."""
         trunk, eps = self.model.trunk, self.model.config.norm_eps
+        assert self._head is not None, "a step whose weights were given back"
         x_TD = trunk.embedding(batch.tokens_T).to(self.cache.rows.dtype)
         for layer, rows in zip(self._layers, self.cache.rows, strict=True):
             x_TD = self._block(layer, rows, x_TD, batch)
@@ -166,7 +185,8 @@ class GpuStep:
         group = self.model.config.queries_per_kv
         height = tile_height(group, cache.rows.shape[-1], cache.rows.dtype)
         prompts = [(row, int(starts[row]), lengths[row], spans[row].context) for row in range(count, len(spans))]
-        last = starts[1:][[span.samples for span in spans]] - 1
+        wanted = zip(starts[1:], spans, strict=True)
+        last = np.array([row for end, span in wanted for row in range(end - span.rows, end)], dtype=np.int64)
         tables = _tables(spans, len(spans))
         arrays = [*_token_arrays(spans, cache.block_size), *_length_arrays(spans), tables, last]
         uploaded = upload([*arrays, *tile_arrays(prompts, height)], self.device)
@@ -196,8 +216,10 @@ class GpuStep:
         for layer in self._layers:
             yield layer.attention_norm
             yield layer.mlp_norm
-            yield from (weight.data for weight in (layer.qkv, layer.out, layer.gate_up, layer.down))
-        yield self._head.data
+            for weight in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                yield from weight.tensors()
+        assert self._head is not None, "a step whose weights were given back"
+        yield from self._head.tensors()
 
     @property
     def width(self) -> int:
@@ -288,7 +310,7 @@ def _whole(layer: nn.Module) -> Weight:
         return Weight.of(layer)
     inner = Weight.of(layer.inner)
     bias = layer.bias if dist.get_rank(layer.group) == 0 else None
-    return Weight(inner.data, inner.bits, inner.group, inner.scales, inner.zeros, bias)
+    return replace(inner, bias=bias)
 
 
 def _is_known(model: CausalLM, dtype: torch.dtype) -> bool:
@@ -302,6 +324,7 @@ def _is_known(model: CausalLM, dtype: torch.dtype) -> bool:
         and embeddings == 1
         and leaves == {RMSNorm: 2 * layers + 1}
         and all(_is_known_block(block) for block in model.trunk.layers)
+        and all(Weight.knows(layer) for layer in model.modules() if isinstance(layer, QuantLinear))
         and model.trunk.compute_dtype in (None, dtype)
         and all(parameter.dtype == dtype and parameter.is_contiguous() for parameter in model.parameters())
     )

@@ -6,38 +6,64 @@ Both batch whatever is under way together. Nothing is downloaded unless the name
     llm = LLM("runs/nano/ppo")
     print(llm.chat("Who are you?").text)
     for piece in llm.stream_chat("Who are you?"): print(piece.text, end="")
+
+A reward checkpoint is opened the same way and scores conversations: `LLM("runs/nano/reward").reward([...])`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+import math
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from puyu.device import pick_device, pick_dtype, require_torch
 from puyu.engine.core import EngineConfig, Stats
 from puyu.engine.driver import Driver
 from puyu.engine.front import as_messages
-from puyu.engine.loop import AsyncEngine, last_delta
+from puyu.engine.loop import AsyncEngine, last_deltas
 from puyu.engine.overlap import make_engine
+from puyu.engine.request import Request, Running
 from puyu.engine.score import score
-from puyu.errors import CheckpointError
+from puyu.engine.speculate import ModelDrafter
+from puyu.engine.weights import Model, drop_weights, refill_weights, update_weights
+from puyu.errors import CheckpointError, ConfigError, RequestError, ResourceError
 from puyu.hub import resolve
-from puyu.model.checkpoint import load_model
-from puyu.model.heads import CausalLM
+from puyu.model.checkpoint import is_scalar_checkpoint, load_model, load_scalar_model, read_config
+from puyu.model.heads import CausalLM, ScalarModel
+from puyu.model.lora import AdapterBank
+from puyu.tokenizer.chat import render
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.types import Completion, Delta, GenerateRequest, Message, SamplingParams, Scored, ToolSpec
+from puyu.types import (
+    Completion,
+    Conversation,
+    Delta,
+    GenerateRequest,
+    Message,
+    SamplingParams,
+    Scored,
+    ToolSpec,
+)
+
+if TYPE_CHECKING:
+    import torch
 
 Chat = str | Sequence[Message | dict[str, Any]]
 """A user's text, messages, or OpenAI's dicts."""
 
+DRAFT_TOKENS = 4
+"""Guessed at a time when a draft model is given and the config does not say."""
+
 
 class LLM:
     """A language model that runs here. Close it, or use it in a `with` block, when the async calls were used."""
+
+    _sources: list[tuple[Model, Path]]
+    """Models that can be read again, and where from."""
 
     def __init__(
         self,
@@ -46,21 +72,31 @@ class LLM:
         device: str = "auto",
         dtype: str = "auto",
         config: EngineConfig | None = None,
+        draft_model: str | Path | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> None:
-        """`path`: a model directory or a hub id (`puyu.hub`)."""
+        """`path`: a model directory or a hub id (`puyu.hub`); `draft_model`: a small model with the same tokenizer that
+        guesses ahead; `adapters`: peft directories by the names that requests use."""
         require_torch()
         asked = config or EngineConfig()
         folder = resolve(path, allow_pickle=asked.allow_pickle)
         where = pick_device(device)
         tokenizer = Tokenizer.load(folder)
-        model = load_model(
-            folder,
-            dtype=pick_dtype(dtype, where),
+        self._load: Callable[[Path], Model] = partial(
+            _load,
             device=where,
+            dtype=pick_dtype(dtype, where),
             allow_pickle=asked.allow_pickle,
             context=asked.context or None,
         )
-        self._set(model, tokenizer, config, name=Path(folder).name)
+        model, drafter, folders = self._load(folder), None, [folder]
+        if draft_model is not None:
+            folders.append(resolve(draft_model))
+            drafter, config = self._drafter(folders[1], tokenizer), _with_drafts(config)
+        self._set(model, tokenizer, config, name=Path(folder).name, drafter=drafter)
+        self._sources = list(zip([model, drafter.model] if drafter else [model], folders, strict=True))
+        for name, adapter in (adapters or {}).items():
+            self.load_adapter(name, adapter)
 
     @classmethod
     def from_model(
@@ -74,14 +110,34 @@ class LLM:
         llm._set(model, tokenizer, config, name=name)
         return llm
 
-    def _set(self, model: CausalLM, tokenizer: Tokenizer, config: EngineConfig | None, *, name: str) -> None:
+    def _drafter(self, folder: Path, tokenizer: Tokenizer) -> ModelDrafter:
+        if Tokenizer.load(folder).fingerprint != tokenizer.fingerprint:
+            raise CheckpointError(f"{folder} has another tokenizer", remedy="a draft model needs the model's own")
+        model = self._load(folder)
+        if not isinstance(model, CausalLM):
+            raise CheckpointError(f"{folder} is a reward model, which guesses nothing")
+        return ModelDrafter(model)
+
+    def _set(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        config: EngineConfig | None,
+        *,
+        name: str,
+        drafter: ModelDrafter | None = None,
+    ) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise CheckpointError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}",
                 remedy="use the tokenizer that the model was trained with",
             )
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.driver = Driver(make_engine(model, config, num_ids=tokenizer.vocab_size), tokenizer)
+        self._is_empty = False
+        self._sources = []
+        self._bank = AdapterBank(model) if isinstance(model, CausalLM) else None
+        sizes: dict[str, Any] = {"num_ids": tokenizer.vocab_size, "drafter": drafter, "bank": self._bank}
+        self.driver = Driver(make_engine(model, config, **sizes), tokenizer)
         self.loop = AsyncEngine(self.driver)
 
     # ---- blocking ----
@@ -98,12 +154,47 @@ class LLM:
 
     def generate_all(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Run many requests as one batch; completions in their order. RequestError before any of them runs."""
-        results: dict[int, Completion] = {}
+        return self._run([partial(self.driver.submit, request) for request in requests])
+
+    def batch(
+        self,
+        items: Sequence[Chat],
+        *,
+        params: SamplingParams | None = None,
+        plain: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+        **changes: Any,
+    ) -> list[Completion]:
+        """Answer many chats as one batch, in their order, or continue `plain` texts without the chat template.
+        `progress` is told (finished, all) as they finish."""
+        if plain:
+            requests = [GenerateRequest(str(item), _params(params, changes)) for item in items]
+        else:
+            requests = [_chat_request(item, (), params, changes) for item in items]
+        return self._run([partial(self.driver.submit, request) for request in requests], progress)
+
+    def stream(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        """Deltas whose text together is that of `generate`."""
+        return self.loop.stream(request)
+
+    def _run(
+        self, submits: Sequence[Callable[..., str]], progress: Callable[[int, int], None] | None = None
+    ) -> list[Any]:
+        """Submit all and step until each is done; results in order. What goes wrong on the way aborts the rest."""
+        results: dict[int, Any] = {}
         ids: list[str] = []
+
+        def done(index: int, result: Any) -> None:
+            results[index] = result
+            if progress is not None:
+                progress(len(results), len(submits))
+
         try:
-            for index, request in enumerate(requests):
-                ids.append(self.driver.submit(request, done=partial(results.__setitem__, index)))
+            for index, submit in enumerate(submits):
+                self._require_awake()
+                ids.append(submit(done=partial(done, index)))
             while len(results) < len(ids):
+                self._require_awake()
                 self.driver.pump()
         finally:
             for index, request_id in enumerate(ids):
@@ -117,16 +208,26 @@ class LLM:
         """Answer a conversation piece by piece; leaving the loop early aborts the request."""
         yield from self._stream(_chat_request(messages, tools, params, changes))
 
+    def stream_text(self, text: str, *, params: SamplingParams | None = None, **changes: Any) -> Iterator[Delta]:
+        """Continue plain text piece by piece; leaving the loop early aborts the request."""
+        yield from self._stream(GenerateRequest(text, _params(params, changes)))
+
     def _stream(self, request: GenerateRequest) -> Iterator[Delta]:
-        items: SimpleQueue[str | Completion] = SimpleQueue()
-        request_id, ended = self.driver.submit(request, done=items.put, text=items.put), False
+        items: SimpleQueue[Delta | Completion] = SimpleQueue()
+
+        def text(index: int, piece: str) -> None:
+            items.put(Delta(piece, index=index))
+
+        self._require_awake()
+        request_id, ended = self.driver.submit(request, done=items.put, text=text), False
         try:
             while not ended:
+                self._require_awake()
                 self.driver.pump()
                 while not items.empty():
                     item = items.get()
                     ended = isinstance(item, Completion)
-                    yield last_delta(item) if isinstance(item, Completion) else Delta(item)
+                    yield from last_deltas(item) if isinstance(item, Completion) else [item]
         finally:
             if not ended:
                 self.driver.abort(request_id)
@@ -134,8 +235,44 @@ class LLM:
 
     def score_all(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
         """Log-likelihood of each (context, continuation); see `score.py` for the convention."""
+        model = self.model
+        if not isinstance(model, CausalLM):
+            raise RequestError("this is a reward model, it has no likelihoods", param="model", remedy="use LLM.reward")
         with self.driver.lock:
-            return score(self.model, self.tokenizer, pairs)
+            if self._is_empty:
+                self._require_awake()
+            return score(model, self.tokenizer, pairs)
+
+    def embed(
+        self, texts: Sequence[str], *, pooling: str = "mean", normalize: bool = True, adapter: str = ""
+    ) -> list[list[float]]:
+        """One vector a text: the last layer's normed states after <s> and the text, their mean or the last one,
+        scaled to length 1 if `normalize`."""
+        if isinstance(self.model, ScalarModel):
+            raise RequestError("this is a reward model, it embeds nothing", param="model", remedy="use LLM.reward")
+        front = self.driver.front
+        prepared = [front.prepare_pool(front.text_ids(text), pooling=pooling, adapter=adapter) for text in texts]
+        vectors = self._pooled(prepared)
+        return [_unit(vector) for vector in vectors] if normalize else vectors
+
+    def reward(self, conversations: Sequence[Conversation | Sequence[Message]]) -> list[float]:
+        """The score of each conversation, which ends with the answer that is judged. Needs a reward checkpoint."""
+        if not isinstance(self.model, ScalarModel):
+            message = "this is a language model, it gives no rewards"
+            raise RequestError(message, param="model", remedy="load a checkpoint of `puyu reward`")
+        reward_id = self.model.config.extra.get("reward_token_id")
+        if not isinstance(reward_id, int):
+            raise CheckpointError("config.json has no reward_token_id", remedy="train it with `puyu reward`")
+        whole = [item if isinstance(item, Conversation) else Conversation(tuple(item)) for item in conversations]
+        rows = [[*render(item, self.tokenizer).ids, reward_id] for item in whole]
+        return [row[0] for row in self._pooled([self.driver.front.prepare_pool(ids, pooling="last") for ids in rows])]
+
+    def _pooled(self, requests: Sequence[Request]) -> list[list[float]]:
+        found: list[Running] = self._run([partial(self.driver.submit_pool, request) for request in requests])
+        for at, running in enumerate(found):
+            if running.finish_reason != "stop":
+                raise ResourceError(f"input {at} ended with {running.finish_reason!r}", remedy="look into the log")
+        return [running.pooled for running in found]
 
     def prompt_ids(self, request: GenerateRequest) -> list[int]:
         """The ids that a request's prompt becomes."""
@@ -147,10 +284,6 @@ class LLM:
         """Run one request; concurrent calls are batched."""
         return await self.loop.generate(request)
 
-    def stream(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """Deltas whose text together is that of `generate`."""
-        return self.loop.stream(request)
-
     async def score(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
         """Like `score_all`."""
         return await asyncio.to_thread(self.score_all, pairs)
@@ -161,6 +294,70 @@ class LLM:
         """Forget cached keys and values; necessary after the weights have changed."""
         with self.driver.lock:
             self.driver.engine.reset_prefix_cache()
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Read a LoRA adapter, a peft directory; requests name it in `GenerateRequest.adapter`."""
+        with self.driver.lock:
+            self._adapters().load(name, resolve(path))
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that no request uses."""
+        with self.driver.lock:
+            if self.driver.uses(name):
+                raise RequestError(f"requests under way use the adapter {name!r}", param="adapter", remedy="wait")
+            self._adapters().unload(name)
+            self.driver.engine.scheduler.pool.reset()  # another adapter may get the name
+
+    def _adapters(self) -> AdapterBank:
+        if self._bank is None:
+            raise RequestError("a reward model takes no adapters", param="adapter")
+        return self._bank
+
+    def update_weights(self, state: Mapping[str, torch.Tensor] | str | Path) -> None:
+        """New weights in place: a checkpoint folder, or tensors by its names or by our own. What is under way is
+        computed again with them. Everything is checked before anything is changed."""
+        with self.driver.lock:
+            if self._is_empty:
+                self._require_awake()
+            if not isinstance(state, Mapping):
+                folder = resolve(state)
+                if read_config(folder).family != self.model.config.family:
+                    raise CheckpointError(f"{folder} holds a model of another family")
+                state = _load(folder, device="cpu", dtype=self.model.trunk.embedding.weight.dtype).state_dict()
+                if set(state) != set(self.model.state_dict()):
+                    raise CheckpointError(f"{folder} holds a model of another shape")
+            update_weights(self.model, state)
+            self.driver.engine.reset_prefix_cache()
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back until `wake`: 1, the key/value cache; 2, the weights as well. Requests wait meanwhile."""
+        if level not in (1, 2):
+            raise ConfigError(f"sleep has the levels 1 and 2, not {level!r}")
+        if level == 2 and not self._sources:
+            raise ConfigError("this model was given in memory and cannot be loaded again", remedy="use level 1")
+        with self.driver.lock:
+            self.driver.engine.sleep()
+            if level == 2 and not self._is_empty:
+                self._is_empty = True
+                for model, _ in self._sources:
+                    drop_weights(model)
+
+    def wake(self) -> None:
+        """Take the memory again; what waits goes on."""
+        with self.driver.lock:
+            for model, folder in self._sources if self._is_empty else ():
+                refill_weights(model, self._load(folder))
+            self._is_empty = False
+            self.driver.engine.wake()
+        self.loop.nudge()
+
+    @property
+    def is_asleep(self) -> bool:
+        return self.driver.engine.is_asleep
+
+    def _require_awake(self) -> None:
+        if self.is_asleep:
+            raise ResourceError("the engine is asleep", remedy="call wake() first")
 
     def stats(self) -> Stats:
         return self.driver.stats()
@@ -174,6 +371,31 @@ class LLM:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _load(
+    folder: Path,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    allow_pickle: bool = False,
+    context: int | None = None,
+) -> Model:
+    """A language model, or a reward model, whose weights are never pickled and whose context is its own."""
+    read_config(folder)  # says what is wrong with the folder
+    if is_scalar_checkpoint(folder):
+        return load_scalar_model(folder, dtype=dtype, device=device)
+    return load_model(folder, dtype=dtype, device=device, allow_pickle=allow_pickle, context=context)
+
+
+def _with_drafts(config: EngineConfig | None) -> EngineConfig:
+    config = config or EngineConfig()
+    return config if config.draft_tokens else config.model_copy(update={"draft_tokens": DRAFT_TOKENS})
+
+
+def _unit(vector: list[float]) -> list[float]:
+    length = math.sqrt(sum(value * value for value in vector))
+    return [value / length for value in vector] if length else vector
 
 
 def _params(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:

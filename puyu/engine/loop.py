@@ -13,6 +13,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from puyu.engine.core import Stats
@@ -22,6 +23,7 @@ from puyu.log import logger
 from puyu.types import Completion, Delta, GenerateRequest
 
 T = TypeVar("T")
+ASLEEP_SECONDS = 0.25
 
 
 class AsyncEngine:
@@ -50,7 +52,7 @@ class AsyncEngine:
         def done(completion: Completion) -> None:
             _call_soon(loop, _set_result, future, completion)
 
-        request_id = self._submit(request, done=done)
+        request_id = await self._submit(request, done=done)
         try:
             return await future
         finally:
@@ -58,19 +60,23 @@ class AsyncEngine:
                 self._abort(request_id)
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """Text as it comes; the last delta has tool calls, finish reason and usage."""
+        """Text as it comes; each answer's last delta has tool calls and finish reason, the very last the usage."""
         loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[str | Completion] = asyncio.Queue()
+        queue: asyncio.Queue[Delta | Completion] = asyncio.Queue()
 
-        def put(item: str | Completion) -> None:
+        def put(item: Delta | Completion) -> None:
             _call_soon(loop, queue.put_nowait, item)
 
-        request_id, ended = self._submit(request, done=put, text=put), False
+        def text(index: int, piece: str) -> None:
+            put(Delta(piece, index=index))
+
+        request_id, ended = await self._submit(request, done=put, text=text), False
         try:
             while not ended:
                 item = await queue.get()
                 ended = isinstance(item, Completion)
-                yield last_delta(item) if isinstance(item, Completion) else Delta(item)
+                for delta in last_deltas(item) if isinstance(item, Completion) else [item]:
+                    yield delta
         finally:
             if not ended:
                 self._abort(request_id)
@@ -108,12 +114,15 @@ class AsyncEngine:
             self._wake.notify_all()
         thread.join()
 
-    def _submit(self, request: GenerateRequest, **callbacks: Any) -> str:
+    async def _submit(self, request: GenerateRequest, **callbacks: Any) -> str:
+        """Queue a request; a grammar is compiled in another thread, so that the event loop goes on."""
+        prepare = partial(self.driver.front.prepare, request)
+        prepared = prepare() if request.params.guide is None else await asyncio.to_thread(prepare)
         if self.failure is not None:
             raise ResourceError(f"the engine has stopped: {self.failure}", remedy="start it again; see the log")
         if self._closing:
             raise RequestError("the engine is shutting down", remedy="send the request to another server")
-        request_id = self.driver.submit(request, **callbacks)
+        request_id = self.driver.queue(request, prepared, **callbacks)
         with self._wake:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="puyu-engine", daemon=True)
@@ -123,6 +132,10 @@ class AsyncEngine:
 
     def _abort(self, request_id: str) -> None:
         self.driver.abort(request_id)
+        self.nudge()
+
+    def nudge(self) -> None:
+        """Let the thread look for work: the engine has been woken up."""
         with self._wake:
             self._wake.notify_all()
 
@@ -139,13 +152,24 @@ class AsyncEngine:
     def _wait(self) -> bool:
         """Sleep until there is work; False when the engine is to stop."""
         with self._wake:
-            self._wake.wait_for(lambda: self._stopped or self.driver.has_work)
+            # while the engine sleeps, somebody still has to look at deadlines
+            patience = ASLEEP_SECONDS if self.driver.only_waits else None
+            self._wake.wait_for(lambda: self._stopped or self.driver.has_work, patience)
             return not self._stopped
 
 
-def last_delta(completion: Completion) -> Delta:
-    """The end of a stream: tool calls, finish reason, usage."""
-    return Delta("", completion.message.tool_calls, completion.finish_reason, completion.usage)
+def last_deltas(completion: Completion) -> list[Delta]:
+    """The end of a stream: tool calls and finish reason of every answer, the usage with the last."""
+    answers = completion.choices
+    return [
+        Delta(
+            tool_calls=answer.message.tool_calls,
+            finish_reason=answer.finish_reason,
+            usage=completion.usage if index == len(answers) - 1 else None,
+            index=index,
+        )
+        for index, answer in enumerate(answers)
+    ]
 
 
 def _set_result(future: asyncio.Future[Completion], completion: Completion) -> None:

@@ -3,29 +3,35 @@
 Sampled ids stay on the device and feed the next step there; meanwhile the host schedules, reads texts and serves. A
 request in flight carries a placeholder for the token to come (-1 - its row), so the scheduler counts it like any
 other. What cannot wait is not run ahead: when blocks run short, which may preempt somebody, and when a request ends
-with the token under way, the flight lands first. A request that turns out to have ended rode along for one token more;
-that row is dropped. Its blocks may go to others at once: steps run in order on the device, so whoever gets them writes
-later. Idea: mini-sglang's overlap loop, vLLM's asynchronous scheduling. Tokens equal those of `Engine` (tested).
+with the token under way, the flight lands first; while a request needs the host between two tokens (a grammar,
+penalties, guesses), all steps are the plain engine's. A request that turns out to have ended rode along for one token
+more; that row is dropped. Its blocks may go to others at once: steps run in order on the device, so whoever gets them
+writes later. Idea: mini-sglang's overlap loop, vLLM's asynchronous scheduling. Tokens equal those of `Engine` (tested).
 
     engine = make_engine(model, EngineConfig(overlap=True))
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from puyu.engine.core import Engine, EngineConfig, Event, choice_of, span_of
+from puyu.engine.core import Engine, EngineConfig, Event
+from puyu.engine.edits import needs_edits
 from puyu.engine.request import Running, Status
-from puyu.engine.runner import Span
+from puyu.engine.rows import span_of
+from puyu.engine.runner import Output, Span
 from puyu.engine.sampler import Choice, Sampled, sample
-from puyu.engine.scheduler import Plan
+from puyu.engine.scheduler import Chunk, Plan
+from puyu.engine.speculate import Drafter
 from puyu.log import logger
-from puyu.model.heads import CausalLM
+from puyu.model.heads import CausalLM, ScalarModel
+from puyu.model.lora import AdapterBank
 from puyu.types import FinishReason
 
 
@@ -48,8 +54,16 @@ class _Flight(NamedTuple):
 class OverlapEngine(Engine):
     """`Engine` with the same face; `step` returns the events of the step that was launched one call before."""
 
-    def __init__(self, model: CausalLM, config: EngineConfig | None = None, *, num_ids: int | None = None) -> None:
-        super().__init__(model, config, num_ids=num_ids)
+    def __init__(
+        self,
+        model: CausalLM | ScalarModel,
+        config: EngineConfig | None = None,
+        *,
+        num_ids: int | None = None,
+        drafter: Drafter | None = None,
+        bank: AdapterBank | None = None,
+    ) -> None:
+        super().__init__(model, config, num_ids=num_ids, drafter=drafter, bank=bank)
         self._flight: _Flight | None = None
         self._landed: list[Event] = []
         on_gpu = self.runner.gpu is not None and self.runner.device.type == "cuda"
@@ -59,8 +73,14 @@ class OverlapEngine(Engine):
     def has_work(self) -> bool:
         return super().has_work or self._flight is not None or bool(self._landed)
 
-    def step(self) -> list[Event]:
+    def step(self, now: float | None = None) -> list[Event]:
         """Launch the next step where that is safe, then take over the one in flight."""
+        if not self._suits():
+            self._drain()
+            events, self._landed = self._landed, []
+            return events + super().step(now)
+        late = self._expire(time.monotonic() if now is None else now)
+        self._landed += [Event(running, None, "timeout") for running in late]
         if not self._may_run_ahead():
             self._drain()
         before, self._flight = self._flight, None
@@ -80,10 +100,20 @@ class OverlapEngine(Engine):
             _drop_placeholder(running)
         return super().finish(request_id, reason)
 
+    def sleep(self) -> None:
+        """As in `Engine`; the step in flight lands first."""
+        self._drain()
+        super().sleep()
+
     def reset_prefix_cache(self) -> None:
         """As in `Engine`; the step in flight lands first."""
         self._drain()
         super().reset_prefix_cache()
+
+    def _suits(self) -> bool:
+        """Whether nothing has to happen on the host between two tokens."""
+        plain = self.drafter is None and not self.config.deterministic and not self.is_asleep
+        return plain and all(_is_plain(running) for running in self._live.values())
 
     def _may_run_ahead(self) -> bool:
         """Whether all requests can grow without preempting one."""
@@ -127,13 +157,26 @@ class OverlapEngine(Engine):
         for row in rows:
             _drop_placeholder(flight.sampling[row])
         logprobs = None if sampled.logprobs is None else [sampled.logprobs[row] for row in rows]
-        return self._count(Plan(chunks), Sampled([sampled.tokens[row] for row in rows], logprobs))
+        kept = Sampled([sampled.tokens[row] for row in rows], logprobs, {})
+        return self._count(Plan(chunks), kept, Output(torch.empty(0, 0), {}))
 
 
-def make_engine(model: CausalLM, config: EngineConfig | None = None, *, num_ids: int | None = None) -> Engine:
-    """The engine that the configuration asks for."""
+def make_engine(model: CausalLM | ScalarModel, config: EngineConfig | None = None, **parts: Any) -> Engine:
+    """The engine that the configuration asks for; `parts` as in `Engine`."""
     kind = OverlapEngine if config is not None and config.overlap else Engine
-    return kind(model, config, num_ids=num_ids)
+    return kind(model, config, **parts)
+
+
+def _is_plain(running: Running) -> bool:
+    """Whether its next token depends on nothing but the logits and a number drawn before."""
+    request, params = running.request, running.request.params
+    reported = params.prompt_logprobs or params.top_logprobs
+    return not (request.pool or request.adapter or reported or needs_edits(request))
+
+
+def _choice(chunk: Chunk) -> Choice:
+    running, params = chunk.running, chunk.running.request.params
+    return Choice(params, running.draw(running.num_generated) if params.temperature > 0 else 0.0)
 
 
 def _is_ending(running: Running) -> bool:
@@ -150,7 +193,7 @@ def _inputs(plan: Plan) -> tuple[list[Span], list[Choice]]:
     """Frozen now: the requests go on changing while the step runs."""
     spans = [span_of(chunk) for chunk in plan.chunks]
     frozen = [span._replace(tokens=tuple(span.tokens), blocks=tuple(span.blocks)) for span in spans]
-    return frozen, [choice_of(chunk.running) for chunk in plan.chunks if chunk.samples]
+    return frozen, [_choice(chunk) for chunk in plan.chunks if chunk.samples]
 
 
 class _Thread:
@@ -167,8 +210,9 @@ class _Thread:
     def _compute(self, spans: Sequence[Span], choices: Sequence[Choice], before: Ticket | None) -> Sampled:
         needed = any(token < 0 for span in spans for token in span.tokens)
         with torch.inference_mode():
-            logits_SV = self._engine.runner.run(spans, before.tokens() if before is not None and needed else None)
-            return sample(logits_SV, choices, num_ids=self._engine.num_ids) if choices else Sampled([], None)
+            feed = before.tokens() if before is not None and needed else None
+            logits_SV = self._engine.runner.run(spans, feed).logits_SV
+            return sample(logits_SV, choices, num_ids=self._engine.num_ids) if choices else Sampled([], None, {})
 
 
 def _as_feed(sampled: Sampled) -> Tensor:
@@ -192,10 +236,11 @@ class _Stream:
         from puyu.engine.kernels.sampling import Knobs, sample_rows
 
         engine = self._engine
-        logits_SV = engine.runner.run(spans, before.tokens() if before is not None else None)
+        logits_SV = engine.runner.run(spans, before.tokens() if before is not None else None).logits_SV
         if not choices:
-            return Ticket(lambda: None, lambda: Sampled([], None))
-        rows = [(c.params.temperature, float(c.params.top_k), c.params.top_p, 0.0, c.uniform) for c in choices]
+            return Ticket(lambda: None, lambda: Sampled([], None, {}))
+        asked = [(choice.params, choice.uniform) for choice in choices]
+        rows = [(p.temperature, float(p.top_k), p.top_p, p.min_p, uniform) for p, uniform in asked]
         knobs = Knobs.of(rows, logits_SV.device)
         tokens_S, logprobs_S = sample_rows(logits_SV, knobs, num_ids=engine.num_ids or logits_SV.shape[1])
         both = torch.stack((tokens_S, logprobs_S.view(torch.int32))).to("cpu", non_blocking=True)  # pinned by torch
@@ -205,7 +250,7 @@ class _Stream:
             wait()
             tokens = [None if token < 0 else token for token in both[0].tolist()]
             wanted = any(choice.params.logprobs for choice in choices)
-            return Sampled(tokens, both[1].view(torch.float32).tolist() if wanted else None)
+            return Sampled(tokens, both[1].view(torch.float32).tolist() if wanted else None, {})
 
         return Ticket(lambda: tokens_S.clamp(min=0), result)
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from puyu.engine.runner import Runner, Span
+from puyu.engine.runner import Output, Runner, Span
 from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM
 from puyu.model.layers import GatedMLP
@@ -123,19 +123,26 @@ def _padded(rows: Tensor, height: int) -> Tensor:
 def _rows(layer: Linear | QuantLinear, keep: Tensor) -> Any:
     """The layer with these outputs alone."""
     keep = keep.to(layer.weight.device if isinstance(layer, Linear) else layer.codes.device)
-    return _rebuilt(layer, {name: tensor.detach()[keep] for name, tensor in layer.state_dict().items()})
+    tensors = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+    return _rebuilt(layer, {name: part if name == "perm" else part[keep] for name, part in tensors.items()})
 
 
 def _columns(layer: Linear | QuantLinear, rank: int, size: int) -> Any:
     """The layer with this rank's inputs alone; the bias stays whole."""
-    if isinstance(layer, QuantLinear) and layer.form.bits == 4 and layer.in_features // size % layer.form.group:
+    if isinstance(layer, QuantLinear) and layer.perm is not None:
         raise ConfigError(
-            f"{layer.in_features} inputs in groups of {layer.form.group} do not divide over {size} processes",
+            "quantized inputs that stand in an order of their own do not divide over processes",
+            remedy="quantize without that order, or use one process",
+        )
+    if isinstance(layer, QuantLinear) and not layer.form.fits(layer.in_features // size):
+        group = layer.form.group or 8 // layer.form.bits
+        raise ConfigError(
+            f"{layer.in_features} inputs in groups of {group} do not divide over {size} processes",
             remedy="quantize with a smaller group, or use fewer processes",
         )
     tensors = {}
     for name, tensor in layer.state_dict().items():
-        whole = name == "bias" or tensor.shape[1] == 1  # int8 scales belong to outputs
+        whole = name == "bias" or tensor.shape[1] == 1  # what belongs to whole rows
         tensors[name] = tensor if whole else tensor.chunk(size, dim=1)[rank].contiguous()
     return _rebuilt(layer, tensors)
 
@@ -176,8 +183,9 @@ class Leader(Runner):
         super().__init__(model, cache)
         self.group = group
 
-    def run(self, spans: Sequence[Span], feed: Tensor | None = None) -> Tensor:
+    def run(self, spans: Sequence[Span], feed: Tensor | None = None) -> Output:
         assert feed is None, "steps overlap on one process only"
+        assert not any(span.hidden or span.adapter for span in spans), "ranks share neither states nor adapters"
         _announce(_packed(spans), self.group, self.device)
         return super().run(spans)
 
@@ -196,10 +204,10 @@ def follow(model: CausalLM, cache: KVCache, group: Group = None) -> int:
 
 
 def _packed(spans: Sequence[Span]) -> list[int]:
-    """Spans as one list of numbers: context, whether it samples, two lengths, then tokens and blocks."""
+    """Spans as one list of numbers: context, wanted rows, two lengths, then tokens and blocks."""
     numbers: list[int] = []
     for span in spans:
-        numbers += [span.context, int(span.samples), len(span.tokens), len(span.blocks), *span.tokens, *span.blocks]
+        numbers += [span.context, span.rows, len(span.tokens), len(span.blocks), *span.tokens, *span.blocks]
     return numbers
 
 
@@ -225,8 +233,8 @@ def _heard(group: Group, device: torch.device) -> list[Span]:
     dist.broadcast(numbers, source, group=group)
     flat, spans, at = numbers.tolist(), [], 0
     while at < len(flat):
-        context, samples, length, blocks = flat[at : at + 4]
+        context, rows, length, blocks = flat[at : at + 4]
         middle = at + 4 + length
         at, tokens = middle + blocks, tuple(flat[at + 4 : middle])
-        spans.append(Span(tokens, context, tuple(flat[middle:at]), bool(samples)))
+        spans.append(Span(tokens, context, tuple(flat[middle:at]), rows))
     return spans

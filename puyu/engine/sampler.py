@@ -1,9 +1,10 @@
-"""Logits to tokens, all rows of a step at once: greedy, temperature, top-k, top-p, seeded, with log-probabilities.
+"""Logits to tokens, all rows of a step at once: edits, then greedy or temperature with top-k, top-p and min-p.
 
 A row draws one uniform number from its request's own stream and inverts the cumulative distribution, so what a
-request gets depends on its seed and its logits, never on its batch mates. The log-probability is the model's own
-(temperature 1, no filter): what a trainer computes for the same token. A row that is not finite gives no token;
-the others are untouched. Top-p: Holtzman et al. 2020, arXiv 1904.09751.
+request gets depends on its seed and its logits, never on its batch mates. Log-probabilities are the model's own
+(temperature 1, no edit, no filter): what a trainer computes for the same token. A row that is not finite gives no
+token; the others are untouched. Top-p: Holtzman et al. 2020, arXiv 1904.09751; min-p: Nguyen et al. 2024, arXiv
+2407.01082.
 
     >>> sample(torch.tensor([[0.0, 2.0]]), [Choice(SamplingParams())]).tokens
     [1]
@@ -18,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from puyu.types import SamplingParams
+from puyu.engine.edits import Edits
+from puyu.types import SamplingParams, TopLogprobs
 
 
 class Choice(NamedTuple):
@@ -26,14 +28,17 @@ class Choice(NamedTuple):
 
     params: SamplingParams
     uniform: float = 0.0
+    edits: Edits | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One entry a row. `tokens` holds None for a row that is not finite; `logprobs` is None when nobody asked."""
+    """One entry a row. `tokens` holds None for a row that is not finite; `logprobs` is None when nobody asked, `tops`
+    holds nothing for rows that did not."""
 
     tokens: list[int | None]
     logprobs: list[float] | None
+    tops: dict[int, TopLogprobs]
 
 
 def sample(logits_BV: Tensor, choices: Sequence[Choice], *, num_ids: int | None = None) -> Sampled:
@@ -43,17 +48,54 @@ def sample(logits_BV: Tensor, choices: Sequence[Choice], *, num_ids: int | None 
     log-probability still counts them, as the trainer does.
     """
     all_BV = logits_BV.float() if logits_BV.dtype != torch.float64 else logits_BV
-    logits_BV = all_BV[:, :num_ids]
-    best_B, tokens_B = logits_BV.max(dim=-1)  # max carries NaN on, and +inf or all -inf show in it too
+    edited_BV = _edited(all_BV[:, :num_ids], choices)
+    best_B, tokens_B = edited_BV.max(dim=-1)  # max carries NaN on, and +inf or all -inf show in it too
     drawn = [row for row, choice in enumerate(choices) if choice.params.temperature > 0]
     if drawn:
-        tokens_B = _draw_rows(logits_BV - best_B[:, None], tokens_B, drawn, choices)
-    logprobs = None
-    if any(choice.params.logprobs for choice in choices):
-        chosen_B = logits_BV.gather(-1, tokens_B[:, None])[:, 0]
-        logprobs = (chosen_B - all_BV.logsumexp(dim=-1)).tolist()
+        tokens_B = _draw_rows(edited_BV - best_B[:, None], tokens_B, drawn, choices)
+    logprobs, tops = None, {}
+    if any(choice.params.logprobs or choice.params.top_logprobs for choice in choices):
+        total_B = all_BV.logsumexp(dim=-1)
+        logprobs = (all_BV.gather(-1, tokens_B[:, None])[:, 0] - total_B).tolist()
+        tops = _tops(all_BV[:, :num_ids], total_B, choices)
     finite = best_B.isfinite().tolist()
-    return Sampled([token if ok else None for token, ok in zip(tokens_B.tolist(), finite, strict=True)], logprobs)
+    tokens = [token if ok else None for token, ok in zip(tokens_B.tolist(), finite, strict=True)]
+    return Sampled(tokens, logprobs, tops)
+
+
+def sample_alone(logits_BV: Tensor, choices: Sequence[Choice], *, num_ids: int | None = None) -> Sampled:
+    """Like `sample`, one row after the other: no number of a row depends on how many others there are."""
+    rows = [sample(logits_BV[row : row + 1], [choice], num_ids=num_ids) for row, choice in enumerate(choices)]
+    wanted = any(row.logprobs is not None for row in rows)
+    return Sampled(
+        [row.tokens[0] for row in rows],
+        [0.0 if row.logprobs is None else row.logprobs[0] for row in rows] if wanted else None,
+        {at: row.tops[0] for at, row in enumerate(rows) if row.tops},
+    )
+
+
+def _edited(logits_BV: Tensor, choices: Sequence[Choice]) -> Tensor:
+    """The logits with every row's edits; the model's own are left as they are."""
+    rows = [(row, choice.edits) for row, choice in enumerate(choices) if choice.edits is not None]
+    if rows:
+        logits_BV = logits_BV.clone()
+    for row, edits in rows:
+        edits.apply(logits_BV[row])
+    return logits_BV
+
+
+def _tops(logits_BV: Tensor, total_B: Tensor, choices: Sequence[Choice]) -> dict[int, TopLogprobs]:
+    """The most likely ids of the rows that want them, by the model's own distribution."""
+    wanted = {row: choice.params.top_logprobs for row, choice in enumerate(choices) if choice.params.top_logprobs}
+    if not wanted:
+        return {}
+    index = torch.tensor(list(wanted), device=logits_BV.device)
+    best = logits_BV[index].topk(min(max(wanted.values()), logits_BV.shape[-1]), dim=-1)
+    values, ids = (best.values - total_B[index, None]).tolist(), best.indices.tolist()
+    return {
+        row: tuple(zip(ids[at][:count], values[at][:count], strict=True))
+        for at, (row, count) in enumerate(wanted.items())
+    }
 
 
 def _draw_rows(logits_BV: Tensor, tokens_B: Tensor, drawn: list[int], choices: Sequence[Choice]) -> Tensor:
@@ -62,7 +104,7 @@ def _draw_rows(logits_BV: Tensor, tokens_B: Tensor, drawn: list[int], choices: S
     The best logit of each row is 0, so that a tiny temperature cannot overflow.
     """
     vocab = logits_BV.shape[-1]
-    filtered = {row for row in drawn if choices[row].params.top_p < 1 or 0 < choices[row].params.top_k < vocab}
+    filtered = {row for row in drawn if _is_filtered(choices[row].params, vocab)}
     tokens_B = tokens_B.clone()
     for rows, draw in (([row for row in drawn if row not in filtered], _draw), (sorted(filtered), _draw_filtered)):
         if rows:
@@ -72,6 +114,10 @@ def _draw_rows(logits_BV: Tensor, tokens_B: Tensor, drawn: list[int], choices: S
             probs = scaled.softmax(dim=-1).nan_to_num(0.0)
             tokens_B[index] = draw(probs, [choices[row] for row in rows])
     return tokens_B
+
+
+def _is_filtered(params: SamplingParams, vocab: int) -> bool:
+    return params.top_p < 1 or 0 < params.top_k < vocab or params.min_p > 0
 
 
 def _column(values: Sequence[float], like: Tensor) -> Tensor:
@@ -90,7 +136,8 @@ def _draw(probs_RV: Tensor, choices: Sequence[Choice]) -> Tensor:
 
 
 def _draw_filtered(probs_RV: Tensor, choices: Sequence[Choice]) -> Tensor:
-    """Keep the top_k most likely, of these the fewest whose probability reaches top_p, and draw."""
+    """Keep the top_k most likely, of these the fewest whose probability reaches top_p, of these what is at least
+    min_p of the likeliest, and draw."""
     vocab = probs_RV.shape[-1]
     limits = [choice.params.top_k if choice.params.top_k else vocab for choice in choices]
     sorted_RK, order_RK = probs_RV.topk(min(max(limits), vocab), dim=-1)
@@ -99,4 +146,6 @@ def _draw_filtered(probs_RV: Tensor, choices: Sequence[Choice]) -> Tensor:
     before_RK = sorted_RK.cumsum(dim=-1) - sorted_RK
     mass_R1 = sorted_RK.sum(dim=-1, keepdim=True) * _column([choice.params.top_p for choice in choices], probs_RV)
     sorted_RK = sorted_RK.masked_fill((before_RK >= mass_R1) & (ranks_K > 0), 0.0)
+    least_R1 = sorted_RK[:, :1] * _column([choice.params.min_p for choice in choices], probs_RV)
+    sorted_RK = sorted_RK.masked_fill(sorted_RK < least_R1, 0.0)
     return order_RK.gather(-1, _draw(sorted_RK, choices)[:, None])[:, 0]

@@ -23,7 +23,9 @@ from puyu.files import read_json, write_json
 from puyu.model.config import ModelConfig
 from puyu.model.families import fuse_qkv, name_pairs, split_qkv
 from puyu.model.heads import CausalLM, ScalarModel
-from puyu.model.linear import Linear, QuantFormat, QuantLinear
+from puyu.model.linear import QuantLinear
+from puyu.model.quant_files import FileForm
+from puyu.model.quant_modules import fill_quantized, quantized_tensors
 from puyu.model.weights import Stored, open_weights, save_weights
 
 SIDE_FILES = (
@@ -106,24 +108,13 @@ def _filled(
 ) -> M:
     with torch.device("meta"):
         model = kind(config)
-    if config.quantization:
-        make_quantized(model, QuantFormat.from_config(config.quantization))
     with open_weights(folder, allow_pickle=allow_pickle) as stored:
+        if config.quantization:
+            form, pairs = FileForm.from_config(config.quantization), list(name_pairs(config, head=head))
+            fill_quantized(model, form, pairs=pairs, take=stored.take, names=frozenset(stored.unused))
         state = _our_state(model, stored, head=head, dtype=dtype, folder=folder)
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
-
-
-def make_quantized(model: nn.Module, form: QuantFormat) -> None:
-    """Replace every Linear of the trunk by an empty QuantLinear of the same shape, in place."""
-    for name, child in list(model.named_modules()):
-        if isinstance(child, Linear) and name.startswith("trunk."):
-            if not form.fits(child.in_features):
-                remedy = "choose a group that divides the number of inputs"
-                raise CheckpointError(f"{name}: {child.in_features} inputs, groups of {form.group}", remedy=remedy)
-            parent = model.get_submodule(name.rpartition(".")[0])
-            empty = QuantLinear(child.in_features, child.out_features, form=form, bias=child.bias is not None)
-            setattr(parent, name.rpartition(".")[2], empty)
 
 
 def _our_state(
@@ -131,7 +122,9 @@ def _our_state(
 ) -> dict[str, Tensor]:
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     config: ModelConfig = model.trunk.config  # type: ignore[union-attr, assignment]
-    state: dict[str, Tensor] = {}
+    codes = _codes(model)
+    state: dict[str, Tensor] = {key: tensor for key, tensor in model.state_dict().items() if key in codes}
+    expected = {key: shape for key, shape in expected.items() if key not in codes}
     for ours, theirs in name_pairs(config, head=head):
         for suffix in (key[len(ours) + 1 :] for key in expected if key.startswith(ours + ".")):
             parts = [stored.take(f"{name}.{suffix}") for name in theirs]
@@ -147,23 +140,37 @@ def _our_state(
     return state
 
 
+def _codes(model: nn.Module) -> set[str]:
+    """Names of the tensors of quantized layers, which `quant_modules` reads and writes; their biases are not among
+    them."""
+    layers = [(name, child) for name, child in model.named_modules() if isinstance(child, QuantLinear)]
+    return {f"{name}.{key}" for name, layer in layers for key in layer.state_dict() if key != "bias"}
+
+
 def _ignorable(name: str) -> bool:
     """Old exports store rotary tables; tied models may store the head a second time."""
     return name.endswith("rotary_emb.inv_freq") or name in ("lm_head.weight", "output.weight")
 
 
 def their_state(model: CausalLM | ScalarModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The model's tensors under the names of its family (`state`: a full state dict gathered by the caller)."""
+    """The model's tensors under the names of its family (`state`: a full state dict gathered by the caller);
+    integer codes are left out, their packing is the business of `save_model`."""
     config = model.config
     state = model.state_dict() if state is None else state
-    head = config.row.reward_head if isinstance(model, ScalarModel) else config.row.head
+    codes = _codes(model)
     result: dict[str, Tensor] = {}
-    for ours, theirs in name_pairs(config, head=head):
-        for key in [key for key in state if key.startswith(ours + ".")]:
+    for ours, theirs in name_pairs(config, head=_head_name(model)):
+        for key in [key for key in state if key.startswith(ours + ".") and key not in codes]:
             suffix = key[len(ours) + 1 :]
             for name, part in zip(theirs, _split(ours, state[key], len(theirs), config), strict=True):
                 result[f"{name}.{suffix}"] = part.detach().cpu().contiguous().clone()
     return result
+
+
+def _head_name(model: CausalLM | ScalarModel) -> str | None:
+    if isinstance(model, ScalarModel):
+        return model.config.row.reward_head
+    return None if model.head is None else model.config.row.head
 
 
 def _split(ours: str, tensor: Tensor, num_parts: int, config: ModelConfig) -> list[Tensor]:
@@ -193,9 +200,14 @@ def save_model(
     tensors = their_state(model, state)
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    if config.quantization:
+        form, pairs = FileForm.from_config(config.quantization), list(name_pairs(config, head=_head_name(model)))
+        tensors |= quantized_tensors(
+            model, form, pairs=pairs, split=lambda ours, rows, n: _split(ours, rows, n, config)
+        )
     scalar = isinstance(model, ScalarModel)
     value = config.to_hf(architecture=config.row.reward_architecture if scalar else None)
-    value["torch_dtype"] = str(next(t.dtype for t in tensors.values() if t.is_floating_point())).removeprefix("torch.")
+    value["torch_dtype"] = str(tensors[f"{config.row.norm}.weight"].dtype).removeprefix("torch.")
     save_weights(folder, tensors, max_shard_bytes=max_shard_bytes)
     write_json(folder / "config.json", {**value, **(extra or {})})
     if not scalar:

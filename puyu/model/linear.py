@@ -1,21 +1,22 @@
-"""The one seam for matrix products: full precision here, packed int8 and int4 weights beside it.
+"""The one seam for matrix products: full precision here, integer weights beside it.
 
 `Linear` casts its fp32 master weight to the dtype of its input, so that mixed precision needs no autocast:
 activations in bf16 make the product run in bf16, gradients come back in fp32.
-`QuantLinear` holds integer codes and per-group scales; how they were chosen is the business of `quant/`.
+`QuantLinear` computes with integer codes; how they were chosen is the business of `quant/`, how files pack them
+that of `quant_files.py`. O outputs, I inputs, G groups of inputs that share a scale.
+
+    layer = QuantLinear.of(QuantWeight(codes_OI, scales_OG, zeros_OG, bits=4), bias=None)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from puyu.errors import CheckpointError
 
 
 class Linear(nn.Module):
@@ -32,98 +33,167 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-GROUPS = (32, 64, 128, 256)
-"""Inputs that may share a scale in int4: what the native kernel takes."""
+_KERNEL_GROUPS = (256, 128, 64, 32)
+"""Inputs that may share a scale in torch's int4 kernel."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantFormat:
-    """Weight-only integer format: `bits` per code, one scale (and for int4 a zero point) per `group` inputs.
+    """What a quantized matrix is made of: w = (code - zero) * scale.
 
-    int8: symmetric, one scale per output row (group 0). int4: asymmetric, code 0..15, w = (code - 8) * scale + zero.
+    `bits` 8: codes -128..127; 4: codes 0..15. `group` inputs share a scale, 0: the whole row does. Symmetric: the
+    zero is 0 for 8 bits and 8 for 4 bits; else an integer a group. `activations`: inputs become int8 too, with one
+    scale a token. `permuted`: groups are made of inputs in another order.
     """
 
     bits: int
     group: int = 0
+    symmetric: bool = True
+    activations: bool = False
+    permuted: bool = False
 
-    @staticmethod
-    def from_config(value: Mapping[str, object]) -> QuantFormat:
-        """Read `quantization_config`; CheckpointError for a method or a format that is not ours."""
-        if value.get("quant_method") != "puyu":
-            raise CheckpointError(
-                f"quantization method {value.get('quant_method')!r} is not supported",
-                remedy="quantize the full-precision checkpoint with `puyu quantize`",
-            )
-        form = (value.get("bits"), value.get("group", 0))
-        if form != (8, 0) and form not in [(4, group) for group in GROUPS]:
-            known = f"bits 8 with group 0, or bits 4 with group {', '.join(map(str, GROUPS))}"
-            raise CheckpointError(f"quantization_config has bits {form[0]!r} and group {form[1]!r}", remedy=known)
-        return QuantFormat(int(str(form[0])), int(str(form[1])))
-
-    def to_config(self) -> dict[str, object]:
-        return {"quant_method": "puyu", "bits": self.bits, "group": self.group}
+    @property
+    def middle(self) -> int:
+        """The code of weight 0 in a symmetric format."""
+        return 8 if self.bits == 4 else 0
 
     def fits(self, in_features: int) -> bool:
-        """Whether a layer with that many inputs splits into whole groups."""
-        return self.bits == 8 or in_features % self.group == 0
+        """Whether a layer with that many inputs splits into whole groups (and, for 4 bits, whole bytes)."""
+        return in_features % (self.group or 1) == 0 and in_features % (8 // self.bits) == 0
 
 
-class QuantLinear(nn.Module):
-    """Weight-only quantized linear layer; inference only.
+@dataclass(frozen=True, slots=True)
+class QuantWeight:
+    """Plain codes of one matrix, one a cell: int8 [O, I] for 8 bits, uint8 0..15 [O, I] for 4.
 
-    Buffers as stored: int8 `codes` [out, in] and `scales` [out, 1]; int4 `codes` uint8 [out, in / 2] (low nibble
-    first) with `scales` and `zeros` [out, in / group]. Scales and zeros hold bf16 values whatever their dtype,
-    because torch's native CPU kernels compute with those. Few rows use the integer kernel (activations rounded to
-    bf16); more than `dense_rows`, and shapes that the kernel does not take, use dequantized weights and a dense
-    product.
+    `scales` [O, G] in the dtype of their file; `zeros` int16 [O, G] or None (symmetric); `perm` int64 [I]: column c
+    of the codes belongs to input perm[c], or None where columns are in the order of the inputs.
     """
 
     codes: Tensor
     scales: Tensor
-    zeros: Tensor
+    zeros: Tensor | None = None
+    perm: Tensor | None = None
+    bits: int = 4
+    activations: bool = False
+
+    @property
+    def form(self) -> QuantFormat:
+        groups = self.scales.shape[1]
+        group = 0 if groups == 1 else self.codes.shape[1] // groups
+        return QuantFormat(self.bits, group, self.zeros is None, self.activations, self.perm is not None)
+
+    def rows(self, arrange: Callable[[Tensor], Tensor]) -> QuantWeight:
+        """The same with rows moved, left out or taken by `arrange`."""
+        zeros = None if self.zeros is None else arrange(self.zeros)
+        return replace(self, codes=arrange(self.codes), scales=arrange(self.scales), zeros=zeros)
+
+    @staticmethod
+    def fused(parts: Sequence[QuantWeight], join: Callable[[list[Tensor]], Tensor]) -> QuantWeight:
+        """One matrix of the rows of several, which agree in everything but their rows."""
+        first, zeros = parts[0], [part.zeros for part in parts if part.zeros is not None]
+        assert len(zeros) in (0, len(parts)), "parts with zeros and parts without"
+        codes, scales = join([part.codes for part in parts]), join([part.scales for part in parts])
+        return replace(first, codes=codes, scales=scales, zeros=join(zeros) if zeros else None)
+
+    def simplified(self) -> QuantWeight:
+        """Without zeros that are all those of the symmetric format, without a permutation that moves nothing."""
+        zeros, perm = self.zeros, self.perm
+        if zeros is not None and bool((zeros == self.form.middle).all()):
+            zeros = None
+        if perm is not None and torch.equal(perm, torch.arange(len(perm), device=perm.device)):
+            perm = None
+        return replace(self, zeros=zeros, perm=perm)
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the codes stand for, [O, I] in the order of the inputs."""
+        weight = _dequantized(self.codes, self.scales, self.zeros, middle=self.form.middle, dtype=dtype)
+        return weight if self.perm is None else weight[:, self.perm.argsort()]
+
+
+class QuantLinear(nn.Module):
+    """A linear layer on integer codes; inference only.
+
+    Buffers: `codes` int8 [O, I], or for 4 bits uint8 [O, I / 2] with the even column in the low nibble; `scales`
+    [O, G] as stored; `zeros` int16 [O, G] unless symmetric; `perm` int64 [I] when permuted. Dequantizing and a
+    dense product is the reference. On a CPU few rows use torch's integer kernels, which round activations, scales
+    and zeros * scales to bf16; more than `dense_rows`, and shapes that the kernels do not take, use the reference.
+    With int8 activations the sums are exact integers on every path.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, *, form: QuantFormat, bias: bool = False) -> None:
         super().__init__()
         assert form.fits(in_features), f"{in_features} inputs do not split into groups of {form.group}"
         self.in_features, self.out_features, self.form = in_features, out_features, form
-        columns = in_features if form.bits == 8 else in_features // 2
-        groups = 1 if form.bits == 8 else in_features // form.group
+        columns = in_features * form.bits // 8
+        groups = in_features // form.group if form.group else 1
         code_type = torch.int8 if form.bits == 8 else torch.uint8
         self.register_buffer("codes", torch.zeros(out_features, columns, dtype=code_type))
         self.register_buffer("scales", torch.zeros(out_features, groups))
-        if form.bits == 4:
-            self.register_buffer("zeros", torch.zeros(out_features, groups))
+        zeros = None if form.symmetric else torch.zeros(out_features, groups, dtype=torch.int16)
+        self.register_buffer("zeros", zeros)
+        self.register_buffer("perm", torch.arange(in_features) if form.permuted else None)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        # the int8 kernel reads whole vectors of 16 inputs, past the end of a row that is shorter
-        self.has_kernel = in_features % 16 == 0 if form.bits == 8 else out_features % 16 == 0
         # int4 costs about three times as much to dequantize, so its kernel pays up to more rows
         self.dense_rows = 32 if form.bits == 8 else 96
+        self.kernel_group = _kernel_group(form, in_features, out_features)
         self._packed: tuple[Tensor, Tensor] | None = None
+
+    @staticmethod
+    def of(weight: QuantWeight, *, bias: Tensor | None = None) -> QuantLinear:
+        """The layer that computes with these codes."""
+        rows, columns = weight.codes.shape
+        layer = QuantLinear(columns, rows, form=weight.form, bias=bias is not None)
+        codes = weight.codes if weight.bits == 8 else pack_int4(weight.codes)
+        found = {"codes": codes, "scales": weight.scales, "zeros": weight.zeros, "perm": weight.perm, "bias": bias}
+        layer.load_state_dict({name: value for name, value in found.items() if value is not None}, assign=True)
+        return layer
+
+    def plain(self) -> QuantWeight:
+        """The codes as plain numbers."""
+        codes = self.codes if self.form.bits == 8 else unpack_int4(self.codes)
+        form = self.form
+        return QuantWeight(codes, self.scales, self.zeros, self.perm, bits=form.bits, activations=form.activations)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight [out, in]."""
-        scales = self.scales.to(dtype)
-        if self.form.bits == 8:
-            return self.codes.to(dtype).mul_(scales)
-        grouped = unpack_int4(self.codes).to(dtype).sub_(8).unflatten(1, (-1, self.form.group))
-        return grouped.mul_(scales[..., None]).add_(self.zeros.to(dtype)[..., None]).flatten(1)
+        return self.plain().dequantized(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.in_features
-        if self.has_kernel and 0 < rows < self.dense_rows and x.device.type == "cpu" and x.dtype != torch.float64:
-            y = self._integer(x.reshape(-1, self.in_features).bfloat16().contiguous()).to(x.dtype)
-            y = y.reshape(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, self.in_features)
+        if self.perm is not None:
+            rows = rows[:, self.perm]
+        if self.form.activations:
+            y = self._integer_sums(rows)
+        elif self._uses_kernel(rows):
+            y = self._kernel(rows.bfloat16().contiguous()).to(x.dtype)
         else:
-            y = F.linear(x, self.weight(x.dtype))
+            codes = self.codes if self.form.bits == 8 else unpack_int4(self.codes)
+            y = F.linear(rows, _dequantized(codes, self.scales, self.zeros, middle=self.form.middle, dtype=x.dtype))
+        y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
-    def _integer(self, x: Tensor) -> Tensor:
+    def _uses_kernel(self, rows: Tensor) -> bool:
+        few = self.kernel_group > 0 and 0 < rows.shape[0] < self.dense_rows
+        return few and rows.device.type == "cpu" and rows.dtype != torch.float64
+
+    def _integer_sums(self, x: Tensor) -> Tensor:
+        codes, scales = quantize_tokens(x)
+        sums = integer_product(codes, self.codes).to(scales.dtype)
+        return sums.mul_(scales).mul_(self.scales.to(scales.dtype).T).to(x.dtype)
+
+    def _kernel(self, x: Tensor) -> Tensor:
         if self._packed is None:
             self._packed = self._pack()
         codes, scales = self._packed
         if self.form.bits == 8:
             return torch._weight_int8pack_mm(x, codes, scales)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, self.form.group, scales)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, self.kernel_group, scales)
 
     def _pack(self) -> tuple[Tensor, Tensor]:
         if self.form.bits == 8:
@@ -131,12 +201,55 @@ class QuantLinear(nn.Module):
             aligned = self.codes if self.codes.data_ptr() % 64 == 0 else self.codes.clone()
             return aligned, self.scales.flatten().bfloat16()
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_int4(self.codes).int(), 1)
-        both = torch.stack((self.scales.T, self.zeros.T), dim=-1).bfloat16().contiguous()
-        return packed, both
+        scales = self.scales.float()
+        # the kernel's weight is (code - 8) * scale + offset
+        offsets = torch.zeros_like(scales) if self.zeros is None else scales * (8 - self.zeros)
+        both = torch.stack((scales.T, offsets.T), dim=-1)
+        repeat = self.in_features // self.kernel_group // both.shape[0]
+        return packed, both.repeat_interleave(repeat, dim=0).bfloat16().contiguous()
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._packed = None
         super()._load_from_state_dict(*arguments)
+
+
+def _kernel_group(form: QuantFormat, in_features: int, out_features: int) -> int:
+    """The group that torch's kernel is told, 0 where there is no kernel."""
+    if form.activations:
+        return 0
+    if form.bits == 8:
+        # the kernel reads whole vectors of 16 inputs, past the end of a row that is shorter
+        plain = form.group == 0 and form.symmetric and in_features % 16 == 0
+        return in_features if plain else 0
+    size = form.group or in_features
+    fitting = [group for group in _KERNEL_GROUPS if size % group == 0]
+    return fitting[0] if fitting and out_features % 16 == 0 else 0
+
+
+def _dequantized(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, middle: int, dtype: torch.dtype) -> Tensor:
+    """(code - zero) * scale; the difference is exact in every dtype."""
+    grouped = codes.to(dtype).unflatten(1, (scales.shape[1], -1))
+    if zeros is not None:
+        grouped.sub_(zeros.to(dtype)[..., None])
+    elif middle:
+        grouped.sub_(middle)
+    return grouped.mul_(scales.to(dtype)[..., None]).flatten(1)
+
+
+def quantize_tokens(x_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes -127..127 of each token, and their scales [T, 1] (fp32, or fp64 for fp64)."""
+    wide = x_TI if x_TI.dtype == torch.float64 else x_TI.float()
+    scales = wide.abs().amax(dim=1, keepdim=True) / 127
+    codes = (wide / torch.where(scales > 0, scales, 1.0)).round().clamp_(-127, 127).to(torch.int8)
+    return codes, scales
+
+
+def integer_product(a_TI: Tensor, b_OI: Tensor) -> Tensor:
+    """a b^T of int8 matrices, exact: int32 sums on a CPU, else fp64 sums, which hold every one up to 2^38 inputs."""
+    # torch 2.13 gives zeros for a single input
+    if a_TI.device.type == "cpu" and a_TI.shape[0] > 0 and a_TI.shape[1] > 1:
+        return torch._int_mm(a_TI, b_OI.T)
+    return a_TI.double() @ b_OI.double().T
 
 
 def pack_int4(codes: Tensor) -> Tensor:

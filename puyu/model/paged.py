@@ -1,8 +1,7 @@
 """Attention over a paged cache: prompts in chunks and decoding sequences mixed in one step of the engine.
 
 T tokens of the step, B decoding sequences, S longest context, N query heads, K key/value heads, g = N / K, H
-head_dim. Keys and values of a layer stand as rows of H numbers, ordered [key or value, head, slot]; a token's slot
-is block * block_size + offset (Kwon et al. 2023, arXiv 2309.06180). All index tensors are made once per step and
+head_dim. Where keys and values stand is the business of `kv_cache.py`. All index tensors are made once per step and
 shared by the layers. Knows no requests and no scheduler.
 
     cache = KVCache(config, num_blocks=64, block_size=16, device="cpu", dtype=torch.float32)
@@ -19,35 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from puyu.model.config import ModelConfig
+from puyu.model.kv_cache import KVCache
 from puyu.model.packed import PackedPlan, window_mask
 
-
-class KVCache:
-    """Keys and values of all layers: `rows` [layers, 2 * K * slots, H]."""
-
-    def __init__(
-        self, config: ModelConfig, *, num_blocks: int, block_size: int, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
-        self.num_blocks, self.block_size, self.num_kv_heads = num_blocks, block_size, config.num_kv_heads
-        self.num_slots = num_blocks * block_size
-        shape = (config.num_layers, 2 * config.num_kv_heads * self.num_slots, config.head_dim)
-        self.rows = torch.empty(shape, device=device, dtype=dtype)
-
-    @property
-    def device(self) -> torch.device:
-        return self.rows.device
-
-    @staticmethod
-    def block_bytes(config: ModelConfig, *, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes of one block over all layers, keys and values."""
-        return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * dtype.itemsize
-
-    def rows_of(self, slots: Tensor) -> Tensor:
-        """Rows of keys, then of values, heads before the last dimension: [..., C] -> [2, ..., K, C]."""
-        heads = torch.arange(2 * self.num_kv_heads, device=slots.device).mul_(self.num_slots)
-        heads = heads.view(2, *[1] * (slots.dim() - 1), self.num_kv_heads, 1)
-        return slots.unsqueeze(-2) + heads
+__all__ = ["KVCache", "PagedPlan", "PagedSequence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +64,11 @@ class PagedPlan:
 
         `window`: how many tokens a query sees, itself included; 0 is all before it.
         """
-        rows = self.cache.rows[layer]
-        new = torch.stack((k_TKH, v_TKH)).flatten(0, 2)
-        rows.index_copy_(0, self._written, new.to(rows.dtype))
+        self.cache.write(layer, self._written, torch.stack((k_TKH, v_TKH)).flatten(0, 2))
         parts = self._parts_of(window)
         if len(parts) == 1:
-            return parts[0].attend(rows, q_TNH, k_TKH, v_TKH)
-        outputs = [part.attend(rows, q_TNH[part.span], k_TKH[part.span], v_TKH[part.span]) for part in parts]
+            return parts[0].attend(layer, q_TNH, k_TKH, v_TKH)
+        outputs = [part.attend(layer, q_TNH[part.span], k_TKH[part.span], v_TKH[part.span]) for part in parts]
         return torch.cat(outputs)
 
     def _parts_of(self, window: int) -> list[_Decodes | _Continued | _Fresh]:
@@ -108,7 +80,7 @@ class PagedPlan:
                 parts.append(_Decodes(self.cache, decodes, window))
             parts += [_Continued(self.cache, sequence, window) for sequence in continued]
             if fresh:
-                parts.append(_Fresh(fresh, self.cache.device, window))
+                parts.append(_Fresh(self.cache, fresh, window))
             self._parts[window] = parts
         return self._parts[window]
 
@@ -148,7 +120,7 @@ class _Decodes:
     """
 
     def __init__(self, cache: KVCache, sequences: Sequences, window: int) -> None:
-        self.span = _span(sequences)
+        self.cache, self.span = cache, _span(sequences)
         size = cache.block_size
         lengths_B = np.array([sequence.context + 1 for sequence in sequences])
         seen_B = np.maximum(lengths_B - window, 0) if window else np.zeros_like(lengths_B)  # the first that is seen
@@ -165,13 +137,13 @@ class _Decodes:
         # padding reads the sequence's own first token: a stranger's leftovers could hold NaN, and 0 * NaN is NaN
         slots_BS = np.where(hidden_BS, slots_BS[:, :1], slots_BS)
         self.rows = cache.rows_of(torch.from_numpy(slots_BS).to(cache.device)).flatten()
-        self.shape = (2, len(sequences) * cache.num_kv_heads, longest, cache.rows.shape[-1])
+        self.shape = (2, len(sequences) * cache.num_kv_heads, longest, cache.head_dim)
         self.hidden_BS = torch.from_numpy(hidden_BS).to(cache.device)
         self.bias: Tensor | None = None
 
-    def attend(self, rows: Tensor, q_BNH: Tensor, k_BKH: Tensor, v_BKH: Tensor) -> Tensor:
+    def attend(self, layer: int, q_BNH: Tensor, k_BKH: Tensor, v_BKH: Tensor) -> Tensor:
         """[B, N, H]; queries that share a head are rows of one product."""
-        past = rows.index_select(0, self.rows).view(self.shape).to(q_BNH.dtype)
+        past = self.cache.read(layer, self.rows, q_BNH.dtype).view(self.shape)
         if self.bias is None:
             self.bias = self._bias(q_BNH)
         keys, values = past[0], past[1]
@@ -199,17 +171,17 @@ class _Continued:
     """L queries of one sequence after `context` cached tokens: a later chunk, or a prompt with a cached prefix."""
 
     def __init__(self, cache: KVCache, sequence: PagedSequence, window: int) -> None:
-        self.span = _span([sequence])
+        self.cache, self.span = cache, _span([sequence])
         total = sequence.context + sequence.length
         first = max(0, sequence.context - window + 1) if window else 0
         slots_C = torch.from_numpy(_slots(cache, sequence.blocks, start=first, stop=total)).to(cache.device)
         self.rows = cache.rows_of(slots_C).flatten()
-        self.shape = (2, cache.num_kv_heads, total - first, cache.rows.shape[-1])
+        self.shape = (2, cache.num_kv_heads, total - first, cache.head_dim)
         self.seen_LC = window_mask(first, total, queries=sequence.length, window=window, device=cache.device)
 
-    def attend(self, rows: Tensor, q_LNH: Tensor, k_LKH: Tensor, v_LKH: Tensor) -> Tensor:
+    def attend(self, layer: int, q_LNH: Tensor, k_LKH: Tensor, v_LKH: Tensor) -> Tensor:
         """[L, N, H]."""
-        past = rows.index_select(0, self.rows).view(self.shape).to(q_LNH.dtype)
+        past = self.cache.read(layer, self.rows, q_LNH.dtype).view(self.shape)
         q_KgLH = torch.unflatten(q_LNH, 1, (self.shape[1], -1)).permute(1, 2, 0, 3)
         keys, values = (x[:, None].expand(-1, q_KgLH.shape[1], -1, -1) for x in (past[0], past[1]))
         out_KgLH = F.scaled_dot_product_attention(q_KgLH, keys, values, attn_mask=self.seen_LC)
@@ -219,13 +191,11 @@ class _Continued:
 class _Fresh:
     """Prompts from their first token on: nothing is cached yet, so they are a packed row of documents."""
 
-    def __init__(self, sequences: Sequences, device: torch.device, window: int) -> None:
-        self.window = window
-        self.span = _span(sequences)
+    def __init__(self, cache: KVCache, sequences: Sequences, window: int) -> None:
+        self.cache, self.span, self.window = cache, _span(sequences), window
         starts = [sequence.start - self.span.start for sequence in sequences]
-        self.plan = PackedPlan.build(starts, self.span.stop - self.span.start, device)
+        self.plan = PackedPlan.build(starts, self.span.stop - self.span.start, cache.device)
 
-    def attend(self, rows: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
+    def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
         """[T, N, H]; keys and values are those of the step, as the cache holds them."""
-        k, v = (x.to(rows.dtype).to(x.dtype) for x in (k_TKH, v_TKH))
-        return self.plan.attend(q_TNH, k, v, 0, window=self.window)
+        return self.plan.attend(q_TNH, self.cache.seen(k_TKH), self.cache.seen(v_TKH), 0, window=self.window)

@@ -93,7 +93,7 @@ class Service:
             completion = await self.llm.generate(request)
             watch.ended(completion.finish_reason, completion.usage)
         if completion.finish_reason in BROKEN:
-            status = 503 if completion.finish_reason == "abort" else 500
+            status = {"abort": 503, "timeout": 504}.get(completion.finish_reason, 500)
             raise Refused(status, error_body(BROKEN[completion.finish_reason], kind="server_error"))
         return completion
 

@@ -2,7 +2,8 @@
 
 A field that is unknown, of the wrong type, or not supported is refused by name (400); nothing is ignored that
 would change the answer. `SamplingParams` ranges are the engine front's to check. Reference:
-platform.openai.com/docs/api-reference; extensions (top_k, ignore_eos, stop_token_ids) have vLLM's names.
+platform.openai.com/docs/api-reference; extensions (top_k, min_p, repetition_penalty, min_tokens, ignore_eos,
+stop_token_ids) have vLLM's names.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from puyu.errors import InputError, RequestError
-from puyu.types import GenerateRequest, Message, SamplingParams, ToolSpec
+from puyu.types import GenerateRequest, Guide, Message, SamplingParams, ToolSpec
 
 MAX_PAIRS = 4096
 MAX_DEPTH = 64
@@ -71,9 +72,6 @@ class Sampling(Body):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "n": (1,),
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "logit_bias": ({},),
         "service_tier": ("auto", "default"),
     }
 
@@ -88,10 +86,13 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
     n: Any = None
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    logit_bias: Any = None
     service_tier: Any = None
 
     @property
@@ -117,6 +118,12 @@ class Sampling(Body):
             "ignore_eos": self.ignore_eos,
             "stop": None if self.stop is None else _texts(self.stop),
             "stop_token_ids": None if self.stop_token_ids is None else tuple(self.stop_token_ids),
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "logit_bias": None if self.logit_bias is None else _bias(self.logit_bias),
+            "min_tokens": self.min_tokens,
         }
         values = {name: value for name, value in given.items() if value is not None}
         return replace(defaults, max_tokens=max_tokens, logprobs=logprobs, **values)
@@ -124,6 +131,14 @@ class Sampling(Body):
 
 def _same(value: Any, item: Any) -> bool:
     return bool(value == item) and isinstance(value, bool) == isinstance(item, bool)
+
+
+def _bias(value: Mapping[str, float]) -> dict[int, float]:
+    """Token ids come as text, since JSON knows no other keys."""
+    wrong = next((key for key in value if not (key.isascii() and key.isdigit())), None)
+    if wrong is not None:
+        raise RequestError(f"logit_bias has the key {wrong!r}, which is no token id", param="logit_bias")
+    return {int(key): bias for key, bias in value.items()}
 
 
 def _texts(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -169,7 +184,6 @@ class ChatBody(Sampling):
         **Sampling.neutral,
         "top_logprobs": (0,),
         "parallel_tool_calls": (True,),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "reasoning_effort": ("none",),
         "store": (False,),
@@ -201,8 +215,23 @@ class ChatBody(Sampling):
             raise RequestError(f"max_completion_tokens must be at least 1, got {limit}", param="max_completion_tokens")
         max_tokens = context if limit is None else limit
         params = self.params(defaults, max_tokens=max_tokens, logprobs=bool(self.logprobs))
+        params = replace(params, guide=_guide(self.response_format))
         tools = self.tools if self.tool_choice != "none" else None
         return GenerateRequest(read_messages(self.messages), params, tuple(_spec(tool) for tool in tools or ()))
+
+
+def _guide(form: Any) -> Guide | None:
+    """OpenAI's `response_format`; any JSON object is a schema too."""
+    kind = form.get("type") if isinstance(form, Mapping) else None
+    if form is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return Guide("json_schema", {"type": "object"})
+    schema = form.get("json_schema") if kind == "json_schema" else None
+    if isinstance(schema, Mapping) and isinstance(schema.get("schema"), Mapping):
+        return Guide("json_schema", schema["schema"])
+    remedy = "use {'type': 'json_schema', 'json_schema': {'name': ..., 'schema': {...}}}, json_object or text"
+    raise RequestError(f"response_format {kind!r} cannot be read", param="response_format", remedy=remedy)
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:

@@ -22,6 +22,7 @@ DONE = b"data: [DONE]\n\n"
 BROKEN = {
     "error": "the engine failed on this request",
     "abort": "the server is stopping; the answer is incomplete",
+    "timeout": "the answer took longer than the request allowed",
 }
 
 

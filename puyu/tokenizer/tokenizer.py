@@ -135,6 +135,11 @@ class Tokenizer:
         return {self._added[id].content: id for id in sorted(self.special_ids)}
 
     @property
+    def json_text(self) -> str:
+        """The content of tokenizer.json."""
+        return self._json
+
+    @property
     def is_byte_level(self) -> bool:
         """Whether each token is a run of bytes whose concatenation is the text."""
         return self._byte_level

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from puyu.cli import agent, chat, serve
-from puyu.errors import ConfigError, ResourceError
+from puyu.errors import ConfigError, RequestError, ResourceError
 from tests.serve.conftest import checkpoint, llm, model, tokenizer, url
 
 __all__ = ["checkpoint", "llm", "model", "tokenizer", "url"]  # fixtures, shared with the server's tests
@@ -103,3 +103,14 @@ def test_serve_help_names_every_field_without_torch() -> None:
 def test_serve_refuses_bad_flags(arguments: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         serve.main(arguments)
+
+
+def test_sampling_options_reach_the_server(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--top-k", "5", "--min-p", "0.1", "--repetition-penalty", "1.1", "--temperature", "0.5", "--seed", "1"]
+    given = chat.parser("chat", "").parse_args(["--url", url, *words])
+    params = chat.params_of(given)
+    assert (params.top_k, params.min_p, params.repetition_penalty, params.seed) == (5, 0.1, 1.1, 1)
+    assert chat.main(["--url", url, "--prompt", "Count", *words]) == 0
+    assert capsys.readouterr().out.strip()
+    with pytest.raises(RequestError, match="min_p"):
+        chat.main(["--url", url, "--prompt", "Count", "--min-p", "7"])

@@ -14,10 +14,10 @@ from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.parallel import Leader, follow, shard
 from puyu.engine.request import Request
 from puyu.model.heads import CausalLM
-from puyu.model.linear import QuantFormat
+from puyu.model.linear import QuantFormat, QuantLinear
 from puyu.model.paged import KVCache
 from puyu.model.transformer import Block
-from puyu.quant.rtn import quantize_weight
+from puyu.quant.rtn import rtn
 from puyu.types import SamplingParams
 from tests.engine.conftest import tiny_model
 
@@ -32,7 +32,7 @@ def model_of(bits: int) -> CausalLM:
             if name.endswith(".bias"):
                 parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)))
     if bits < 16:
-        form = QuantFormat(bits, 0 if bits == 8 else 32)
+        form = QuantFormat(8) if bits == 8 else QuantFormat(4, 32, symmetric=False)
         for block in model.trunk.layers:
             assert isinstance(block, Block)
             for parent, name in [
@@ -42,8 +42,8 @@ def model_of(bits: int) -> CausalLM:
                 (block.mlp, "down"),
             ]:
                 layer = getattr(parent, name)
-                quantized = quantize_weight(layer.weight.detach(), form).layer(bias=layer.bias)
-                quantized.has_kernel = False  # which rounds activations to bf16
+                quantized = QuantLinear.of(rtn(layer.weight.detach(), form), bias=layer.bias)
+                quantized.kernel_group = 0  # which rounds activations to bf16
                 setattr(parent, name, quantized)
     return model
 

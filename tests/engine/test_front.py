@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from puyu.engine.front import Front, Reader, as_messages
-from puyu.engine.request import Request
+from puyu.engine.request import Request, Running
 from puyu.errors import RequestError
 from puyu.tokenizer.chat import render, render_prompt
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.types import Conversation, GenerateRequest, Message, Part, SamplingParams, ToolCall, Usage
+from puyu.types import Conversation, GenerateRequest, Message, Part, SamplingParams, ToolCall
 
 BAD_PARAMS: list[tuple[str, Any]] = [
     ("max_tokens", 0),
@@ -30,6 +30,20 @@ BAD_PARAMS: list[tuple[str, Any]] = [
     ("stop", ["a"]),
     ("stop_token_ids", (10**6,)),
     ("stop_token_ids", (-1,)),
+    ("min_p", 1.5),
+    ("min_tokens", 300),
+    ("repetition_penalty", 0),
+    ("presence_penalty", float("nan")),
+    ("frequency_penalty", "1"),
+    ("logit_bias", {10**6: 1.0}),
+    ("logit_bias", {5: float("inf")}),
+    ("bad_words", ("",)),
+    ("n", 0),
+    ("n", 1000),
+    ("best_of", -1),
+    ("beam_width", 99),
+    ("top_logprobs", 51),
+    ("guide", "yes|no"),
 ]
 
 
@@ -56,14 +70,39 @@ def test_a_bad_prompt_is_named(tokenizer: Tokenizer) -> None:
         as_messages([{"role": "wizard", "content": "hi"}])
 
 
+def test_bad_limits_and_combinations_are_named(tokenizer: Tokenizer) -> None:
+    front = Front(tokenizer, context=64)
+    cases = [
+        (GenerateRequest("a", timeout=0.0), "timeout"),
+        (GenerateRequest("a", queue_timeout=float("nan")), "queue_timeout"),
+        (GenerateRequest("a", priority=1.5), "priority"),  # type: ignore[arg-type]
+        (GenerateRequest("a", adapter="poet"), "adapter"),
+        (GenerateRequest("a", SamplingParams(n=3, best_of=2)), "best_of"),
+        (GenerateRequest("a", SamplingParams(beam_width=2, n=3)), "n"),
+        (GenerateRequest("a", SamplingParams(beam_width=2, temperature=1.0)), "beam_width"),
+        (GenerateRequest("a", SamplingParams(beam_width=2, stop=("x",))), "beam_width"),
+    ]
+    for request, field in cases:
+        with pytest.raises(RequestError) as caught:
+            front.prepare(request)
+        assert caught.value.param == field
+
+
+def test_several_answers_have_seeds_of_their_own_and_one_leader(tokenizer: Tokenizer) -> None:
+    first, *others = Front(tokenizer, context=64).prepare(GenerateRequest("a", SamplingParams(n=2, best_of=4, seed=5)))
+    assert first.params.seed == 5 and not first.leader and first.params.logprobs
+    assert len({request.params.seed for request in (first, *others)}) == 4 == len({r.id for r in (first, *others)})
+    assert {request.leader for request in others} == {first.id}
+
+
 def test_prompts_become_ids(tokenizer: Tokenizer) -> None:
     front = Front(tokenizer, context=200)
-    text = front.prepare(GenerateRequest("Hi <|im_end|>", SamplingParams(max_tokens=500)))
+    (text,) = front.prepare(GenerateRequest("Hi <|im_end|>", SamplingParams(max_tokens=500)))
     assert text.prompt_ids[0] == tokenizer.bos_id
     assert tokenizer.im_end_id not in text.prompt_ids, "text cannot forge a marker"
     assert text.max_tokens == 200 - len(text.prompt_ids)
     assert text.stop_ids == set(tokenizer.stop_ids)
-    chat = front.prepare(GenerateRequest(as_messages("Hi"), SamplingParams(ignore_eos=True, stop_token_ids=(7,))))
+    (chat,) = front.prepare(GenerateRequest(as_messages("Hi"), SamplingParams(ignore_eos=True, stop_token_ids=(7,))))
     assert list(chat.prompt_ids) == render_prompt([Message("user", "Hi")], (), tokenizer)
     assert chat.stop_ids == {7} and chat.id != text.id
 
@@ -79,6 +118,13 @@ def read(
         if reader.stopped:
             break
     return [*pieces, reader.close()], reader
+
+
+def written(ids: list[int]) -> Running:
+    """A request that has given these ids."""
+    running = Running(Request("r", (1,), 999), 0)
+    running.tokens += ids
+    return running
 
 
 def test_no_character_is_ever_torn(tokenizer: Tokenizer) -> None:
@@ -120,15 +166,15 @@ def test_tool_calls_are_read_and_their_text_is_not_shown(tokenizer: Tokenizer) -
     rendered = render(Conversation((Message("user", "?"), turn)), tokenizer)
     ids = [id for id, loss in zip(rendered.ids, rendered.loss, strict=True) if loss]
     pieces, reader = read(tokenizer, ids)
-    completion = reader.completion(ids, [], reason="stop", usage=Usage(1, len(ids)))
+    completion = reader.completion(written(ids), reason="stop")
     assert "".join(pieces) == completion.text == "Let me see: 浦"
     assert completion.finish_reason == "tool_calls"
     assert [(call.name, call.arguments) for call in completion.message.tool_calls] == [("f", '{"a": 1}'), ("g", "{}")]
     assert len({call.id for call in completion.message.tool_calls}) == 2
     assert "<|action_start|><|plugin|>" in completion.raw_text and completion.raw_text.endswith("<|im_end|>")
-    again = reader.completion(ids, [], reason="stop", usage=Usage())
+    again = reader.completion(written(ids), reason="stop")
     assert again.message == completion.message, "ids of calls are the same in every run"
-    cut = reader.completion(ids[:-8], [], reason="length", usage=Usage())
+    cut = reader.completion(written(ids[:-8]), reason="length")
     assert cut.finish_reason == "length"
     _, plain = read(tokenizer, ids, chat=False)
-    assert "parameters" in plain.text and not plain.completion(ids, [], reason="stop", usage=Usage()).message.tool_calls
+    assert "parameters" in plain.text and not plain.completion(written(ids), reason="stop").message.tool_calls

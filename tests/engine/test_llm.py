@@ -224,3 +224,46 @@ def test_what_cannot_be_loaded_is_named(llm: LLM, tokenizer: Tokenizer, tmp_path
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mystery"}))
     with pytest.raises(CheckpointError, match="mystery"):
         LLM(tmp_path, device="cpu")
+
+
+def test_a_batch_is_its_single_answers_and_tells_its_progress(llm: LLM) -> None:
+    chats = ["Hello", [{"role": "user", "content": "你好"}], (Message("user", "84"),)]
+    told: list[tuple[int, int]] = []
+    found = llm.batch(chats, max_tokens=5, ignore_eos=True, progress=lambda done, total: told.append((done, total)))
+    assert [one.token_ids for one in found] == [
+        llm.chat(chat, max_tokens=5, ignore_eos=True).token_ids for chat in chats
+    ]
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    texts = ["Hello", "the answer"]
+    plain = llm.batch(texts, plain=True, max_tokens=5, ignore_eos=True)
+    assert [one.token_ids for one in plain] == [
+        llm.complete(text, max_tokens=5, ignore_eos=True).token_ids for text in texts
+    ]
+    assert llm.batch([]) == []
+    with pytest.raises(RequestError, match="top_p"):
+        llm.batch(texts, top_p=2.0)
+    assert not llm.driver.has_work
+
+
+def test_plain_text_streams(llm: LLM) -> None:
+    whole = llm.complete("Hello", max_tokens=9, ignore_eos=True)
+    deltas = list(llm.stream_text("Hello", max_tokens=9, ignore_eos=True))
+    assert "".join(delta.text for delta in deltas) == whole.text and deltas[-1].finish_reason == "length"
+
+
+def test_beams_and_several_answers_also_through_the_event_loop(llm: LLM) -> None:
+    requests = [
+        GenerateRequest("Hello", SamplingParams(max_tokens=6, n=3, temperature=1.0, seed=1, ignore_eos=True)),
+        GenerateRequest("Hello", SamplingParams(max_tokens=6, n=2, beam_width=3, ignore_eos=True)),
+    ]
+    expected = llm.generate_all(requests)
+
+    async def run() -> list[list[str]]:
+        found = await asyncio.gather(*(llm.generate(request) for request in requests))
+        streamed = [[delta async for delta in llm.stream(request)] for request in requests]
+        for answer, deltas in zip(found, streamed, strict=True):
+            for index, choice in enumerate(answer.choices):
+                assert "".join(delta.text for delta in deltas if delta.index == index) == choice.text
+        return [[choice.raw_text for choice in answer.choices] for answer in found]
+
+    assert asyncio.run(run()) == [[choice.raw_text for choice in answer.choices] for answer in expected]

@@ -48,6 +48,7 @@ def test_two_processes_give_the_tokens_of_one() -> None:
     leader, follower = two_processes()
     for bits, theirs, steps in zip(BITS, leader, follower, strict=True):
         engine = Engine(model_of(bits).requires_grad_(False), CONFIG)
+        engine.runner.native = None  # which rounds activations of quantized layers; sharded models have no such step
         assert answers(engine) == theirs, bits
         assert steps == engine.stats().num_steps, "the follower ran every step"
 
@@ -76,5 +77,8 @@ def test_shapes_that_do_not_divide_are_refused(group_of_one: object, monkeypatch
     block.mlp.down = QuantLinear(48, 64, form=QuantFormat(8))
     block.attention.out = QuantLinear(64, 64, form=QuantFormat(4, 64))
     with pytest.raises(ConfigError, match="groups of 64 do not divide over 2 processes"):
+        shard(model)
+    block.attention.out = QuantLinear(64, 64, form=QuantFormat(4, 32, permuted=True))
+    with pytest.raises(ConfigError, match="order of their own"):
         shard(model)
     assert torch.is_tensor(model.trunk.embedding.weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hypothesis import given, settings
@@ -9,18 +10,25 @@ from hypothesis import strategies as st
 
 from puyu.engine.blocks import BlockPool
 from puyu.engine.request import Request, Running, Status
-from puyu.engine.scheduler import Scheduler
+from puyu.engine.scheduler import Chunk, Scheduler
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request that comes before step `at`, and is aborted before step `abort_at` if it still runs."""
+    """A request that comes before step `at`, and is aborted before step `abort_at` if it still runs.
+
+    `drafts`: how many tokens are guessed for it at a time, of which `right` are right. `pool`: it generates nothing.
+    """
 
     at: int
     num_prompt: int
     max_tokens: int
     abort_at: int | None
     shared: bool
+    priority: int
+    drafts: int
+    right: int
+    pool: bool
 
 
 arrivals = st.builds(
@@ -30,13 +38,21 @@ arrivals = st.builds(
     max_tokens=st.integers(1, 12),
     abort_at=st.none() | st.integers(0, 60),
     shared=st.booleans(),
+    priority=st.sampled_from([0, 0, 0, 1, 5]),
+    drafts=st.sampled_from([0, 0, 1, 4]),
+    right=st.integers(0, 4),
+    pool=st.sampled_from([False, False, False, True]),
 )
 
 
 def _running(order: int, arrival: Arrival) -> Running:
     base = 0 if arrival.shared else 1000 * (order + 1)
     prompt = tuple(base + i for i in range(arrival.num_prompt))
-    return Running(Request(str(order), prompt, max_tokens=arrival.max_tokens), order)
+    leader = "0" if order % 3 == 2 and arrival.shared else ""
+    limits = {"priority": arrival.priority, "leader": leader}
+    if arrival.pool:
+        return Running(Request(str(order), prompt, max_tokens=0, pool="last", **limits), order)
+    return Running(Request(str(order), prompt, max_tokens=arrival.max_tokens, **limits), order)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -66,7 +82,7 @@ def test_random_traffic(
             if plans[running].abort_at == step and plans[running].at <= step:
                 scheduler.finish(running, "abort")
                 scheduler.finish(running, "abort")  # twice is once
-        _one_step(scheduler)
+        _one_step(scheduler, plans)
         step += 1
         assert step < limit, "some request never ends"
     for running in accepted:
@@ -76,27 +92,48 @@ def test_random_traffic(
     assert pool.num_free == pool.num_blocks
 
 
-def _one_step(scheduler: Scheduler) -> None:
-    oldest = min([*scheduler.running, *scheduler.waiting], key=lambda r: r.order, default=None)
+def _one_step(scheduler: Scheduler, plans: Mapping[Running, Arrival] | None = None) -> None:
+    first = min([*scheduler.running, *scheduler.waiting], key=lambda r: r.rank, default=None)
+    _guess(scheduler, plans or {})
     plan = scheduler.step()
     assert plan.num_tokens <= scheduler.max_step_tokens
     assert len({chunk.running for chunk in plan.chunks}) == len(plan.chunks)
-    assert oldest is None or any(chunk.running is oldest for chunk in plan.chunks) or _decodes_fill(plan, scheduler)
+    waits = first is not None and first.request.leader and first.status is Status.WAITING
+    served = first is None or any(chunk.running is first for chunk in plan.chunks)
+    assert served or waits or _decodes_fill(plan, scheduler)
     for chunk in plan.chunks:
         running = chunk.running
-        assert chunk.start == running.num_computed and chunk.length > 0
+        assert chunk.start == running.num_computed and chunk.length > len(chunk.drafts)
         assert len(running.blocks) * scheduler.pool.block_size >= chunk.start + chunk.length
-    lengths = [chunk.length for chunk in plan.chunks]
-    first_prompt = next((i for i, length in enumerate(lengths) if length > 1), len(lengths))
-    assert all(length == 1 for length in lengths[:first_prompt])
+    prompts = [chunk.running.num_remaining > 1 or bool(chunk.running.request.pool) for chunk in plan.chunks]
+    assert prompts == sorted(prompts), "decodes first"
     scheduler.audit()
-    scheduler.computed(plan)
     for chunk in plan.chunks:
-        if chunk.samples:
-            reason = chunk.running.append(7, None)
-            if reason is not None:
-                scheduler.finish(chunk.running, reason)
+        _take(scheduler, chunk, (plans or {}).get(chunk.running))
     scheduler.audit()
+
+
+def _guess(scheduler: Scheduler, plans: Mapping[Running, Arrival]) -> None:
+    """Draft for decoding requests as the engine does."""
+    for running in scheduler.running:
+        room = running.request.max_tokens - running.num_generated - 1
+        if running in plans and running.num_remaining == 1 and running.num_generated and room > 0:
+            running.drafts = [7] * scheduler.reserve(running, min(room, plans[running].drafts))
+
+
+def _take(scheduler: Scheduler, chunk: Chunk, arrival: Arrival | None) -> None:
+    """Accept some drafts and one token more, and end what has ended."""
+    running, reason = chunk.running, None
+    running.drafts = []
+    right = min(len(chunk.drafts), arrival.right if arrival else 0)
+    if chunk.samples:
+        for _ in range(1 + right):
+            reason = running.append(7)
+            assert reason is None or running.num_generated == running.request.max_tokens
+    scheduler.computed(running, chunk.length - len(chunk.drafts) + right)
+    pooled = running.request.pool and running.num_computed == running.num_prompt
+    if reason is not None or pooled:
+        scheduler.finish(running, reason or "stop")
 
 
 def _decodes_fill(plan: object, scheduler: Scheduler) -> bool:
@@ -143,3 +180,60 @@ def test_restart_recomputes_and_forgets() -> None:
     scheduler.audit()
     assert running.status is Status.WAITING and scheduler.pool.num_cached == 0
     assert scheduler.step().chunks[0].start == 0
+
+
+def test_a_higher_priority_goes_first_and_takes_the_place_of_a_lower_one() -> None:
+    scheduler = Scheduler(BlockPool(num_blocks=3, block_size=4), max_running=2, max_step_tokens=16)
+    low, equal, high = (
+        Running(Request(str(order), (order, 2, 3), max_tokens=6, priority=priority), order)
+        for order, priority in enumerate((0, 0, 3))
+    )
+    scheduler.add(low)
+    _one_step(scheduler)
+    scheduler.add(equal)
+    scheduler.add(high)
+    assert scheduler.waiting == [high, equal]
+    while not high.num_generated:
+        _one_step(scheduler)
+    assert scheduler.running[0] is high
+    while scheduler.has_work:
+        _one_step(scheduler)
+    assert (low.num_preemptions, high.num_preemptions) == (1, 0), "the pool holds one of them at a time"
+    assert [running.num_generated for running in (low, equal, high)] == [6, 6, 6]
+
+
+def test_an_equal_priority_never_preempts_to_begin() -> None:
+    scheduler = Scheduler(BlockPool(num_blocks=2, block_size=4), max_running=1, max_step_tokens=16)
+    first, second = (Running(Request(str(order), (1, 2), max_tokens=4, priority=2), order) for order in range(2))
+    scheduler.add(first)
+    _one_step(scheduler)
+    scheduler.add(second)
+    _one_step(scheduler)
+    assert first.status is Status.RUNNING and second.status is Status.WAITING and first.num_preemptions == 0
+
+
+def test_a_follower_waits_for_its_leader_and_shares_its_prompt() -> None:
+    scheduler = Scheduler(BlockPool(num_blocks=16, block_size=2), max_running=4, max_step_tokens=5)
+    prompt = (1, 2, 3, 4, 5, 6, 7)
+    leader = Running(Request("a", prompt, max_tokens=3), 0)
+    follower = Running(Request("b", prompt, max_tokens=3, leader="a"), 1)
+    other = Running(Request("c", (9,), max_tokens=1), 2)
+    for running in (leader, follower, other):
+        scheduler.add(running)
+    _one_step(scheduler)
+    assert leader.num_computed == 4 and follower.status is Status.WAITING
+    assert other.status is Status.FINISHED, "a follower holds nobody up"
+    while follower.status is Status.WAITING:
+        _one_step(scheduler)
+    assert follower.num_cached == 6 and follower.blocks[:3] == leader.blocks[:3]
+
+
+def test_another_adapter_shares_no_blocks() -> None:
+    scheduler = Scheduler(BlockPool(num_blocks=16, block_size=2), max_running=4, max_step_tokens=64)
+    runs = [Running(Request(str(i), (1, 2, 3, 4, 5), 3, adapter=name), i) for i, name in enumerate(["x", "", "x"])]
+    scheduler.add(runs[0])
+    _one_step(scheduler)
+    for running in runs[1:]:
+        scheduler.add(running)
+    scheduler.step()
+    assert [running.num_cached for running in runs] == [0, 0, 4]

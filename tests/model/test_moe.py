@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from puyu.errors import ConfigError
-from puyu.model.checkpoint import make_quantized
 from puyu.model.config import ExpertShape
 from puyu.model.linear import Linear, QuantFormat
 from puyu.model.moe import ExpertMLP
+from puyu.model.quant_modules import make_quantized
 from tests.model.reference import our_logits, small_config, small_model, tokens
 
 

@@ -25,6 +25,7 @@ from tests.serve.conftest import NAME, SUM, WHO, served, wait_until
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 3}
 TEXT = {"model": NAME, "prompt": "one", "max_tokens": 3}
+BAD_FORM = {"type": "json_schema", "json_schema": {"schema": {"type": 3}}}
 ENDLESS = SamplingParams(max_tokens=900, ignore_eos=True)
 
 
@@ -54,11 +55,16 @@ def http(url: str) -> Any:
         ("chat/completions", {"stop_token_ids": [10**9]}, "stop_token_ids"),
         ("chat/completions", {"n": 2}, "n"),
         ("chat/completions", {"n": True}, "n"),
-        ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
+        ("chat/completions", {"response_format": {"type": "xml"}}, "response_format"),
+        ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format"),
+        ("chat/completions", {"response_format": BAD_FORM}, "guide"),
+        ("chat/completions", {"min_p": 2}, "min_p"),
+        ("chat/completions", {"logit_bias": {"x": 1}}, "logit_bias"),
+        ("chat/completions", {"logit_bias": {"999999999": 1}}, "logit_bias"),
         ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
         ("chat/completions", {"parallel_tool_calls": False}, "parallel_tool_calls"),
         ("chat/completions", {"top_logprobs": 3}, "top_logprobs"),
-        ("chat/completions", {"frequency_penalty": 0.5}, "frequency_penalty"),
+        ("chat/completions", {"frequency_penalty": 500}, "frequency_penalty"),
         ("chat/completions", {"logprobs": True, "stream": True}, "logprobs"),
         ("chat/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
         ("chat/completions", {"stream": True, "stream_options": {"x": 1}}, "stream_options"),
@@ -145,6 +151,24 @@ def test_neutral_values_that_clients_send_are_accepted(http: httpx.Client) -> No
     without = {key: value for key, value in CHAT.items() if key not in ("model", "max_tokens")}
     answer = http.post("/v1/chat/completions", json=without).json()
     assert answer["choices"][0]["message"]["content"] == "I am 浦语."
+
+
+def test_penalties_biases_and_forms_are_those_of_the_engine(http: httpx.Client, llm: LLM) -> None:
+    body = CHAT | {"max_tokens": 8, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    fields = {
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.2,
+        "min_tokens": 2,
+    }
+    answer = http.post("/v1/chat/completions", json=body | fields | {"logit_bias": {"40": 100.0}}).json()
+    params = SamplingParams(max_tokens=8, temperature=1.0, seed=3, ignore_eos=True, logit_bias={40: 100.0}, **fields)
+    assert answer["choices"][0]["message"]["content"] == llm.chat(CHAT["messages"], params=params).text
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["red", "blue"]}}}
+    answer = http.post("/v1/chat/completions", json=CHAT | {"max_tokens": 30, "response_format": form}).json()
+    content = answer["choices"][0]["message"]
+    assert json.loads(content["content"]) in ("red", "blue")
 
 
 # -- other routes ----------------------------------------------------------------------------------------------

@@ -3,15 +3,16 @@
 M rows, K inputs, N outputs. A decoding step reads every weight once for a handful of rows, so what counts is reading
 them at the speed of the memory: each program streams whole rows of the weight, one row of x is multiplied in plain
 fp32, more rows on the tensor cores. `rms_norm` before, `silu(gate) * up` and `residual +` after cost no pass of their
-own. Codes are those of `model/linear.py`: int8 with a scale per output; int4, two a byte, with scale and zero per
-group. Int4 codes become floats by bit patterns (2^23 + code), because conversions run at a quarter of the speed
-(Kim et al. 2022, arXiv 2211.10017).
+own. Codes are those of `model/linear.py`: int8 with a scale per output; int4, two a byte, with a scale per group and,
+unless symmetric, what the zero adds. Int4 codes become floats by bit patterns (2^23 + code), because conversions run
+at a quarter of the speed (Kim et al. 2022, arXiv 2211.10017).
 
     y_MN = multiply(x_MK, Weight.of(linear), Around(norm_K, eps=1e-5))
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,22 +41,37 @@ class Weight:
     group: int = 0
     scales: Tensor | None = None
     zeros: Tensor | None = None
+    """[N, K / group]: what is added to (code - 8) * scale; None where that is nothing."""
     bias: Tensor | None = None
 
     @staticmethod
     def of(layer: Linear | QuantLinear | fp8.Fp8Linear) -> Weight:
-        """Holds the layer's own tensors, so that changed weights count at once; only scales are copied, to bf16,
-        which they fit, and int4 codes that stand at an odd address."""
+        """Holds the layer's own tensors, so that changed weights count at once; only what zeros add is made anew,
+        and int4 codes that stand at an odd address are copied."""
         bias = layer.bias
         if isinstance(layer, Linear):
             return Weight(layer.weight, bias=bias)
         if isinstance(layer, fp8.Fp8Linear):
             return Weight(layer.values, 8, 0, layer.scales, bias=bias)
-        scales = layer.scales.bfloat16().contiguous()
+        assert Weight.knows(layer), "a format for the torch modules"
+        scales = layer.scales.contiguous()
         if layer.form.bits == 8:
             return Weight(layer.codes, 8, 0, scales, bias=bias)
         codes = layer.codes if layer.codes.data_ptr() % 16 == 0 else layer.codes.clone()
-        return Weight(codes.view(torch.int32), 4, layer.form.group, scales, layer.zeros.bfloat16().contiguous(), bias)
+        zeros = None if layer.zeros is None else (scales.float() * (8 - layer.zeros)).to(scales.dtype)
+        return Weight(codes.view(torch.int32), 4, layer.form.group or layer.in_features, scales, zeros, bias)
+
+    @staticmethod
+    def knows(layer: QuantLinear) -> bool:
+        """Whether the kernels read the layer's format: inputs in order, whole words of int4, int8 with plain rows."""
+        form, group = layer.form, layer.form.group or layer.in_features
+        if form.activations or layer.perm is not None:
+            return False
+        return group % 8 == 0 if form.bits == 4 else form.group == 0 and layer.zeros is None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that the kernels read."""
+        yield from (part for part in (self.data, self.scales, self.zeros, self.bias) if part is not None)
 
     @property
     def is_float(self) -> bool:
@@ -122,9 +138,9 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     assert weight.scales is not None
     if weight.bits == 8:
         return weight.data.to(dtype) * weight.scales.to(dtype)
-    assert weight.zeros is not None
     codes = unpack_int4(weight.data.view(torch.uint8)).to(dtype).sub_(8).unflatten(1, (-1, weight.group))
-    return (codes * weight.scales.to(dtype)[..., None] + weight.zeros.to(dtype)[..., None]).flatten(1)
+    scaled = codes * weight.scales.to(dtype)[..., None]
+    return (scaled if weight.zeros is None else scaled + weight.zeros.to(dtype)[..., None]).flatten(1)
 
 
 def unpack(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -139,6 +155,7 @@ def unpack(weight: Weight, dtype: torch.dtype) -> Tensor:
         BITS=weight.bits,
         E4M3=weight.is_float,
         GROUP=weight.group or 1,
+        ZEROS=weight.zeros is not None,
         BLOCK=block,
         num_warps=4,
     )
@@ -158,7 +175,7 @@ def _numbers(codes, E4M3: tl.constexpr):
 @triton.jit
 def _unpack(
     w_ptr, scales_ptr, zeros_ptr, out_ptr, size,
-    BITS: tl.constexpr, E4M3: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, E4M3: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = k < size
@@ -168,8 +185,9 @@ def _unpack(
     else:
         codes = (tl.load(w_ptr + n * (size // 8) + k // 8, mask=inside, other=0) >> (4 * (k % 8))) & 15
         scale = tl.load(scales_ptr + n * (size // GROUP) + k // GROUP, mask=inside, other=0.0).to(tl.float32)
-        zero = tl.load(zeros_ptr + n * (size // GROUP) + k // GROUP, mask=inside, other=0.0).to(tl.float32)
-        w = (codes - 8).to(tl.float32) * scale + zero
+        w = (codes - 8).to(tl.float32) * scale
+        if ZEROS:
+            w += tl.load(zeros_ptr + n * (size // GROUP) + k // GROUP, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + n * size + k, w.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -201,6 +219,7 @@ def multiply(x_MK: Tensor, weight: Weight, around: Around = NOTHING, *, tile: Ti
         BITS=weight.bits,
         E4M3=weight.is_float,
         GROUP=weight.group or 1,
+        ZEROS=weight.zeros is not None,
         NORM=around.norm_K is not None,
         GATED=around.gated,
         BIAS=weight.bias is not None,
@@ -285,12 +304,12 @@ def _dense_rows(
 @triton.jit
 def _int4_rows(
     x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, n, n_inside, m, rows, size, stride,
-    GROUP: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    STAGES: tl.constexpr,
+    GROUP: tl.constexpr, ZEROS: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """As `_dense_rows`, from words of eight codes; the code of input 8 i + j stands in the j-th four bits of word i.
 
-    A group has at least 32 inputs, so one scale and one zero serve all codes of a word.
+    A group has whole words, so one scale and one zero serve all codes of a word.
     """
     WORDS: tl.constexpr = BLOCK_K // 8
     WIDE: tl.constexpr = WORDS if BLOCK_M == 1 else BLOCK_M
@@ -303,7 +322,8 @@ def _int4_rows(
         codes = tl.load(w_ptr + n[:, None].to(tl.int64) * (size // 8) + word[None, :], mask=inside, other=0)
         of_group = n[:, None] * (size // GROUP) + (word * 8 // GROUP)[None, :]
         scale = tl.load(scales_ptr + of_group, mask=inside, other=0.0).to(tl.float32)
-        zero = tl.load(zeros_ptr + of_group, mask=inside, other=0.0).to(tl.float32)
+        if ZEROS:
+            zero = tl.load(zeros_ptr + of_group, mask=inside, other=0.0).to(tl.float32)
         if BLOCK_M == 1:
             products = tl.zeros((BLOCK_N, WORDS), tl.float32)
             sums = tl.zeros((1, WORDS), tl.float32)
@@ -317,14 +337,18 @@ def _int4_rows(
                 one = tl.trans(scaled)
                 products += (bits.to(tl.float32, bitcast=True) - _MAGIC) * (one * (1.0 / (1 << (4 * (j % 5)))))
                 sums += one
-            acc += scale * (products - 8.0 * sums) + zero * sums
+            acc += scale * (products - 8.0 * sums)
+            if ZEROS:
+                acc += zero * sums
         else:
             for j in tl.static_range(8):
                 scaled, x = _inputs(x_ptr, norm_ptr, m, word * 8 + j, size, rows, stride, NORM)
                 if NORM:
                     squares += x * x
                 bits = ((codes >> (4 * j)) & 15) | _MAGIC_INT
-                w = (bits.to(tl.float32, bitcast=True) - (_MAGIC + 8.0)) * scale + zero
+                w = (bits.to(tl.float32, bitcast=True) - (_MAGIC + 8.0)) * scale
+                if ZEROS:
+                    w += zero
                 acc = tl.dot(w.to(dtype), scaled.to(dtype), acc, input_precision="ieee")
     if BLOCK_M == 1:
         found = tl.sum(acc, axis=1)[:, None]
@@ -336,13 +360,13 @@ def _int4_rows(
 @triton.jit
 def _any_rows(
     x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, n, n_inside, m, rows, size, stride,
-    BITS: tl.constexpr, E4M3: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    BITS: tl.constexpr, E4M3: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, NORM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     if BITS == 4:
         acc, squares = _int4_rows(
             x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, n, n_inside, m, rows, size, stride,
-            GROUP, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
+            GROUP, ZEROS, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
         )  # fmt: skip
     else:
         acc, squares = _dense_rows(
@@ -371,6 +395,7 @@ def _multiply(
     BITS: tl.constexpr,
     E4M3: tl.constexpr,
     GROUP: tl.constexpr,
+    ZEROS: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
@@ -385,7 +410,7 @@ def _multiply(
     n_inside = n < outputs
     y, squares = _any_rows(
         x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, n, n_inside, m, rows, size, stride,
-        BITS, E4M3, GROUP, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
+        BITS, E4M3, GROUP, ZEROS, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
     )  # fmt: skip
     if NORM:
         rms = 1.0 / tl.sqrt(squares / size + eps)
@@ -393,7 +418,7 @@ def _multiply(
     if GATED:
         up, _ = _any_rows(
             x_ptr, norm_ptr, w_ptr, scales_ptr, zeros_ptr, n + outputs, n_inside, m, rows, size, stride,
-            BITS, E4M3, GROUP, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
+            BITS, E4M3, GROUP, ZEROS, NORM, BLOCK_N, BLOCK_K, BLOCK_M, STAGES,
         )  # fmt: skip
         if NORM:
             up *= rms[None, :]

@@ -59,6 +59,7 @@ def products() -> dict[str, dict[str, Any]]:
             tile = matmul.choose_tile(rows, weight)
             assert tile is not None
             fixed = {"BITS": bits, "E4M3": False, "GROUP": 128 if bits == 4 else 1, "NORM": rows < 64}
+            fixed |= {"ZEROS": bits == 4}
             fixed |= {"GATED": False, "BIAS": False, "RESIDUAL": rows == 64, "BLOCK_N": tile.outputs}
             fixed |= {"BLOCK_K": tile.inputs, "BLOCK_M": tile.rows, "STAGES": tile.stages}
             made = compiled(matmul._multiply, types | {"w_ptr": kind}, fixed, num_warps=tile.warps)

@@ -101,24 +101,45 @@ def test_prefill_attention(heads: int, group: int, head_dim: int, height: int) -
     torch.testing.assert_close(ours, expected, rtol=0, atol=3e-6)
 
 
-def weight_of(bits: int, outputs: int, inputs: int, *, bias: bool = False) -> matmul.Weight:
+def layer_of(bits: int, outputs: int, inputs: int, *, bias: bool = False, zeros: bool = True) -> Linear | QuantLinear:
     generator = torch.Generator().manual_seed(bits)
     if bits == 16:
         linear = Linear(inputs, outputs, bias=bias)
         linear.weight.data = randn(outputs, inputs, seed=2) * inputs**-0.5
     else:
-        linear = QuantLinear(inputs, outputs, form=QuantFormat(bits, 0 if bits == 8 else 32), bias=bias)
+        form = QuantFormat(8) if bits == 8 else QuantFormat(4, 32, symmetric=not zeros)
+        linear = QuantLinear(inputs, outputs, form=form, bias=bias)
         if bits == 8:
             linear.codes.copy_(torch.randint(-127, 128, (outputs, inputs), generator=generator))
         else:
             codes = torch.randint(0, 16, (outputs, inputs), generator=generator, dtype=torch.uint8)
             linear.codes.copy_(pack_int4(codes))
-            linear.zeros.copy_((randn(*linear.zeros.shape, seed=5) * 0.01).bfloat16())
+            if linear.zeros is not None:
+                linear.zeros.copy_(torch.randint(0, 16, linear.zeros.shape, generator=generator))
         size = 0.0007 if bits == 8 else 0.01
         linear.scales.copy_((randn(*linear.scales.shape, seed=4).abs() * size).bfloat16())
     if bias:
         linear.bias.data = randn(outputs, seed=6)
-    return matmul.Weight.of(linear)
+    return linear
+
+
+def weight_of(bits: int, outputs: int, inputs: int, *, bias: bool = False) -> matmul.Weight:
+    return matmul.Weight.of(layer_of(bits, outputs, inputs, bias=bias))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("bits", "zeros"), [(8, True), (4, True), (4, False)])
+def test_weights_are_those_of_the_layer(bits: int, zeros: bool) -> None:
+    """What zeros add is rounded to the dtype of the scales, which is fp32 here."""
+    layer = layer_of(bits, 24, 96, zeros=zeros)
+    assert isinstance(layer, QuantLinear)
+    weight = matmul.Weight.of(layer)
+    assert (weight.zeros is None) == (bits == 8 or not zeros)
+    torch.testing.assert_close(matmul.dense(weight, torch.float32), layer.weight(torch.float32), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(matmul.unpack(weight, torch.float32), layer.weight(torch.float32), rtol=1e-6, atol=1e-6)
+    for rows in (1, 3):
+        x = randn(rows, 96, seed=7)
+        torch.testing.assert_close(matmul.multiply(x, weight), x @ layer.weight(x.dtype).T, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])

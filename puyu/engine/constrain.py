@@ -1,0 +1,200 @@
+"""Structured output: JSON Schema, regular expression, Lark grammar or a choice of texts -> what may come next.
+
+Grammars are compiled before a request is queued, under limits of size and work that do not depend on the machine,
+so that no grammar can stop the engine; a bad one is an error that names the field. Compiling and matching are
+llguidance's (https://github.com/guidance-ai/llguidance), which walks the tokenizer's trie with an Earley parser.
+
+    matcher = Compiler(tokenizer).compile(Guide("choice", ("yes", "no")), stop_ids=frozenset({2}))
+    bits = matcher.compute_bitmask()          # one for each id
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from puyu.engine.request import Matcher
+from puyu.errors import DependencyError, RequestError
+from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.types import Guide
+
+MAX_BYTES = 256 * 1024
+"""Size of a grammar as text."""
+MAX_UNROLLED = 20_000
+"""Characters that a regular expression has when its counted repetitions are written out. llguidance writes them out at
+the first step, and nested ones take it seconds."""
+CACHED = 64
+"""Compiled grammars that are kept."""
+TRIAL = 8
+"""Tokens that a new grammar is tried with: some exceed their limits only after the first ones."""
+
+_LIMITS = {
+    "max_items_in_row": 2_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 50_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 100_000,
+}
+"""llguidance's own units; compiling stays within some tens of milliseconds, a step within about ten."""
+
+
+class Compiler:
+    """Grammars for one tokenizer; what was compiled is kept. Any thread may compile."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._vocabularies: dict[frozenset[int], Any] = {}
+        self._compiled: OrderedDict[tuple[str, frozenset[int]], Matcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def compile(self, guide: Guide, *, stop_ids: frozenset[int]) -> Matcher:
+        """A matcher before its first token, to be copied; RequestError says what is wrong with the grammar."""
+        grammar = grammar_of(guide)
+        key = (grammar, stop_ids)
+        with self._lock:
+            found = self._compiled.pop(key, None)
+        found = found or self._build(grammar, stop_ids)
+        with self._lock:
+            self._compiled[key] = found
+            while len(self._compiled) > CACHED:
+                self._compiled.popitem(last=False)
+        return found
+
+    def _build(self, grammar: str, stop_ids: frozenset[int]) -> Matcher:
+        llguidance = _library()
+        limits = llguidance.LLParserLimits(**_LIMITS)
+        matcher = llguidance.LLMatcher(self._vocabulary(stop_ids), grammar, log_level=0, limits=limits)
+        wrong = matcher.get_error() if matcher.is_error() else _trial(matcher.deep_copy())
+        if wrong:
+            raise RequestError(f"the grammar cannot be used: {_first_line(wrong)}", param="guide")
+        return matcher
+
+    def _vocabulary(self, stop_ids: frozenset[int]) -> Any:
+        if stop_ids not in self._vocabularies:
+            ends = sorted(stop_ids) or [self.tokenizer.eos_id or 0]
+            try:
+                vocabulary = _library().LLTokenizer(
+                    self.tokenizer.json_text, eos_token=ends, n_vocab=self.tokenizer.vocab_size
+                )
+            except (ValueError, RuntimeError) as error:
+                raise RequestError(f"this tokenizer cannot be constrained: {error}", param="guide") from error
+            self._vocabularies[stop_ids] = vocabulary
+        return self._vocabularies[stop_ids]
+
+
+def _trial(matcher: Matcher) -> str:
+    """What goes wrong along one way through the grammar; empty when nothing does."""
+    for _ in range(TRIAL):
+        bits = matcher.compute_bitmask()
+        first = next((at * 8 + (byte & -byte).bit_length() - 1 for at, byte in enumerate(bits) if byte), None)
+        if matcher.is_error():
+            return matcher.get_error()
+        if first is None:
+            return "no token of this vocabulary can begin or go on"
+        if not matcher.consume_token(first) or matcher.is_stopped():
+            break
+    return matcher.get_error() if matcher.is_error() else ""
+
+
+def grammar_of(guide: Guide) -> str:
+    """The grammar in llguidance's form; RequestError for a value of the wrong kind or size."""
+    value = guide.value
+    text = value if isinstance(value, str) else _as_json(value)
+    if len(text.encode("utf-8", errors="replace")) > MAX_BYTES:
+        raise RequestError(f"a grammar may have {MAX_BYTES} bytes", param="guide", remedy="simplify it")
+    matcher = _library().LLMatcher
+    if guide.kind == "json_schema":
+        return _schema_grammar(text)
+    if guide.kind == "choice":
+        if isinstance(value, str) or not value or not all(isinstance(item, str) and item for item in value):
+            raise RequestError("a choice is a list of texts, none of them empty", param="guide")
+        return str(matcher.grammar_from_regex("|".join(re.escape(item) for item in value)))
+    if guide.kind not in ("regex", "grammar") or not isinstance(value, str) or not value:
+        raise RequestError(f"a {guide.kind} is a text that is not empty", param="guide")
+    _check_repetitions([value])
+    return str(matcher.grammar_from_regex(value) if guide.kind == "regex" else matcher.grammar_from_lark(value))
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"the guide's value is not JSON: {error}", param="guide") from error
+
+
+def _check_repetitions(texts: Iterable[str]) -> None:
+    """Refuse nested counted repetitions. In a Lark grammar brackets need not be classes, so both readings count."""
+    size = 0
+    for text in texts:
+        size += max(unrolled_size(text), unrolled_size(text.replace("[", " ").replace("]", " "))) - len(text)
+    if size > MAX_UNROLLED:
+        raise RequestError(
+            f"its counted repetitions, as in (a{{100}}){{100}}, unroll to {size} characters",
+            param="guide",
+            remedy=f"at most {MAX_UNROLLED}; use * or + instead",
+        )
+
+
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?P<low>\d+)(?:,(?P<high>\d*))?\}|.", re.DOTALL)
+
+
+def unrolled_size(regex: str) -> int:
+    """Characters of a regular expression whose `{n,m}` are written out m times (n times where m is open)."""
+    sizes, last = [0], 0
+    for match in _TOKEN.finditer(regex):
+        if match["low"]:
+            count = int(match["high"] or match["low"])
+            sizes[-1] += last * max(count - 1, 0)
+            last *= max(count, 1)
+        elif match[0] == "(":
+            sizes.append(0)
+        elif match[0] == ")" and len(sizes) > 1:
+            last = sizes.pop()
+            sizes[-1] += last
+        else:
+            last = 1
+            sizes[-1] += 1
+    return sum(sizes)
+
+
+def _schema_grammar(text: str) -> str:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the JSON Schema is not JSON: {error}", param="guide") from error
+    if not isinstance(schema, dict):
+        raise RequestError("a JSON Schema is an object", param="guide")
+    _check_repetitions(_strings(schema))
+    return str(_library().LLMatcher.grammar_from_json_schema(text))
+
+
+def _strings(schema: Any) -> Iterator[str]:
+    """All texts of a schema that a repetition may stand in: patterns, and the keys of `patternProperties`."""
+    waiting = [schema]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str):
+            if "{" in item:
+                yield item
+        elif isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+
+
+def _library() -> Any:
+    try:
+        import llguidance
+    except ImportError as error:
+        remedy = "pip install llguidance, or install the extra `local`"
+        raise DependencyError("structured output needs llguidance", remedy=remedy) from error
+    return llguidance
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0][:300]

@@ -1,0 +1,278 @@
+// One step of the engine in one call: embedding, blocks, paged attention, logits.
+//
+// Between two matrix products of a small model the cost is dispatch, not arithmetic; here there is none. The same
+// arithmetic as puyu.model in fp32 (sums in another order), except that packed weights meet activations rounded to
+// int8 (product.h). Plain C interface, no torch headers; built by puyu/engine/native.py.
+
+#include "attention.h"
+#include "product.h"
+
+namespace puyu {
+
+constexpr int64_t FEW = 8;         // rows up to which every thread prepares the activations for itself: no barrier
+constexpr int64_t LEAST_UNIT = 16;  // inputs that share a scale, at least
+
+struct Buffers {
+    float *x, *qkv, *mixed, *inner, *normed, *scores, *ordered;
+    char *codes, *end;
+};
+
+inline int64_t widest(const Shape &s) {
+    int64_t mixed = s.heads * s.head_dim, most = s.hidden > mixed ? s.hidden : mixed;
+    return s.intermediate > most ? s.intermediate : most;
+}
+
+// Where everything stands in `base`: first what the team shares, then one part for each thread.
+inline Buffers layout(const Shape &s, int64_t tokens, int64_t longest, char *base, int64_t thread) {
+    auto take = [&](int64_t bytes) {
+        char *place = base;
+        base += rounded(bytes, 64);
+        return place;
+    };
+    auto floats_of = [&](int64_t count) { return reinterpret_cast<float *>(take(count * 4)); };
+    int64_t mixed = s.heads * s.head_dim, width = mixed + 2 * s.kv_heads * s.head_dim;
+    Buffers b;
+    b.x = floats_of(tokens * s.hidden), b.qkv = floats_of(tokens * (width > s.hidden ? width : s.hidden)), b.mixed = floats_of(tokens * mixed);
+    b.inner = floats_of(tokens * s.intermediate);
+    bool shared = tokens > FEW;
+    if (shared) b.normed = floats_of(tokens * s.hidden), b.codes = take(codes_bytes(tokens, widest(s), LEAST_UNIT));
+    for (int64_t index = 0; index <= thread; index++) {
+        if (!shared) b.normed = floats_of(tokens * s.hidden), b.codes = take(codes_bytes(tokens, widest(s), LEAST_UNIT));
+        int64_t places = 2 * rounded(longest, 4), tile = tile_floats(s.head_dim);
+        b.scores = floats_of(places > tile ? places : tile);
+        b.ordered = floats_of(widest(s));
+    }
+    b.end = base;
+    return b;
+}
+
+APART inline void normalize_row(const Shape &s, const void *weight, const float *x, float *y, int64_t size) {
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < size; i++) square += x[i] * x[i];
+    float scale = 1.0f / std::sqrt(square / float(size) + s.eps);
+    auto scaled = [&](auto w) {
+        for (int64_t i = 0; i < size; i++) y[i] = x[i] * scale * get(w[i]);
+    };
+    s.kind == FLOAT ? scaled(static_cast<const float *>(weight)) : scaled(static_cast<const bf16 *>(weight));
+}
+
+APART inline void rotate(float *x, const float *cos, const float *sin, int64_t size) {
+    int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float first = x[i], second = x[i + half];
+        x[i] = first * cos[i] - second * sin[i];
+        x[i + half] = second * cos[i + half] + first * sin[i + half];
+    }
+}
+
+inline bool is_packed(const Matrix &m) { return m.kind == INT8 || m.kind == INT4; }
+
+// Rows as a product wants them: floats, or integers.
+struct Input {
+    const float *rows;
+    Codes codes;
+};
+
+// `count` rows of m.in floats, normalized where there is a norm, rounded where the weights are packed.
+inline Input prepare(Team &team, const Shape &s, const Matrix &m, const void *norm, const float *rows, int64_t count,
+                     const Buffers &b, bool shared) {
+    Codes codes{};
+    if (is_packed(m)) codes = make_codes(b.codes, count, m.in, m.unit);
+    auto one = [&](int64_t row) {
+        const float *x = rows + row * m.in;
+        if (norm) {
+            normalize_row(s, norm, x, b.normed + row * m.in, m.in);
+            x = b.normed + row * m.in;
+        }
+        if (m.order) {
+            for (int64_t i = 0; i < m.in; i++) b.ordered[i] = x[m.order[i]];
+            x = b.ordered;
+        }
+        if (is_packed(m)) round_row(x, codes, row, m.unit);
+    };
+    if (shared) {
+        team.each(count, 4, one);
+    } else {
+        for (int64_t row = 0; row < count; row++) one(row);
+    }
+    return {norm ? b.normed : rows, codes};
+}
+
+template <bool add>
+inline void product(Team &team, const Matrix &m, const Input &input, float *y, int64_t rows) {
+    if (is_packed(m)) return packed_product<add>(team, m, input.codes, y, rows);
+    if (m.kind == FLOAT) return dense_product<float, add>(team, m, input.rows, y, rows);
+    dense_product<bf16, add>(team, m, input.rows, y, rows);
+}
+
+inline void gated(Team &team, const Matrix &m, const Input &input, float *y, int64_t rows) {
+    if (is_packed(m)) return packed_gated(team, m, input.codes, y, rows);
+    if (m.kind == FLOAT) return dense_gated<float>(team, m, input.rows, y, rows);
+    dense_gated<bf16>(team, m, input.rows, y, rows);
+}
+
+// Norms of queries and keys, rotation, and the new keys and values to the cache; (token, key head) pairs are divided
+// among the threads.
+template <typename T>
+void write_cache(Team &team, const Shape &s, const Layer &l, const Step &t, float *qkv, T *rows) {
+    int64_t group = s.heads / s.kv_heads, size = s.head_dim, width = (group + 2) * size;
+    team.each(t.num_tokens * s.kv_heads, 4, [&](int64_t item) {
+        int64_t token = item / s.kv_heads, k = item % s.kv_heads, position = t.positions[token];
+        float *own = qkv + item * width, *key = own + group * size, *value = key + size;
+        const float *cos = t.cos + position * size, *sin = t.sin + position * size;
+        for (int64_t g = 0; g <= group; g++) {
+            const void *norm = g < group ? l.query_norm : l.key_norm;
+            if (norm) normalize_row(s, norm, own + g * size, own + g * size, size);
+            rotate(own + g * size, cos, sin, size);
+        }
+        T *key_place = rows + (k * s.num_slots + t.slots[token]) * size;
+        T *value_place = rows + ((s.kv_heads + k) * s.num_slots + t.slots[token]) * size;
+        for (int64_t i = 0; i < size; i++) put(key_place[i], key[i]);
+        for (int64_t i = 0; i < size; i++) put(value_place[i], value[i]);
+    });
+}
+
+// One tile of queries of one sequence and key head; single tokens one by one.
+template <typename T>
+void attend(const Shape &s, const Layer &l, const Sequence &q, int64_t k, int64_t from, int64_t to, const float *qkv,
+            float *out, const T *rows, float *scores) {
+    int64_t group = s.heads / s.kv_heads, size = s.head_dim, width = (group + 2) * size;
+    Heads heads{group, size, s.block_size, l.window};
+    const T *keys = rows + k * s.num_slots * size, *values = rows + (s.kv_heads + k) * s.num_slots * size;
+    auto query = [&](int64_t r) {
+        return qkv + ((q.first + r / group) * s.kv_heads + k) * width + r % group * size;
+    };
+    auto place = [&](int64_t r) { return out + ((q.first + r / group) * s.heads + k * group + r % group) * size; };
+    if (q.length > 1 && !s.invariant && size % LANES == 0)
+        return attend_many(heads, query, place, keys, values, q.blocks, q.context, from, to, scores);
+    for (int64_t r = from; r < to;) {
+        int64_t position = r / group, next = smaller((position + 1) * group, to);
+        attend_position(heads, query, place, keys, values, q.blocks, q.context + position, r, next, scores);
+        r = next;
+    }
+}
+
+template <typename T>
+void attention(Team &team, const Shape &s, const Layer &l, const Step &t, const float *qkv, float *out, const T *rows,
+               float *scores) {
+    int64_t group = s.heads / s.kv_heads;
+    int64_t items = 0;
+    for (int64_t i = 0; i < t.num_sequences; i++) items += (t.sequences[i].length * group + QUERIES - 1) / QUERIES;
+    team.each(items * s.kv_heads, 1, [&](int64_t item) {
+        int64_t tile = item / s.kv_heads, index = 0;
+        for (;; index++) {
+            int64_t tiles = (t.sequences[index].length * group + QUERIES - 1) / QUERIES;
+            if (tile < tiles) break;
+            tile -= tiles;
+        }
+        const Sequence &q = t.sequences[index];
+        int64_t from = tile * QUERIES, to = smaller(from + QUERIES, q.length * group);
+        attend(s, l, q, item % s.kv_heads, from, to, qkv, out, rows, scores);
+    });
+}
+
+inline void embed(Team &team, const Shape &s, const Step &t, float *x) {
+    auto copied = [&](auto table) {
+        team.each(t.num_tokens, 4, [&](int64_t row) {
+            for (int64_t i = 0; i < s.hidden; i++) x[row * s.hidden + i] = get(table[t.tokens[row] * s.hidden + i]);
+        });
+    };
+    s.kind == FLOAT ? copied(static_cast<const float *>(t.embedding)) : copied(static_cast<const bf16 *>(t.embedding));
+}
+
+template <typename T>
+void run(const Shape &s, const Layer *layers, const Step &t) {
+    int64_t longest = 0, D = s.hidden, count = t.num_tokens;
+    for (int64_t i = 0; i < t.num_sequences; i++) {
+        int64_t end = t.sequences[i].context + t.sequences[i].length;
+        longest = end > longest ? end : longest;
+    }
+    bool shared = count > FEW;
+    auto work = [&](Team team) {
+        Buffers b = layout(s, count, longest, t.scratch, team.index);
+        embed(team, s, t, b.x);
+        for (int64_t index = 0; index < s.layers; index++) {
+            const Layer &l = layers[index];
+            T *rows = static_cast<T *>(t.cache) + index * 2 * s.kv_heads * s.num_slots * s.head_dim;
+            auto ready = [&](const Matrix &m, const void *norm, const float *x) {
+                return prepare(team, s, m, norm, x, count, b, shared);
+            };
+            product<false>(team, l.qkv, ready(l.qkv, l.attention_norm, b.x), b.qkv, count);
+            write_cache(team, s, l, t, b.qkv, rows);
+            attention(team, s, l, t, b.qkv, b.mixed, rows, b.scores);
+            product<true>(team, l.attention_out, ready(l.attention_out, nullptr, b.mixed), b.x, count);
+            gated(team, l.gate_up, ready(l.gate_up, l.mlp_norm, b.x), b.inner, count);
+            product<true>(team, l.down, ready(l.down, nullptr, b.inner), b.x, count);
+        }
+        team.each(t.num_rows, 1, [&](int64_t row) {
+            std::memcpy(b.qkv + row * D, b.x + t.rows[row] * D, size_t(D) * 4);
+        });
+        if (t.num_rows) {
+            Input last = prepare(team, s, t.head, t.norm, b.qkv, t.num_rows, b, shared);
+            product<false>(team, t.head, last, t.logits, t.num_rows);
+        }
+    };
+    Shared together;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(s.threads)
+    work({&together, omp_get_thread_num(), omp_get_num_threads()});
+#else
+    work({&together, 0, 1});
+#endif
+}
+
+}  // namespace puyu
+
+extern "C" {
+
+int64_t puyu_scratch_bytes(const puyu::Shape *shape, int64_t tokens, int64_t longest) {
+    return puyu::layout(*shape, tokens, longest, nullptr, shape->threads - 1).end - static_cast<char *>(nullptr);
+}
+
+void puyu_step(const puyu::Shape *shape, const puyu::Layer *layers, const puyu::Step *step) {
+    if (shape->cache_kind == puyu::FLOAT)
+        puyu::run<float>(*shape, layers, *step);
+    else
+        puyu::run<puyu::bf16>(*shape, layers, *step);
+}
+
+// Codes [out, in] (int8, or two 4-bit codes a byte, the even input in the low nibble) -> pairs of panels (common.h).
+// `scales` and `zeros` [out, groups] are half floats; zeros may be null. Outputs beyond the last are zero.
+struct Pack {
+    int64_t four, gated, out, in, groups;
+    const uint8_t *codes;
+    const uint16_t *scales, *zeros;
+    uint8_t *packed;
+    uint16_t *packed_scales, *packed_zeros;
+};
+
+void puyu_pack(const Pack *p) {
+    using puyu::LANES, puyu::PANELS;
+    int64_t four = p->four, out = p->out, in = p->in, groups = p->groups, step = four ? 8 : 4;
+    int64_t pairs = puyu::rounded(out, LANES * PANELS) / (LANES * PANELS), bytes = in / step * 64 * PANELS;
+#pragma omp parallel for schedule(static)
+    for (int64_t column = 0; column < pairs * PANELS * LANES; column++) {
+        int64_t lane = column % LANES, half = column / LANES % PANELS, pair = column / (LANES * PANELS);
+        int64_t row = p->gated ? half * (out / 2) + pair * LANES + lane : column;
+        uint8_t *place = p->packed + pair * bytes + half * 64 + lane * 4;
+        for (int64_t k = 0; k < in; k += step, place += 64 * PANELS)
+            for (int64_t i = 0; i < 4; i++) {
+                if (row >= out)
+                    place[i] = four ? 0x88 : 128;
+                else if (four) {
+                    const uint8_t *source = p->codes + (row * in + k) / 2;
+                    uint8_t low = i % 2 ? source[i / 2] >> 4 : source[i / 2] & 15;
+                    uint8_t high = i % 2 ? source[2 + i / 2] >> 4 : source[2 + i / 2] & 15;
+                    place[i] = uint8_t(low | high << 4);
+                } else
+                    place[i] = uint8_t(p->codes[row * in + k + i] ^ 128);
+            }
+        for (int64_t g = 0; g < groups; g++) {
+            int64_t at = ((pair * groups + g) * PANELS + half) * LANES + lane;
+            p->packed_scales[at] = row < out ? p->scales[row * groups + g] : 0;
+            if (p->zeros) p->packed_zeros[at] = row < out ? p->zeros[row * groups + g] : 0;
+        }
+    }
+}
+}

@@ -1,0 +1,181 @@
+"""What was asked for with one call, on its way: which requests of the engine belong to it and who is told.
+
+Callbacks run in the pumping thread and must be quick. Knows no scheduler and no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+from puyu.engine.beam import BeamSearch, Finished
+from puyu.engine.front import Reader
+from puyu.engine.request import Request, Running
+from puyu.types import Completion, FinishReason, SamplingParams, Usage
+
+
+@dataclass(eq=False, slots=True)
+class Answers:
+    """One or several answers to a prompt, told together when the last has come."""
+
+    params: SamplingParams
+    count: int
+    done: Callable[[Completion], None]
+    text: Callable[[int, str], None] | None = None
+    found: dict[int, Completion] = field(default_factory=dict)
+    first_id: str = ""
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.found) == self.count
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether pieces are shown as they come: not while it is open which answers will be given."""
+        return self.text is not None and self.params.best_of <= self.params.n
+
+    def add(self, index: int, completion: Completion) -> None:
+        """Take one answer; the last one sets off `done`."""
+        self.found[index] = completion
+        if not self.is_complete:
+            return
+        ordered = [self.found[index] for index in range(self.count)]
+        if self.params.best_of > self.params.n:
+            ordered = sorted(ordered, key=_worst_last)[: self.params.n]
+            ordered[0] = replace(ordered[0], prompt_logprobs=self.found[0].prompt_logprobs)
+            for index, answer in enumerate(ordered):
+                if self.text is not None and answer.text:
+                    self.text(index, answer.text)
+        if not self.params.logprobs:
+            ordered = [replace(answer, logprobs=()) for answer in ordered]
+        self.done(joined(ordered, usage=_sum(answer.usage for answer in self.found.values())))
+
+
+@dataclass(eq=False, slots=True)
+class Flight:
+    """One answer under way."""
+
+    reader: Reader
+    index: int
+    answers: Answers
+
+    def push(self, token: int) -> None:
+        """Read a token at once where its text is needed: shown, or searched for a stop string."""
+        if not self._is_watched:
+            return
+        piece = self.reader.push(token)
+        if piece and self.answers.is_streamed:
+            self._show(piece)
+
+    def land(self, running: Running) -> None:
+        """Build the completion and hand it over; a request nobody watched is read here in one go."""
+        reason = running.finish_reason
+        assert reason is not None
+        if not self._is_watched:
+            for token in running.generated:
+                self.reader.push(token)
+        rest = self.reader.close()
+        if rest and self.answers.is_streamed:
+            self._show(rest)
+        if self.reader.stopped and reason == "length":
+            reason = "stop"
+        self.answers.add(self.index, self.reader.completion(running, reason=reason))
+
+    @property
+    def _is_watched(self) -> bool:
+        return self.answers.is_streamed or bool(self.answers.params.stop)
+
+    def _show(self, piece: str) -> None:
+        assert self.answers.text is not None
+        self.answers.text(self.index, piece)
+
+
+@dataclass(eq=False, slots=True)
+class Pooled:
+    """A request for an embedding or a reward."""
+
+    done: Callable[[Running], None]
+
+    def land(self, running: Running) -> None:
+        """Hand it over."""
+        self.done(running)
+
+
+@dataclass(eq=False, slots=True)
+class BeamFlight:
+    """A beam search: `round` holds one request of one token for each beam, `got` what has come back."""
+
+    request: Request
+    search: BeamSearch
+    reader: Callable[[], Reader]
+    done: Callable[[Completion], None]
+    text: Callable[[int, str], None] | None = None
+    round: list[Request] = field(default_factory=list)
+    got: dict[str, Running] = field(default_factory=dict)
+    num_cached: int | None = None
+
+    def next_round(self, new_id: Callable[[], str]) -> list[Request]:
+        """A request for the likeliest next tokens of each beam; the first beam computes what all have in common."""
+        params = SamplingParams(max_tokens=1, top_logprobs=self.search.num_candidates)
+        self.got, self.round = {}, []
+        for beam in self.search.beams:
+            ids = (*self.request.prompt_ids, *beam.ids)
+            none: frozenset[int] = frozenset()
+            self.round.append(
+                replace(self.request, id=new_id(), prompt_ids=ids, max_tokens=1, params=params, stop_ids=none)
+            )
+        self.request = replace(self.request, queue_deadline=math.inf)  # it has begun
+        return self.round
+
+    def take(self, running: Running) -> bool:
+        """One beam's answer; True when the round is complete and the search goes on."""
+        self.got[running.request.id] = running
+        if self.num_cached is None:
+            self.num_cached = running.num_cached
+        if len(self.got) < len(self.round):
+            return False
+        self.search.advance([self.got[request.id].top_logprobs[0] for request in self.round])
+        if not self.search.beams:
+            self._hand_over()
+        return bool(self.search.beams)
+
+    def end(self, reason: FinishReason) -> None:
+        """Stop where it stands; what has been found so far is handed over."""
+        self.search.end(reason)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        found = [self._completion(item) for item in self.search.best(self.request.params.n)]
+        for index, answer in enumerate(found):
+            if self.text is not None and answer.text:
+                self.text(index, answer.text)
+        self.done(joined(found, usage=_sum(answer.usage for answer in found)))
+
+    def _completion(self, item: Finished) -> Completion:
+        running = Running(self.request, 0)
+        running.tokens += item.beam.ids
+        running.num_cached = self.num_cached or 0
+        reader = self.reader()
+        for token in item.beam.ids:
+            reader.push(token)
+        reader.close()
+        running.logprobs = list(item.beam.logprobs)
+        return reader.completion(running, reason=item.reason)
+
+
+def joined(answers: list[Completion], *, usage: Usage) -> Completion:
+    """The first answer with the others beside it."""
+    return replace(answers[0], usage=usage, alternatives=tuple(answers[1:]))
+
+
+def _sum(usages: Iterator[Usage]) -> Usage:
+    """One prompt, all generated tokens."""
+    parts = list(usages)
+    return Usage(parts[0].prompt_tokens, sum(part.completion_tokens for part in parts), parts[0].cached_tokens)
+
+
+def _worst_last(answer: Completion) -> tuple[bool, float]:
+    """Answers that came to their end first, of these the likeliest a token."""
+    count = len(answer.logprobs)
+    return answer.finish_reason in ("error", "abort", "timeout"), -sum(answer.logprobs) / max(count, 1)
