@@ -148,7 +148,8 @@ class QuantLinear(nn.Module):
     def of(weight: QuantWeight, *, bias: Tensor | None = None) -> QuantLinear:
         """The layer that computes with these codes."""
         rows, columns = weight.codes.shape
-        layer = QuantLinear(columns, rows, form=weight.form, bias=bias is not None)
+        with torch.device("meta"):  # buffers that are replaced at once need no memory
+            layer = QuantLinear(columns, rows, form=weight.form, bias=bias is not None)
         codes = weight.codes if weight.bits == 8 else pack_int4(weight.codes)
         found = {"codes": codes, "scales": weight.scales, "zeros": weight.zeros, "perm": weight.perm, "bias": bias}
         layer.load_state_dict({name: value for name, value in found.items() if value is not None}, assign=True)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from puyu.errors import CheckpointError
-from puyu.model.linear import QuantWeight
+from puyu.model.linear import QuantWeight, unpack_int4
 
 Take = Callable[[str], Tensor]
 """The tensor of that name, or an error that names it."""
@@ -195,11 +195,14 @@ def _compressed_config(form: FileForm, skipped: Collection[str]) -> dict[str, An
 
 
 def unpack_words(words: Tensor, *, bits: int, dim: int) -> Tensor:
-    """int32 words -> the numbers in them, unsigned, the lowest bits first along `dim`; int32."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
-    moved = words.movedim(dim, -1)
-    numbers = (moved[..., None] >> shifts) & (2**bits - 1)
-    return numbers.flatten(-2).movedim(-1, dim)
+    """int32 words -> the numbers in them (4 or 8 bits, unsigned), the lowest bits first along `dim`; uint8.
+
+    Little-endian machines only: a word's bytes are taken as they lie.
+    """
+    numbers = words.movedim(dim, -1).contiguous().view(torch.uint8)
+    if bits == 4:
+        numbers = unpack_int4(numbers.flatten(0, -2)).view(*numbers.shape[:-1], -1)
+    return numbers.movedim(-1, dim)
 
 
 def pack_words(numbers: Tensor, *, bits: int, dim: int) -> Tensor:
@@ -212,7 +215,7 @@ def pack_words(numbers: Tensor, *, bits: int, dim: int) -> Tensor:
 
 def _signed(numbers: Tensor, bits: int) -> Tensor:
     """Unsigned codes -> those of QuantWeight."""
-    return (numbers - 128).to(torch.int8) if bits == 8 else numbers.to(torch.uint8)
+    return (numbers ^ 128).view(torch.int8) if bits == 8 else numbers
 
 
 def _unsigned(codes: Tensor, bits: int) -> Tensor:
@@ -232,7 +235,7 @@ def _zeros(weight: QuantWeight) -> Tensor:
 
 def _read_gptq(form: FileForm, take: Take, module: str) -> QuantWeight:
     codes = unpack_words(take(f"{module}.qweight"), bits=form.bits, dim=0).T
-    zeros = unpack_words(take(f"{module}.qzeros"), bits=form.bits, dim=1).T + int(form.minus_one)
+    zeros = unpack_words(take(f"{module}.qzeros"), bits=form.bits, dim=1).T.int() + int(form.minus_one)
     scales = take(f"{module}.scales").T.contiguous()
     perm = _order_of(take(f"{module}.g_idx").long(), scales.shape[1], module)
     codes = codes if perm is None else codes[:, perm]

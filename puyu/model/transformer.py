@@ -41,7 +41,9 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None
         self.rope_theta = config.rope_theta
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        # given its weight, the module draws no random numbers, which on the meta device costs seconds of imports
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight, _freeze=False)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
 

@@ -112,25 +112,21 @@ inline void gated(Team &team, const Matrix &m, const Input &input, float *y, int
     dense_gated<bf16>(team, m, input.rows, y, rows);
 }
 
-// Norms of queries and keys, rotation, and the new keys and values to the cache; (token, key head) pairs are divided
-// among the threads.
+// One token and key head: norms of queries and key, rotation, and the new key and value to the cache.
 template <typename T>
-void write_cache(Team &team, const Shape &s, const Layer &l, const Step &t, float *qkv, T *rows) {
-    int64_t group = s.heads / s.kv_heads, size = s.head_dim, width = (group + 2) * size;
-    team.each(t.num_tokens * s.kv_heads, 4, [&](int64_t item) {
-        int64_t token = item / s.kv_heads, k = item % s.kv_heads, position = t.positions[token];
-        float *own = qkv + item * width, *key = own + group * size, *value = key + size;
-        const float *cos = t.cos + position * size, *sin = t.sin + position * size;
-        for (int64_t g = 0; g <= group; g++) {
-            const void *norm = g < group ? l.query_norm : l.key_norm;
-            if (norm) normalize_row(s, norm, own + g * size, own + g * size, size);
-            rotate(own + g * size, cos, sin, size);
-        }
-        T *key_place = rows + (k * s.num_slots + t.slots[token]) * size;
-        T *value_place = rows + ((s.kv_heads + k) * s.num_slots + t.slots[token]) * size;
-        for (int64_t i = 0; i < size; i++) put(key_place[i], key[i]);
-        for (int64_t i = 0; i < size; i++) put(value_place[i], value[i]);
-    });
+void write_one(const Shape &s, const Layer &l, const Step &t, float *qkv, T *rows, int64_t token, int64_t k) {
+    int64_t group = s.heads / s.kv_heads, size = s.head_dim, position = t.positions[token];
+    float *own = qkv + (token * s.kv_heads + k) * (group + 2) * size, *key = own + group * size, *value = key + size;
+    const float *cos = t.cos + position * size, *sin = t.sin + position * size;
+    for (int64_t g = 0; g <= group; g++) {
+        const void *norm = g < group ? l.query_norm : l.key_norm;
+        if (norm) normalize_row(s, norm, own + g * size, own + g * size, size);
+        rotate(own + g * size, cos, sin, size);
+    }
+    T *key_place = rows + (k * s.num_slots + t.slots[token]) * size;
+    T *value_place = rows + ((s.kv_heads + k) * s.num_slots + t.slots[token]) * size;
+    for (int64_t i = 0; i < size; i++) put(key_place[i], key[i]);
+    for (int64_t i = 0; i < size; i++) put(value_place[i], value[i]);
 }
 
 // One tile of queries of one sequence and key head; single tokens one by one.
@@ -153,22 +149,27 @@ void attend(const Shape &s, const Layer &l, const Sequence &q, int64_t k, int64_
     }
 }
 
+// Keys and values of the step's tokens to the cache, then attention; where every sequence has one token, both at once.
 template <typename T>
-void attention(Team &team, const Shape &s, const Layer &l, const Step &t, const float *qkv, float *out, const T *rows,
+void attention(Team &team, const Shape &s, const Layer &l, const Step &t, float *qkv, float *out, T *rows,
                float *scores) {
-    int64_t group = s.heads / s.kv_heads;
-    int64_t items = 0;
-    for (int64_t i = 0; i < t.num_sequences; i++) items += (t.sequences[i].length * group + QUERIES - 1) / QUERIES;
-    team.each(items * s.kv_heads, 1, [&](int64_t item) {
-        int64_t tile = item / s.kv_heads, index = 0;
-        for (;; index++) {
-            int64_t tiles = (t.sequences[index].length * group + QUERIES - 1) / QUERIES;
-            if (tile < tiles) break;
-            tile -= tiles;
+    int64_t group = s.heads / s.kv_heads, items = 0;
+    bool single = t.num_tokens == t.num_sequences;
+    auto tiles_of = [&](int64_t index) { return (t.sequences[index].length * group + QUERIES - 1) / QUERIES; };
+    for (int64_t i = 0; i < t.num_sequences; i++) items += tiles_of(i);
+    if (!single)
+        team.each(t.num_tokens * s.kv_heads, 4,
+                  [&](int64_t item) { write_one(s, l, t, qkv, rows, item / s.kv_heads, item % s.kv_heads); });
+    team.each((single ? t.num_sequences : items) * s.kv_heads, 1, [&](int64_t item) {
+        int64_t tile = item / s.kv_heads, k = item % s.kv_heads, index = 0;
+        if (single) {
+            write_one(s, l, t, qkv, rows, tile, k);
+            return attend(s, l, t.sequences[tile], k, 0, group, qkv, out, rows, scores);
         }
+        for (; tile >= tiles_of(index); index++) tile -= tiles_of(index);
         const Sequence &q = t.sequences[index];
         int64_t from = tile * QUERIES, to = smaller(from + QUERIES, q.length * group);
-        attend(s, l, q, item % s.kv_heads, from, to, qkv, out, rows, scores);
+        attend(s, l, q, k, from, to, qkv, out, rows, scores);
     });
 }
 
@@ -199,7 +200,6 @@ void run(const Shape &s, const Layer *layers, const Step &t) {
                 return prepare(team, s, m, norm, x, count, b, shared);
             };
             product<false>(team, l.qkv, ready(l.qkv, l.attention_norm, b.x), b.qkv, count);
-            write_cache(team, s, l, t, b.qkv, rows);
             attention(team, s, l, t, b.qkv, b.mixed, rows, b.scores);
             product<true>(team, l.attention_out, ready(l.attention_out, nullptr, b.mixed), b.x, count);
             gated(team, l.gate_up, ready(l.gate_up, l.mlp_norm, b.x), b.inner, count);
