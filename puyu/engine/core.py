@@ -64,6 +64,8 @@ class EngineConfig(Config):
     model for more (`ModelConfig.stretched`)."""
     allow_pickle: bool = False
     """Whether `LLM(path)` reads weights from pickle files where there are no safetensors."""
+    overlap: bool = False
+    """Whether the next step is scheduled while the last one runs (`overlap.py`); for GPUs."""
     draft_tokens: int = Field(default=0, ge=0, le=32)
     """Tokens to guess ahead of each decoding request; 0 is off. Without a draft model, they are looked up in the
     request's own text."""
@@ -278,8 +280,7 @@ class Engine:
         """Give the cache's memory back; requests under way wait and are computed again after `wake`."""
         self.scheduler.restart()
         self.runner.cache.release()
-        if self.runner.native is not None:
-            self.runner.native.release()
+        self.runner.release()
         if self.drafter is not None:
             self.drafter.detach()
 

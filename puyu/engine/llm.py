@@ -22,10 +22,11 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from puyu.device import pick_device, pick_dtype, require_torch
-from puyu.engine.core import Engine, EngineConfig, Stats
+from puyu.engine.core import EngineConfig, Stats
 from puyu.engine.driver import Driver
 from puyu.engine.front import as_messages
 from puyu.engine.loop import AsyncEngine, last_deltas
+from puyu.engine.overlap import make_engine
 from puyu.engine.request import Request, Running
 from puyu.engine.score import score
 from puyu.engine.speculate import ModelDrafter
@@ -136,7 +137,7 @@ class LLM:
         self._sources = []
         self._bank = AdapterBank(model) if isinstance(model, CausalLM) else None
         sizes: dict[str, Any] = {"num_ids": tokenizer.vocab_size, "drafter": drafter, "bank": self._bank}
-        self.driver = Driver(Engine(model, config, **sizes), tokenizer)
+        self.driver = Driver(make_engine(model, config, **sizes), tokenizer)
         self.loop = AsyncEngine(self.driver)
 
     # ---- blocking ----

@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from puyu.engine.kernels.launch import can_launch
 from puyu.engine.native_step import NativeStep
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.lora import AdapterBank
 from puyu.model.paged import KVCache, PagedPlan, PagedSequence
+
+if TYPE_CHECKING:
+    from puyu.engine.gpu import GpuStep
 
 
 class Span(NamedTuple):
@@ -56,6 +60,8 @@ class Runner:
         self.device = cache.device
         self.native = self._native()
         """The quick way on a CPU, where this machine and this model have it; None otherwise."""
+        self.gpu = None if alone or not isinstance(model, CausalLM) else _gpu_step(model, cache)
+        """The quick way on a GPU, where its kernels know the model; None otherwise."""
 
     def _native(self) -> NativeStep | None:
         if not isinstance(self.model, CausalLM):
@@ -66,10 +72,26 @@ class Runner:
         """Take over weights that have changed: those of quantized layers are kept packed."""
         if self.native is not None:
             self.native = self._native()
+        if self.gpu is not None and not self.gpu.renew():
+            self.gpu = None
+
+    def release(self) -> None:
+        """Give back what was made of the weights; nothing may be run before `renew`."""
+        if self.native is not None:
+            self.native.release()
+        if self.gpu is not None:
+            self.gpu.release()
 
     @torch.inference_mode()
-    def run(self, spans: Sequence[Span]) -> Output:
-        """Compute the tokens of all spans; their keys and values stand in the cache afterwards."""
+    def run(self, spans: Sequence[Span], feed: Tensor | None = None) -> Output:
+        """Compute the tokens of all spans; their keys and values stand in the cache afterwards.
+
+        A token below 0 is a result of the last step that only the device knows: -1 the first of `feed`, and so on.
+        """
+        if self.gpu is not None and not any(span.hidden or span.adapter for span in spans):
+            return Output(self.gpu.run(spans, feed), {})
+        if feed is not None:
+            spans = [span._replace(tokens=_known(span.tokens, feed)) for span in spans]
         quick = self._quick(spans)
         if self.native is not None and len(quick) == len(spans):
             return Output(self.native.run(spans), {})
@@ -137,3 +159,16 @@ def _single(span: Span, place: int) -> Span:
     """Token `place` of a span as a span of its own."""
     wanted = int(place >= len(span.tokens) - span.rows)
     return span._replace(tokens=[span.tokens[place]], context=span.context + place, rows=wanted)
+
+
+def _gpu_step(model: CausalLM, cache: KVCache) -> GpuStep | None:
+    """Imports the kernels, and Triton with them, only where they can run."""
+    if not can_launch(cache.device):
+        return None
+    from puyu.engine.gpu import GpuStep
+
+    return GpuStep.make(model, cache)
+
+
+def _known(tokens: Sequence[int], feed: Tensor) -> Sequence[int]:
+    return [int(feed[-1 - token]) if token < 0 else token for token in tokens]
