@@ -26,7 +26,7 @@ COMPARISONS = {
     "engine.5": ("prefill", "int4", "llama", "q4_0.gguf"),
     "engine.6": ("prefill", "int4", "transformers", "bf16"),
     "engine.7": ("batch", "int4", "llama", "q4_0.gguf"),
-    "engine.8": ("batch", "int4", "transformers", "bf16"),
+    "engine.8": ("serve", "int4", "transformers", "bf16"),
 }
 
 

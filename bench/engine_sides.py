@@ -3,8 +3,9 @@
     python bench/engine_sides.py SIDE TASK PATH
 
 A task is one of `decode` (128 tokens of one sequence after a prompt of 64), `prefill` (a prompt of 512), `batch`
-(16 sequences at once, 64 new tokens each after prompts of 64). Samples are tokens a second of the part in question:
-decoding without its prompt, the prompt until its first token, all new tokens over the whole time. Each side is set
+(16 sequences at once, 64 new tokens each after prompts of 64), `serve` (the same with the prompts). Samples are tokens
+a second of the part in question: decoding without its prompts, the prompt until its first token, all new tokens over
+the whole time. Each side is set
 as its own documentation recommends for speed and runs on as many threads as there are cores.
 """
 
@@ -66,19 +67,25 @@ def ours(task: str, path: Path) -> None:
             engine.step()
         return PREFILL / (time.perf_counter() - began)
 
-    def batch() -> float:
+    def batch(*, prompts: bool = False) -> float:
         began = time.perf_counter()
-        for index in range(SEQUENCES):
-            add(engine_shape.prompt(AFTER, start=index), EACH)
+        runs = [add(engine_shape.prompt(AFTER, start=index), EACH) for index in range(SEQUENCES)]
+        while not all(running.num_generated for running in runs):
+            engine.step()
+        done = sum(running.num_generated for running in runs)
+        if not prompts:
+            began, done = time.perf_counter(), SEQUENCES * EACH - done
+        else:
+            done = SEQUENCES * EACH
         while engine.has_work:
             engine.step()
-        return SEQUENCES * EACH / (time.perf_counter() - began)
+        return done / (time.perf_counter() - began)
 
     first = add(engine_shape.prompt(AFTER), 16)
     while engine.has_work:
         engine.step()
-    measure = {"decode": decode, "prefill": prefill, "batch": batch}[task]
-    serve(measure, versions={"torch": torch.__version__}, ids=list(first.generated))
+    tasks = {"decode": decode, "prefill": prefill, "batch": batch, "serve": lambda: batch(prompts=True)}
+    serve(tasks[task], versions={"torch": torch.__version__}, ids=list(first.generated))
 
 
 # --- llama.cpp, through the low-level calls of llama-cpp-python ---
@@ -136,13 +143,13 @@ def llama(task: str, path: Path) -> None:
 
     def batch() -> float:
         lib.llama_memory_clear(memory, False)
-        began = time.perf_counter()
         run([row for sequence in range(SEQUENCES) for row in prompt_rows(AFTER, sequence=sequence)])
         last = [best((sequence + 1) * AFTER - 1) for sequence in range(SEQUENCES)]
+        began = time.perf_counter()
         for at in range(AFTER, AFTER + EACH - 1):
             run([(token, at, sequence, True) for sequence, token in enumerate(last)])
             last = [best(sequence) for sequence in range(SEQUENCES)]
-        return SEQUENCES * EACH / (time.perf_counter() - began)
+        return SEQUENCES * (EACH - 1) / (time.perf_counter() - began)
 
     measure = {"decode": lambda: generate(DECODE)[1], "prefill": prefill, "batch": batch}[task]
     serve(measure, versions={"llama-cpp-python": lib.__version__}, ids=generate(15)[0])
@@ -182,7 +189,7 @@ def transformers(task: str, path: Path) -> None:
         assert len(outputs) == SEQUENCES and all(len(o.generated_tokens) == EACH for o in outputs.values())
         return SEQUENCES * EACH / taken
 
-    measure = {"decode": lambda: generate(engine_shape.prompt(AFTER), DECODE)[1], "prefill": prefill, "batch": batch}
+    measure = {"decode": lambda: generate(engine_shape.prompt(AFTER), DECODE)[1], "prefill": prefill, "serve": batch}
     versions = {"peer torch": torch.__version__, "transformers": lib.__version__}
     serve(measure[task], versions=versions, ids=generate(engine_shape.prompt(AFTER), 15)[0])
 

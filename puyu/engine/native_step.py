@@ -145,13 +145,18 @@ class NativeStep:
         lengths = [len(span.tokens) for span in spans]
         contexts = [span.context for span in spans]
         longest = max(context + length for context, length in zip(contexts, lengths, strict=True))
-        tokens_T = np.fromiter((token for span in spans for token in span.tokens), np.int64)
+        tokens_T = np.array([token for span in spans for token in span.tokens], dtype=np.int64)
         assert tokens_T.min() >= 0 and tokens_T.max() < self._shape.vocab, "a token id outside the vocabulary"
-        positions_T = np.concatenate([np.arange(c, c + n) for c, n in zip(contexts, lengths, strict=True)])
-        tables = [np.asarray(span.blocks, dtype=np.int64) for span in spans]
-        slots_T = np.concatenate([self._slots(*item) for item in zip(tables, contexts, lengths, strict=True)])
+        tables = [np.array(span.blocks, dtype=np.int64) for span in spans]
+        if len(tokens_T) == len(spans):
+            positions_T = np.array(contexts, dtype=np.int64)
+            slots_T = np.array([self._slot(span) for span in spans], dtype=np.int64)
+        else:
+            positions_T = np.concatenate([np.arange(c, c + n) for c, n in zip(contexts, lengths, strict=True)])
+            slots_T = np.concatenate([self._slots(*item) for item in zip(tables, contexts, lengths, strict=True)])
         ends = np.cumsum(lengths)
-        rows_R = np.concatenate([np.arange(end - span.rows, end) for end, span in zip(ends, spans, strict=True)])
+        wanted = [row for end, span in zip(ends.tolist(), spans, strict=True) for row in range(end - span.rows, end)]
+        rows_R = np.array(wanted, dtype=np.int64)
         sequences = (native.Span * len(spans))(
             *(
                 native.Span(end - length, length, context, table.ctypes.data)
@@ -175,6 +180,11 @@ class NativeStep:
         )
         self._library.puyu_step(ctypes.byref(self._shape), self._layers, ctypes.byref(step))
         return logits_RV
+
+    def _slot(self, span: Span) -> int:
+        """Where a single token goes."""
+        block, offset = divmod(span.context, self.cache.block_size)
+        return span.blocks[block] * self.cache.block_size + offset
 
     def _slots(self, table: np.ndarray, context: int, length: int) -> np.ndarray:
         places, size = np.arange(context, context + length), self.cache.block_size
