@@ -41,6 +41,18 @@ def prompt(count: int, *, start: int = 0) -> list[int]:
     return [1, *(40 + (7 * index + start) % 60 for index in range(count - 1))]
 
 
+def packed_bytes(path: Path) -> int:
+    """Bytes that one token reads: all weights but the embedding, the head as int8."""
+    rows, hidden = VOCAB, int(CONFIG["hidden_size"])
+    layers = int(CONFIG["num_hidden_layers"])
+    inner, heads, kv = (
+        int(CONFIG[name]) for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+    )
+    block = hidden * 64 * (heads + 2 * kv) + heads * 64 * hidden + 3 * hidden * inner
+    bits = {"int4": 4.5, "int8": 8.5}[path.name]
+    return int(layers * block * bits / 8) + rows * (hidden + 2)
+
+
 def inputs() -> Path:
     """The folder with `bf16`, `int4`, `int8`, `q4_0.gguf` and `q8_0.gguf`; made on the first call."""
     if not (FOLDER / "ready.json").is_file():

@@ -201,7 +201,7 @@ def stream(task: str, path: Path) -> None:
     """Tokens a second if reading as many bytes as the packed weights of `path` were all there is to do."""
     import torch
 
-    size = packed_bytes(path)
+    size = engine_shape.packed_bytes(path)
     torch.set_num_threads(harness.cores())
     block = torch.ones(size // 8, dtype=torch.int64)
 
@@ -214,18 +214,6 @@ def stream(task: str, path: Path) -> None:
         return len(times) / sum(times)
 
     serve(read, versions={}, ids=[], bytes=size)
-
-
-def packed_bytes(path: Path) -> int:
-    """Bytes that one token reads: all weights but the embedding, the head as int8."""
-    rows, hidden = engine_shape.VOCAB, int(engine_shape.CONFIG["hidden_size"])
-    layers = int(engine_shape.CONFIG["num_hidden_layers"])
-    inner, heads, kv = (
-        int(engine_shape.CONFIG[name]) for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads")
-    )
-    block = hidden * 64 * (heads + 2 * kv) + heads * 64 * hidden + 3 * hidden * inner
-    bits = {"int4": 4.5, "int8": 8.5}[path.name]
-    return int(layers * block * bits / 8) + rows * (hidden + 2)
 
 
 SIDES = {"ours": ours, "llama": llama, "transformers": transformers, "stream": stream}

@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import engine_shape
-import engine_sides
 import harness
 
 PREFIX, OWN, CACHE_TOKENS = 2048, 16, 4096
@@ -93,7 +92,7 @@ def main() -> None:
     fresh(path)
     starts = [fresh(path) for _ in range(10)]
     warm, cold = prefixes(path, pairs=7)
-    packed = engine_sides.packed_bytes(path) + engine_shape.VOCAB * int(engine_shape.CONFIG["hidden_size"]) * 2
+    packed = engine_shape.packed_bytes(path) + engine_shape.VOCAB * int(engine_shape.CONFIG["hidden_size"]) * 2
     allowed = [1.2 * packed + facts["cache"] + 300e6 for _, facts in starts]
     run.notes = {"packed_bytes": packed, "resident_bytes": starts[-1][1]["resident"]}
     run.finish(
