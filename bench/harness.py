@@ -284,7 +284,7 @@ class Run:
             "load": list(self.load),
             "versions": {"python": platform.python_version(), **self.versions},
             "peer_flags": self.peer_flags,
-            "command": " ".join(["python", f"bench/{self.bench}.py", *sys.argv[1:]]),
+            "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "probes": {"before": self.before, "after": dict(after)},
             "void": void,
             "notes": self.notes,
