@@ -2,7 +2,7 @@
 
     python bench/engine_cpu.py [--save] [--pairs 7] [--only engine.1 engine.5]
 
-See engine_shape.py for the model and engine_sides.py for what each side does. Every comparison runs its two sides in
+See cpu_shape.py for the model and cpu_sides.py for what each side does. Every comparison runs its two sides in
 turns; llama.cpp is built natively from source (bench/peers/llama.txt).
 """
 
@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import engine_shape
+import cpu_shape
 import harness
 
 HERE = Path(__file__).parent
@@ -34,7 +34,7 @@ def compare(bar: str, folder: Path, *, pairs: int) -> tuple[harness.Samples, dic
     """One bar: both sides in turns."""
     task, weights, peer, file = COMPARISONS[bar]
     python = Path(sys.executable) if peer == "stream" else harness.peer_python(peer)
-    script = HERE / "engine_sides.py"
+    script = HERE / "cpu_sides.py"
     print(f"{bar}: {task}, {weights} against {peer} {file}", file=sys.stderr)
     us = harness.Worker([sys.executable, script, "ours", task, folder / weights])
     them = harness.Worker([python, script, peer, task, folder / file])
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
     parser.add_argument("--save", action="store_true", help="keep the results in bench/results, a file for each bar")
     arguments = parser.parse_args()
-    folder = engine_shape.inputs()
+    folder = cpu_shape.inputs()
     for bar in arguments.only:
         # a run of its own for each bar: the probes then frame few minutes
         run = harness.Run(f"engine_cpu_{bar.partition('.')[2]}", peer_flags=FLAGS[COMPARISONS[bar][2]])

@@ -1,4 +1,4 @@
-"""engine.9 to 11: start, prefix cache and memory of the int4 model of engine_shape.py.
+"""engine.9 to 11: start, prefix cache and memory of the int4 model of cpu_shape.py.
 
     python bench/engine_start.py [--save]
 
@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-import engine_shape
+import cpu_shape
 import harness
 
 PREFIX, OWN, CACHE_TOKENS = 2048, 16, 4096
@@ -68,12 +68,12 @@ def prefixes(path: Path, *, pairs: int) -> tuple[list[float], list[float]]:
         return 1 / (time.perf_counter() - began)
 
     found: tuple[list[float], list[float]] = ([], [])
-    first_token("warm", engine_shape.prompt(PREFIX))
+    first_token("warm", cpu_shape.prompt(PREFIX))
     for index in range(pairs):
         engine.reset_prefix_cache()
-        common = engine_shape.prompt(PREFIX, start=index)
-        cold = first_token(f"cold{index}", common + engine_shape.prompt(OWN, start=1)[1:])
-        warm = first_token(f"warm{index}", common + engine_shape.prompt(OWN, start=2)[1:])
+        common = cpu_shape.prompt(PREFIX, start=index)
+        cold = first_token(f"cold{index}", common + cpu_shape.prompt(OWN, start=1)[1:])
+        warm = first_token(f"warm{index}", common + cpu_shape.prompt(OWN, start=2)[1:])
         found[0].append(warm)
         found[1].append(cold)
     return found
@@ -87,12 +87,12 @@ def main() -> None:
     if arguments.start:
         print(json.dumps(start(arguments.start)))
         return
-    path = engine_shape.inputs() / "int4"
+    path = cpu_shape.inputs() / "int4"
     run = harness.Run("engine_start")
     fresh(path)
     starts = [fresh(path) for _ in range(10)]
     warm, cold = prefixes(path, pairs=7)
-    packed = engine_shape.packed_bytes(path) + engine_shape.VOCAB * int(engine_shape.CONFIG["hidden_size"]) * 2
+    packed = cpu_shape.packed_bytes(path) + cpu_shape.VOCAB * int(cpu_shape.CONFIG["hidden_size"]) * 2
     allowed = [1.2 * packed + facts["cache"] + 300e6 for _, facts in starts]
     run.notes = {"packed_bytes": packed, "resident_bytes": starts[-1][1]["resident"]}
     run.finish(

@@ -1,6 +1,6 @@
 """The sides of the engine's comparisons, as worker processes: ours, llama.cpp, transformers, a stream of memory.
 
-    python bench/engine_sides.py SIDE TASK PATH
+    python bench/cpu_sides.py SIDE TASK PATH
 
 A task is one of `decode` (128 tokens of one sequence after a prompt of 64), `prefill` (a prompt of 512), `batch`
 (16 sequences at once, 64 new tokens each after prompts of 64), `serve` (the same with the prompts). Samples are tokens
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import engine_shape
+import cpu_shape
 import harness
 import worker
 
@@ -52,7 +52,7 @@ def ours(task: str, path: Path) -> None:
         return engine.add(Request(str(next(numbers)), tuple(prompt), count, SamplingParams(max_tokens=count)))
 
     def decode() -> float:
-        running = add(engine_shape.prompt(AFTER), DECODE + 1)
+        running = add(cpu_shape.prompt(AFTER), DECODE + 1)
         while not running.num_generated:
             engine.step()
         began = time.perf_counter()
@@ -61,7 +61,7 @@ def ours(task: str, path: Path) -> None:
         return DECODE / (time.perf_counter() - began)
 
     def prefill() -> float:
-        add(engine_shape.prompt(PREFILL), 1)
+        add(cpu_shape.prompt(PREFILL), 1)
         began = time.perf_counter()
         while engine.has_work:
             engine.step()
@@ -69,7 +69,7 @@ def ours(task: str, path: Path) -> None:
 
     def batch(*, prompts: bool = False) -> float:
         began = time.perf_counter()
-        runs = [add(engine_shape.prompt(AFTER, start=index), EACH) for index in range(SEQUENCES)]
+        runs = [add(cpu_shape.prompt(AFTER, start=index), EACH) for index in range(SEQUENCES)]
         while not all(running.num_generated for running in runs):
             engine.step()
         done = sum(running.num_generated for running in runs)
@@ -81,7 +81,7 @@ def ours(task: str, path: Path) -> None:
             engine.step()
         return done / (time.perf_counter() - began)
 
-    first = add(engine_shape.prompt(AFTER), 16)
+    first = add(cpu_shape.prompt(AFTER), 16)
     while engine.has_work:
         engine.step()
     tasks = {"decode": decode, "prefill": prefill, "batch": batch, "serve": lambda: batch(prompts=True)}
@@ -117,11 +117,11 @@ def llama(task: str, path: Path) -> None:
             raise SystemExit("llama_decode failed")
 
     def best(at: int) -> int:
-        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, at), shape=(engine_shape.VOCAB,))
+        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, at), shape=(cpu_shape.VOCAB,))
         return int(logits.argmax())
 
     def prompt_rows(count: int, *, sequence: int = 0) -> list[tuple[int, int, int, bool]]:
-        ids = engine_shape.prompt(count, start=sequence)
+        ids = cpu_shape.prompt(count, start=sequence)
         return [(token, at, sequence, at == count - 1) for at, token in enumerate(ids)]
 
     def generate(count: int) -> tuple[list[int], float]:
@@ -177,11 +177,11 @@ def transformers(task: str, path: Path) -> None:
 
     def prefill() -> float:
         began = time.perf_counter()
-        generate(engine_shape.prompt(PREFILL), 0)
+        generate(cpu_shape.prompt(PREFILL), 0)
         return PREFILL / (time.perf_counter() - began)
 
     def batch() -> float:
-        prompts = [engine_shape.prompt(AFTER, start=index) for index in range(SEQUENCES)]
+        prompts = [cpu_shape.prompt(AFTER, start=index) for index in range(SEQUENCES)]
         settings = lib.GenerationConfig(max_new_tokens=EACH, do_sample=False, eos_token_id=-1, pad_token_id=2)
         began = time.perf_counter()
         outputs = model.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
@@ -189,9 +189,9 @@ def transformers(task: str, path: Path) -> None:
         assert len(outputs) == SEQUENCES and all(len(o.generated_tokens) == EACH for o in outputs.values())
         return SEQUENCES * EACH / taken
 
-    measure = {"decode": lambda: generate(engine_shape.prompt(AFTER), DECODE)[1], "prefill": prefill, "serve": batch}
+    measure = {"decode": lambda: generate(cpu_shape.prompt(AFTER), DECODE)[1], "prefill": prefill, "serve": batch}
     versions = {"peer torch": torch.__version__, "transformers": lib.__version__}
-    serve(measure[task], versions=versions, ids=generate(engine_shape.prompt(AFTER), 15)[0])
+    serve(measure[task], versions=versions, ids=generate(cpu_shape.prompt(AFTER), 15)[0])
 
 
 # --- memory ---
@@ -201,7 +201,7 @@ def stream(task: str, path: Path) -> None:
     """Tokens a second if reading as many bytes as the packed weights of `path` were all there is to do."""
     import torch
 
-    size = engine_shape.packed_bytes(path)
+    size = cpu_shape.packed_bytes(path)
     torch.set_num_threads(harness.cores())
     block = torch.ones(size // 8, dtype=torch.int64)
 
