@@ -97,4 +97,4 @@ def _native_checks() -> Iterator[tuple[bool, str, str]]:
 
     built = library_path().is_file()
     remedy = "not built, PyTorch does its work; remedy: python -m puyu.engine.native"
-    yield built, "native", f"decode step: {library_path()}" if built else f"decode step: {remedy}"
+    yield built, "native", f"step of the engine: {library_path()}" if built else f"step of the engine: {remedy}"

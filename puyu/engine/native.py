@@ -26,8 +26,8 @@ from puyu.files import hash_json
 
 SOURCES = Path(__file__).with_name("cpu")
 _MATH = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
-PORTABLE = ["-mno-avx512f"]
-"""Added to the flags, it gives what a processor without vectors of 512 bits runs (for tests, on one that has them)."""
+PLAIN = ["-DPUYU_PLAIN"]
+"""Added to the flags, it gives what processors and compilers with fewer instructions run (for tests on any)."""
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp-simd", *_MATH]
 
 

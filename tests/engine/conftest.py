@@ -30,7 +30,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def _native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The native decode step, built for these tests alone."""
+    """The native step, built for these tests alone."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PUYU_NATIVE_DIR", str(tmp_path_factory.mktemp("native")))
         build()

@@ -143,12 +143,12 @@ class Rounded(nn.Module):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("form", "shape"), QUANTIZED)
-@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("plain", [False, True])
 def test_quantized_layers_equal_rounded_inputs_times_dequantized_weights(
-    form: QuantFormat, shape: dict[str, Any], portable: bool, monkeypatch: pytest.MonkeyPatch
+    form: QuantFormat, shape: dict[str, Any], plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if portable:  # what a processor without vectors of 512 bits runs
-        monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, *native.PORTABLE])
+    if plain:  # what processors and compilers with fewer instructions run
+        monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, *native.PLAIN])
         native.build()
         native.load.cache_clear()
     model = filled({"num_layers": 2, **shape}, std=0.06)

@@ -16,6 +16,16 @@
 #include <omp.h>
 #endif
 
+// Without PUYU_PLAIN, what this processor and this compiler have: GCC shuffles since version 12.
+#if !defined(PUYU_PLAIN) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define PUYU_VNNI 1
+#endif
+#if !defined(PUYU_PLAIN) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define PUYU_SHUFFLES 1
+#endif
+#endif
+
 // One piece of code for every row: inlined into a loop over rows, a compiler may take two rows at a time and sum them
 // in another order than a row that is left over.
 #define APART __attribute__((noinline))
@@ -50,7 +60,8 @@ inline floats load(const bf16 *place) {
 }
 inline void store(float *place, floats value) { *reinterpret_cast<floats *>(place) = value; }
 
-// The sum of the lanes: halves are added until four are left, then neighbors.
+// The sums of four vectors' lanes: halves are added until four are left, then neighbors.
+#if PUYU_SHUFFLES
 inline quad folded(floats v) {
     eight half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
                  __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -62,6 +73,16 @@ inline quad neighbors(quad a, quad b) {
 inline quad four_sums(floats a, floats b, floats c, floats d) {
     return neighbors(neighbors(folded(a), folded(b)), neighbors(folded(c), folded(d)));
 }
+#else
+inline float lane_sum(floats v) {
+    float four[4];
+    for (int i = 0; i < 4; i++) four[i] = (v[i] + v[i + 8]) + (v[i + 4] + v[i + 12]);
+    return (four[0] + four[1]) + (four[2] + four[3]);
+}
+inline quad four_sums(floats a, floats b, floats c, floats d) {
+    return quad{lane_sum(a), lane_sum(b), lane_sum(c), lane_sum(d)};
+}
+#endif
 
 // exp to about 2 ulp, as a loop that vectorizes; NaN stays NaN.
 inline float exponential(float x) {

@@ -11,8 +11,7 @@
 
 #include "common.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define PUYU_VNNI 1
+#ifdef PUYU_VNNI
 #include <immintrin.h>
 #endif
 
@@ -21,8 +20,6 @@
 #define ALWAYS inline __attribute__((always_inline))
 
 namespace puyu {
-
-constexpr int64_t AHEAD = 2048;  // bytes
 
 // Rows of activations as integers: codes [rows, in], and for each unit its scale, sum of codes, and scale * sum.
 struct Codes {
@@ -33,8 +30,7 @@ struct Codes {
 };
 
 inline int64_t codes_bytes(int64_t rows, int64_t in, int64_t unit) {
-    int64_t units = unit ? in / unit : 0;
-    return rounded(rows * in, 64) + 3 * rounded(rows * units * 4, 64);
+    return rounded(rows * in, 64) + 3 * rounded(rows * (in / unit) * 4, 64);
 }
 
 inline Codes make_codes(char *place, int64_t rows, int64_t in, int64_t unit) {
@@ -61,11 +57,11 @@ APART inline void round_row(const float *x, Codes &c, int64_t row, int64_t unit)
             most = size > most ? size : most;
             broken |= !(size < INFINITY);
         }
-        float inverse = most > 0 && !broken ? 127.0f / most : 0.0f;
+        float inverse = most > 0 ? 127.0f / most : 0.0f;
         int32_t count = 0;
 #pragma omp simd reduction(+ : count)
         for (int64_t i = 0; i < unit; i++) {
-            int32_t code = int32_t(__builtin_rintf(x[i] * inverse));
+            int32_t code = broken ? 0 : int32_t(__builtin_rintf(x[i] * inverse));
             codes[i] = int8_t(code);
             count += code;
         }
@@ -73,13 +69,6 @@ APART inline void round_row(const float *x, Codes &c, int64_t row, int64_t unit)
         int64_t at = row * c.units + u;
         c.scales[at] = scale, c.counts[at] = count, c.sums[at] = scale * float(count);
     }
-}
-
-inline float half_float(uint16_t bits) {
-    uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
-    if (rest >= 0x7c00) return __builtin_bit_cast(float, sign | 0x7f800000 | ((rest & 0x3ff) << 13));
-    float size = __builtin_bit_cast(float, rest << 13) * 0x1p112f;  // right for subnormal numbers, too
-    return __builtin_bit_cast(float, sign | __builtin_bit_cast(uint32_t, size));
 }
 
 constexpr int PANELS = 2;  // of a pair, whose codes lie side by side: one stream of memory
@@ -110,11 +99,10 @@ inline __m512i broadcast(const int8_t *place) {
     return _mm512_set1_epi32(four);
 }
 
-// Codes are read once for few rows: then memory is the limit, and asking for them early helps.
-template <int MR>
-ALWAYS void ask_for(const uint8_t *codes) {
-    if (MR <= 6) _mm_prefetch(reinterpret_cast<const char *>(codes + AHEAD), _MM_HINT_T0);
-}
+constexpr int64_t AHEAD = 2048;  // bytes
+
+// Where codes are read once, memory is the limit; asking for them early helps.
+ALWAYS void ask_for(const uint8_t *codes) { _mm_prefetch(reinterpret_cast<const char *>(codes + AHEAD), _MM_HINT_T0); }
 
 // acc[r][p] += the products of one unit of inputs, as integers.
 template <int MR, bool four>
@@ -124,7 +112,7 @@ ALWAYS void add_unit(const uint8_t *&codes, const int8_t *a, int64_t stride, int
             __m512i some[PANELS];
             UNROLL for (int p = 0; p < PANELS; p++) {
                 some[p] = _mm512_loadu_si512(codes + p * 64);
-                ask_for<MR>(codes + p * 64);
+                ask_for(codes + p * 64);
             }
             UNROLL for (int r = 0; r < MR; r++) {
                 __m512i inputs = broadcast(a + r * stride + k);
@@ -142,7 +130,7 @@ ALWAYS void add_unit(const uint8_t *&codes, const int8_t *a, int64_t stride, int
         __m512i low[PANELS], high[PANELS];
         UNROLL for (int p = 0; p < PANELS; p++) {
             __m512i both = _mm512_loadu_si512(codes + p * 64);
-            ask_for<MR>(codes + p * 64);
+            ask_for(codes + p * 64);
             low[p] = _mm512_and_si512(both, nibble);
             high[p] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
         }
@@ -165,6 +153,13 @@ inline floats as_floats(sums value) { return floats(_mm512_cvtepi32_ps(value)); 
 inline floats fused(floats a, floats b, floats c) { return floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
 
 #else  // the same steps for any processor
+
+inline float half_float(uint16_t bits) {
+    uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
+    if (rest >= 0x7c00) return __builtin_bit_cast(float, sign | 0x7f800000 | ((rest & 0x3ff) << 13));
+    float size = __builtin_bit_cast(float, rest << 13) * 0x1p112f;  // right for subnormal numbers, too
+    return __builtin_bit_cast(float, sign | __builtin_bit_cast(uint32_t, size));
+}
 
 inline floats half_floats(const uint16_t *place) {
     floats result;
