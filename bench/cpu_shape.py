@@ -114,7 +114,7 @@ def _rounded(weight, form):  # type: ignore[no-untyped-def]
     scales = ((high - low) / 15).half()
     zeros = (-low / scales.float()).round().clamp(0, 15)
     codes = (grouped / scales.float()[..., None]).round() + zeros[..., None]
-    return QuantWeight(codes.clamp(0, 15).to(torch.uint8).flatten(1), scales, zeros.to(torch.int16), bits=4)
+    return QuantWeight.of(codes.clamp(0, 15).to(torch.uint8).flatten(1), scales, zeros.to(torch.int16))
 
 
 def _save_gguf(folder: Path) -> None:

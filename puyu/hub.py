@@ -14,8 +14,6 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
-
 from puyu.errors import DependencyError, InputError
 from puyu.files import file_lock, hash_bytes
 
@@ -44,6 +42,8 @@ def resolve(path: str | Path, *, allow_pickle: bool = False) -> Path:
 
 
 def _fetched(download: Callable[..., str], shown: str, *, name: str, revision: str | None, patterns: list[str]) -> Path:
+    import httpx  # the hubs' client has it loaded by now; nobody else needs to wait for it
+
     which = {"revision": revision} if revision else {}
     try:
         return Path(download(name, allow_patterns=patterns, ignore_patterns=DUPLICATES, **which))

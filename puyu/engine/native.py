@@ -2,7 +2,7 @@
 
 `cpu/step.cpp` has a plain C interface and is built once, at set-up, for this machine's processor; without it, or for
 anything that it does not know (a GPU, float64, experts), the torch modules do the same. Quantized layers are packed
-once, when the step is made, and may give up their own codes then; dense weights are read where they are, so shared
+once, when the step is made, and keep no codes of their own; dense weights are read where they are, so shared
 weights may change between steps. Dense models run here while they decode a few sequences, where one call saves more
 than torch's faster products; quantized ones always.
 
@@ -69,7 +69,8 @@ def load() -> ctypes.CDLL | None:
     library.puyu_scratch_bytes.restype = ctypes.c_int64
     library.puyu_scratch_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     library.puyu_step.restype, library.puyu_step.argtypes = None, [ctypes.c_void_p] * 3
-    library.puyu_pack.restype, library.puyu_pack.argtypes = None, [ctypes.c_void_p]
+    for function in (library.puyu_pack, library.puyu_unpack):
+        function.restype, function.argtypes = None, [ctypes.c_void_p]
     return library
 
 
@@ -82,7 +83,7 @@ class Matrix(ctypes.Structure):
 
 
 class Pack(ctypes.Structure):
-    """`Pack` of step.cpp."""
+    """`Pack` of pack.h."""
 
     _sizes = ("four", "gated", "outputs", "inputs", "groups")
     _pointers = ("codes", "scales", "zeros", "packed", "packed_scales", "packed_zeros")

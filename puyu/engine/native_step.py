@@ -30,6 +30,8 @@ MAX_BATCH = 8
 """Rows of a dense model, beyond which torch's products catch up with one dot product after another."""
 WIDTH = 32
 """Outputs of a pair of panels."""
+HEAD_ROWS = 512
+"""Rows of a head that are rounded at a time, so that what stands between stays in the cache."""
 UNITS = (64, 32, 16)
 """Inputs that may share a scale of the activations; the largest that divides a layer's group."""
 
@@ -54,10 +56,11 @@ class Packed:
     """One matrix in pairs of panels, with what must stay alive while the library reads it."""
 
     def __init__(self, library: ctypes.CDLL, layer: QuantLinear, *, gated: bool = False) -> None:
+        self._library, self._gated = library, gated
         form, out, inputs = layer.form, layer.out_features, layer.in_features
         four, group = form.bits == 4, form.group or layer.in_features
         groups, outputs = inputs // group, -(-out // WIDTH) * WIDTH
-        codes, scales, zeros = layer.codes.contiguous(), layer.scales.half().contiguous(), _offsets(layer)
+        codes, scales, zeros = layer.matrix().codes.contiguous(), layer.scales.half().contiguous(), _offsets(layer)
         self.data = torch.empty(outputs * inputs // (2 if four else 1) + 64, dtype=torch.uint8)
         self.scales = torch.empty(outputs * groups, dtype=torch.float16)
         self.zeros = None if zeros is None else torch.empty_like(self.scales)
@@ -74,6 +77,19 @@ class Packed:
             *(_INT4 if four else _INT8, inputs, out, group, unit, self.data.data_ptr() + start),
             *(self.scales.data_ptr(), _pointer(self.zeros), _pointer(self.bias), _pointer(self.order)),
         )
+
+    def codes(self) -> Tensor:
+        """The codes as the layer had them, unpacked."""
+        four = self.matrix.kind == _INT4
+        out, inputs = self.matrix.outputs, self.matrix.inputs
+        codes = torch.empty(out, inputs // 2 if four else inputs, dtype=torch.uint8 if four else torch.int8)
+        job = native.Pack(four, self._gated, out, inputs, 0, codes.data_ptr(), None, None, self.matrix.data, None, None)
+        self._library.puyu_unpack(ctypes.byref(job))
+        return codes
+
+    def __deepcopy__(self, memo: object) -> Packed:
+        """Never changes, so copies of a model share it."""
+        return self
 
     @staticmethod
     def fits(layer: QuantLinear, *, gated: bool = False) -> bool:
@@ -94,9 +110,13 @@ def _offsets(layer: QuantLinear) -> Tensor | None:
 
 def head_of(weight: Tensor) -> QuantLinear:
     """A language head as int8 with one scale a row: a quantized model reads it for every token."""
-    wide = weight.detach().float()
-    scales = (wide.abs().amax(dim=1, keepdim=True) / 127).half()
-    codes = (wide / torch.where(scales > 0, scales, 1.0).float()).round().clamp(-127, 127).to(torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight), 1, dtype=torch.float16)
+    for at in range(0, len(weight), HEAD_ROWS):
+        wide = weight[at : at + HEAD_ROWS].detach().float()
+        scale = (wide.abs().amax(dim=1, keepdim=True) / 127).half()
+        steps = (wide / torch.where(scale > 0, scale, 1.0).float()).round_().clamp_(-127, 127)
+        codes[at : at + HEAD_ROWS], scales[at : at + HEAD_ROWS] = steps, scale
     return QuantLinear.of(QuantWeight(codes, scales, bits=8))
 
 
@@ -112,11 +132,11 @@ class NativeStep:
             *(cache.block_size, cache.num_slots, 1, int(invariant)),
             *(_KINDS[model.trunk.embedding.weight.dtype], _KINDS[cache.rows.dtype], config.norm_eps),
         )
-        self._packed = {
-            id(layer): Packed(library, layer, gated=name.endswith("gate_up"))
-            for name, layer in model.named_modules()
-            if isinstance(layer, QuantLinear)
-        }
+        self._packed: dict[int, Packed] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantLinear):
+                packed = self._packed[id(layer)] = Packed(library, layer, gated=name.endswith("gate_up"))
+                layer.lend(packed.codes)  # one copy of the weights is enough
         self._head = self._packed_head() if self._packed else None
         self._layers = (native.Layer * config.num_layers)()
         self._parameters = list(model.parameters())

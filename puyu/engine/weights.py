@@ -23,6 +23,7 @@ Model = CausalLM | ScalarModel
 @torch.no_grad()
 def update_weights(model: Model, state: Mapping[str, Tensor]) -> None:
     """Copy tensors, by our names or by the checkpoint's; those that are not given stay as they are."""
+    _forget_packed(model)
     own = dict(model.state_dict())
     new = state if all(name in own for name in state) else our_names(model, state)
     for name, tensor in new.items():
@@ -33,7 +34,6 @@ def update_weights(model: Model, state: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"tensor {name!r} is {tensor.dtype}, the model's is {own[name].dtype}")
     for name, tensor in new.items():
         own[name].copy_(tensor)
-    _forget_packed(model)
 
 
 def our_names(model: Model, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,9 +70,9 @@ def _fused(ours: str, parts: list[Tensor], *, num_kv_heads: int) -> Tensor:
 
 def drop_weights(model: Model) -> None:
     """Give the memory of all weights back."""
+    _forget_packed(model)
     for tensor in model.state_dict(keep_vars=True).values():
         tensor.data = tensor.data.new_empty(0)
-    _forget_packed(model)
 
 
 def refill_weights(model: Model, loaded: Model) -> None:
@@ -84,5 +84,6 @@ def refill_weights(model: Model, loaded: Model) -> None:
 
 
 def _forget_packed(model: Model) -> None:
-    """Layers that keep a packed copy of their weights drop it when they are loaded, even with nothing."""
+    """Layers that keep a packed copy of their weights drop it when they are loaded, even with nothing; those that lent
+    their codes take them back."""
     model.load_state_dict({}, strict=False)

@@ -5,7 +5,7 @@ activations in bf16 make the product run in bf16, gradients come back in fp32.
 `QuantLinear` computes with integer codes; how they were chosen is the business of `quant/`, how files pack them
 that of `quant_files.py`. O outputs, I inputs, G groups of inputs that share a scale.
 
-    layer = QuantLinear.of(QuantWeight(codes_OI, scales_OG, zeros_OG, bits=4), bias=None)
+    layer = QuantLinear.of(QuantWeight.of(numbers_OI, scales_OG, zeros_OG, bits=4), bias=None)
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ class QuantFormat:
 
 @dataclass(frozen=True, slots=True)
 class QuantWeight:
-    """Plain codes of one matrix, one a cell: int8 [O, I] for 8 bits, uint8 0..15 [O, I] for 4.
+    """One matrix in integers.
 
-    `scales` [O, G] in the dtype of their file; `zeros` int16 [O, G] or None (symmetric); `perm` int64 [I]: column c
-    of the codes belongs to input perm[c], or None where columns are in the order of the inputs.
+    `codes` int8 [O, I] for 8 bits; for 4 bits uint8 [O, I / 2], two numbers 0..15 a byte, the even column in the low
+    nibble. `scales` [O, G] in the dtype of their file; `zeros` int16 [O, G] or None (symmetric); `perm` int64 [I]:
+    column c of the codes belongs to input perm[c], or None where columns are in the order of the inputs.
     """
 
     codes: Tensor
@@ -77,10 +78,25 @@ class QuantWeight:
     bits: int = 4
     activations: bool = False
 
+    @staticmethod
+    def of(numbers: Tensor, scales: Tensor, zeros: Tensor | None = None, *, bits: int = 4, **rest: Any) -> QuantWeight:
+        """From numbers one a cell, int8 [O, I] or uint8 [O, I]."""
+        return QuantWeight(pack_int4(numbers) if bits == 4 else numbers, scales, zeros, bits=bits, **rest)
+
+    @property
+    def numbers(self) -> Tensor:
+        """The codes one a cell, int8 [O, I] or uint8 [O, I]."""
+        return unpack_int4(self.codes) if self.bits == 4 else self.codes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.codes.shape[0], self.codes.shape[1] * 8 // self.bits
+
     @property
     def form(self) -> QuantFormat:
         groups = self.scales.shape[1]
-        group = 0 if groups == 1 else self.codes.shape[1] // groups
+        group = 0 if groups == 1 else self.shape[1] // groups
         return QuantFormat(self.bits, group, self.zeros is None, self.activations, self.perm is not None)
 
     def rows(self, arrange: Callable[[Tensor], Tensor]) -> QuantWeight:
@@ -107,8 +123,18 @@ class QuantWeight:
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the codes stand for, [O, I] in the order of the inputs."""
-        weight = _dequantized(self.codes, self.scales, self.zeros, middle=self.form.middle, dtype=dtype)
+        weight = self.in_their_order(dtype)
         return weight if self.perm is None else weight[:, self.perm.argsort()]
+
+    def in_their_order(self, dtype: torch.dtype) -> Tensor:
+        """What the codes stand for, [O, I] in the order of the columns: (code - zero) * scale, whose difference is
+        exact in every dtype."""
+        grouped = self.numbers.to(dtype).unflatten(1, (self.scales.shape[1], -1))
+        if self.zeros is not None:
+            grouped.sub_(self.zeros.to(dtype)[..., None])
+        elif self.form.middle:
+            grouped.sub_(self.form.middle)
+        return grouped.mul_(self.scales.to(dtype)[..., None]).flatten(1)
 
 
 class QuantLinear(nn.Module):
@@ -143,27 +169,41 @@ class QuantLinear(nn.Module):
         self.dense_rows = 32 if form.bits == 8 else 96
         self.kernel_group = _kernel_group(form, in_features, out_features)
         self._packed: tuple[Tensor, Tensor] | None = None
+        self._holder: Callable[[], Tensor] | None = None
 
     @staticmethod
     def of(weight: QuantWeight, *, bias: Tensor | None = None) -> QuantLinear:
         """The layer that computes with these codes."""
-        rows, columns = weight.codes.shape
+        rows, columns = weight.shape
         with torch.device("meta"):  # buffers that are replaced at once need no memory
             layer = QuantLinear(columns, rows, form=weight.form, bias=bias is not None)
-        codes = weight.codes if weight.bits == 8 else pack_int4(weight.codes)
-        found = {"codes": codes, "scales": weight.scales, "zeros": weight.zeros, "perm": weight.perm, "bias": bias}
+        found = {
+            "codes": weight.codes,
+            "scales": weight.scales,
+            "zeros": weight.zeros,
+            "perm": weight.perm,
+            "bias": bias,
+        }
         layer.load_state_dict({name: value for name, value in found.items() if value is not None}, assign=True)
         return layer
 
-    def plain(self) -> QuantWeight:
-        """The codes as plain numbers."""
-        codes = self.codes if self.form.bits == 8 else unpack_int4(self.codes)
+    def matrix(self) -> QuantWeight:
+        """The codes with all that belongs to them."""
+        codes = self.codes if self._holder is None else self._holder()
         form = self.form
         return QuantWeight(codes, self.scales, self.zeros, self.perm, bits=form.bits, activations=form.activations)
 
+    def lend(self, holder: Callable[[], Tensor]) -> None:
+        """Keep no codes: `holder` has them in a form of its own, and gives them whenever they are needed here."""
+        self._holder, self.codes = holder, self.codes.new_empty(0)
+
+    def take_back(self) -> None:
+        """Hold the codes again."""
+        self.codes, self._holder = self.matrix().codes, None
+
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight [out, in]."""
-        return self.plain().dequantized(dtype)
+        return self.matrix().dequantized(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -174,8 +214,7 @@ class QuantLinear(nn.Module):
         elif self._uses_kernel(rows):
             y = self._kernel(rows.bfloat16().contiguous()).to(x.dtype)
         else:
-            codes = self.codes if self.form.bits == 8 else unpack_int4(self.codes)
-            y = F.linear(rows, _dequantized(codes, self.scales, self.zeros, middle=self.form.middle, dtype=x.dtype))
+            y = F.linear(rows, self.matrix().in_their_order(x.dtype))
         y = y.reshape(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -185,7 +224,7 @@ class QuantLinear(nn.Module):
 
     def _integer_sums(self, x: Tensor) -> Tensor:
         codes, scales = quantize_tokens(x)
-        sums = integer_product(codes, self.codes).to(scales.dtype)
+        sums = integer_product(codes, self.matrix().codes).to(scales.dtype)
         return sums.mul_(scales).mul_(self.scales.to(scales.dtype).T).to(x.dtype)
 
     def _kernel(self, x: Tensor) -> Tensor:
@@ -197,11 +236,12 @@ class QuantLinear(nn.Module):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, codes, self.kernel_group, scales)
 
     def _pack(self) -> tuple[Tensor, Tensor]:
+        matrix = self.matrix()
         if self.form.bits == 8:
             # the kernel's aligned loads crash on codes that are mapped from a file at an odd offset
-            aligned = self.codes if self.codes.data_ptr() % 64 == 0 else self.codes.clone()
+            aligned = matrix.codes if matrix.codes.data_ptr() % 64 == 0 else matrix.codes.clone()
             return aligned, self.scales.flatten().bfloat16()
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_int4(self.codes).int(), 1)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(matrix.numbers.int(), 1)
         scales = self.scales.float()
         # the kernel's weight is (code - 8) * scale + offset
         offsets = torch.zeros_like(scales) if self.zeros is None else scales * (8 - self.zeros)
@@ -209,8 +249,14 @@ class QuantLinear(nn.Module):
         repeat = self.in_features // self.kernel_group // both.shape[0]
         return packed, both.repeat_interleave(repeat, dim=0).bfloat16().contiguous()
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._holder is not None:
+            destination[f"{prefix}codes"] = self._holder()
+
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._packed = None
+        self.take_back()
         super()._load_from_state_dict(*arguments)
 
 
@@ -225,16 +271,6 @@ def _kernel_group(form: QuantFormat, in_features: int, out_features: int) -> int
     size = form.group or in_features
     fitting = [group for group in _KERNEL_GROUPS if size % group == 0]
     return fitting[0] if fitting and out_features % 16 == 0 else 0
-
-
-def _dequantized(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, middle: int, dtype: torch.dtype) -> Tensor:
-    """(code - zero) * scale; the difference is exact in every dtype."""
-    grouped = codes.to(dtype).unflatten(1, (scales.shape[1], -1))
-    if zeros is not None:
-        grouped.sub_(zeros.to(dtype)[..., None])
-    elif middle:
-        grouped.sub_(middle)
-    return grouped.mul_(scales.to(dtype)[..., None]).flatten(1)
 
 
 def quantize_tokens(x_TI: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from puyu.errors import CheckpointError
-from puyu.model.linear import QuantWeight, unpack_int4
+from puyu.model.linear import QuantWeight, pack_int4, unpack_int4
 
 Take = Callable[[str], Tensor]
 """The tensor of that name, or an error that names it."""
@@ -213,13 +213,9 @@ def pack_words(numbers: Tensor, *, bits: int, dim: int) -> Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).movedim(-1, dim).contiguous()
 
 
-def _signed(numbers: Tensor, bits: int) -> Tensor:
-    """Unsigned codes -> those of QuantWeight."""
-    return (numbers ^ 128).view(torch.int8) if bits == 8 else numbers
-
-
-def _unsigned(codes: Tensor, bits: int) -> Tensor:
-    return codes.int() + 128 if bits == 8 else codes.int()
+def _unsigned(weight: QuantWeight) -> Tensor:
+    """The numbers of a matrix as files have them, int32 [O, I]."""
+    return weight.numbers.int() + (128 if weight.bits == 8 else 0)
 
 
 def _zeros(weight: QuantWeight) -> Tensor:
@@ -234,14 +230,22 @@ def _zeros(weight: QuantWeight) -> Tensor:
 
 
 def _read_gptq(form: FileForm, take: Take, module: str) -> QuantWeight:
-    codes = unpack_words(take(f"{module}.qweight"), bits=form.bits, dim=0).T
+    codes = _along_inputs(take(f"{module}.qweight").T, form.bits)
     zeros = unpack_words(take(f"{module}.qzeros"), bits=form.bits, dim=1).T.int() + int(form.minus_one)
     scales = take(f"{module}.scales").T.contiguous()
     perm = _order_of(take(f"{module}.g_idx").long(), scales.shape[1], module)
-    codes = codes if perm is None else codes[:, perm]
     zeros = zeros - 128 if form.bits == 8 else zeros
-    _check_groups(module, codes, scales, zeros, form)
-    return QuantWeight(_signed(codes, form.bits).contiguous(), scales, zeros.short().contiguous(), perm, form.bits)
+    weight = QuantWeight(codes, scales, zeros.short().contiguous(), perm, form.bits)
+    if perm is not None:
+        numbers = weight.numbers[:, perm].contiguous()
+        weight = replace(weight, codes=pack_int4(numbers) if form.bits == 4 else numbers)
+    return _checked_groups(module, weight, form)
+
+
+def _along_inputs(words: Tensor, bits: int) -> Tensor:
+    """int32 words of each row [O, I * bits / 32], the lowest bits first -> codes of QuantWeight, which has them so."""
+    codes = words.contiguous().view(torch.uint8)
+    return (codes ^ 128).view(torch.int8) if bits == 8 else codes
 
 
 def _order_of(groups_I: Tensor, count: int, module: str) -> Tensor | None:
@@ -253,22 +257,27 @@ def _order_of(groups_I: Tensor, count: int, module: str) -> Tensor | None:
     return None if torch.equal(perm, torch.arange(len(perm))) else perm
 
 
-def _check_groups(module: str, codes: Tensor, scales: Tensor, zeros: Tensor, form: FileForm) -> None:
-    groups = codes.shape[1] // form.group if form.group else 1
-    if scales.shape != (codes.shape[0], groups) or zeros.shape != scales.shape:
-        found = f"codes {tuple(codes.shape)}, scales {tuple(scales.shape)}, zeros {tuple(zeros.shape)}"
+def _checked_groups(module: str, weight: QuantWeight, form: FileForm) -> QuantWeight:
+    outputs, inputs = weight.shape
+    scales, zeros = weight.scales, weight.zeros
+    groups = inputs // form.group if form.group else 1
+    if scales.shape != (outputs, groups) or (zeros is not None and zeros.shape != scales.shape):
+        found = f"codes {weight.shape}, scales {tuple(scales.shape)}"
+        found += "" if zeros is None else f", zeros {tuple(zeros.shape)}"
         raise CheckpointError(f"{module}: {found} [outputs, ...] do not fit group_size {form.group or -1}")
+    return weight
 
 
 def _write_gptq(form: FileForm, weight: QuantWeight) -> dict[str, Tensor]:
-    group = weight.codes.shape[1] // weight.scales.shape[1]
+    inputs = weight.shape[1]
+    group = inputs // weight.scales.shape[1]
     zeros = _zeros(weight) - int(form.minus_one)
     assert int(zeros.min()) >= 0, "format gptq cannot hold a zero of 0"
     return {
-        "qweight": pack_words(_unsigned(weight.codes, form.bits).T, bits=form.bits, dim=0),
+        "qweight": pack_words(_unsigned(weight).T, bits=form.bits, dim=0),
         "qzeros": pack_words(zeros.T, bits=form.bits, dim=1),
         "scales": weight.scales.T.contiguous(),
-        "g_idx": (torch.arange(weight.codes.shape[1]) // group).int(),
+        "g_idx": (torch.arange(inputs) // group).int(),
     }
 
 
@@ -289,13 +298,13 @@ def _read_awq(form: FileForm, take: Take, module: str) -> QuantWeight:
     codes = _awq_unpack(take(f"{module}.qweight")).T
     scales = take(f"{module}.scales").T.contiguous()
     zeros = torch.full(scales.shape, 8) if form.symmetric else _awq_unpack(take(f"{module}.qzeros")).T
-    _check_groups(module, codes, scales, zeros, form)
-    return QuantWeight(codes.to(torch.uint8).contiguous(), scales, zeros.short().contiguous())
+    weight = QuantWeight.of(codes.contiguous(), scales, zeros.short().contiguous())
+    return _checked_groups(module, weight, form)
 
 
 def _write_awq(form: FileForm, weight: QuantWeight) -> dict[str, Tensor]:
     return {
-        "qweight": _awq_pack(weight.codes.int().T),
+        "qweight": _awq_pack(weight.numbers.int().T),
         "qzeros": _awq_pack(_zeros(weight).T),
         "scales": weight.scales.T.contiguous(),
     }
@@ -308,15 +317,15 @@ def _read_compressed(form: FileForm, take: Take, module: str) -> QuantWeight:
     scales = take(f"{module}.weight_scale")
     if form.packed:
         inputs = int(take(f"{module}.weight_shape")[1])
-        numbers = unpack_words(take(f"{module}.weight_packed"), bits=form.bits, dim=1)[:, :inputs]
-        codes = _signed(numbers, form.bits)
+        words = take(f"{module}.weight_packed")
+        codes = _along_inputs(words, form.bits)[:, : inputs * form.bits // 8].contiguous()
     else:
         codes = take(f"{module}.weight")
     zeros = torch.full(scales.shape, 8 if form.bits == 4 else 0)
     if not form.symmetric:
         zeros = _compressed_zeros(form, take(f"{module}.weight_zero_point"), outputs=codes.shape[0])
-    _check_groups(module, codes, scales, zeros, form)
-    return QuantWeight(codes.contiguous(), scales, zeros.short().contiguous(), bits=form.bits)
+    weight = QuantWeight(codes.contiguous(), scales, zeros.short().contiguous(), bits=form.bits)
+    return _checked_groups(module, weight, form)
 
 
 def _compressed_zeros(form: FileForm, stored: Tensor, *, outputs: int) -> Tensor:
@@ -331,8 +340,8 @@ def _write_compressed(form: FileForm, weight: QuantWeight) -> dict[str, Tensor]:
     scales = weight.scales.contiguous()
     if not form.packed:
         return {"weight": weight.codes.contiguous(), "weight_scale": scales}
-    packed = pack_words(_unsigned(weight.codes, form.bits), bits=form.bits, dim=1)
-    shape = torch.tensor(weight.codes.shape, dtype=torch.int64)
+    packed = pack_words(_unsigned(weight), bits=form.bits, dim=1)
+    shape = torch.tensor(weight.shape, dtype=torch.int64)
     return {"weight_packed": packed, "weight_scale": scales, "weight_shape": shape}
 
 

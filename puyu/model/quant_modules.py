@@ -52,8 +52,8 @@ def fill_quantized(model: nn.Module, form: FileForm, *, pairs: Pairs, take: Take
             problem = "no linear layer" if not isinstance(old, Linear) else f"quantized only in part: {theirs}"
             raise CheckpointError(f"{theirs[0]} is stored quantized, but {ours} is {problem}")
         weight = _fused([form.read(take, name) for name in theirs], ours, theirs, config).simplified()
-        if weight.codes.shape != (old.out_features, old.in_features):
-            shapes = f"{tuple(weight.codes.shape)} stored, {(old.out_features, old.in_features)} by config.json"
+        if weight.shape != (old.out_features, old.in_features):
+            shapes = f"{weight.shape} stored, {(old.out_features, old.in_features)} by config.json"
             raise CheckpointError(f"{theirs[0]} has the wrong shape [outputs, inputs]: {shapes}")
         _drop_empty_biases(old, theirs, take, names)
         layer = QuantLinear.of(weight)
@@ -86,7 +86,7 @@ def quantized_tensors(model: nn.Module, form: FileForm, *, pairs: Pairs, split: 
         layer = model.get_submodule(ours)
         if isinstance(layer, QuantLinear):
             for index, name in enumerate(theirs):
-                part = layer.plain().rows(_part(split, ours, len(theirs), index))
+                part = layer.matrix().rows(_part(split, ours, len(theirs), index))
                 tensors |= {key: value.cpu().contiguous() for key, value in form.write(part, name).items()}
     return tensors
 

@@ -55,11 +55,11 @@ class Grid:
 
     def weight(self, codes_OGg: Tensor, form: QuantFormat) -> QuantWeight:
         """The codes as a matrix."""
-        codes = codes_OGg.flatten(1).to(torch.int8 if form.bits == 8 else torch.uint8)
+        numbers = codes_OGg.flatten(1).to(torch.int8 if form.bits == 8 else torch.uint8)
         zeros = None if form.symmetric else self.zeros.short()
         # bf16 where steps are so small that fp16 would lose digits
         kind = torch.float16 if torch.equal(self.scales.half().to(self.scales.dtype), self.scales) else torch.bfloat16
-        return QuantWeight(codes, self.scales.to(kind), zeros, bits=form.bits, activations=form.activations)
+        return QuantWeight.of(numbers, self.scales.to(kind), zeros, bits=form.bits, activations=form.activations)
 
 
 def grouped(weight_OI: Tensor, form: QuantFormat) -> Tensor:

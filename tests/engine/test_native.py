@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from puyu.engine import native
-from puyu.engine.native_step import NativeStep, head_of
+from puyu.engine.native_step import NativeStep, Packed, head_of
 from puyu.engine.runner import Span
 from puyu.errors import DependencyError
 from puyu.model.config import ExpertShape
@@ -26,6 +26,7 @@ from puyu.model.paged import KVCache, PagedPlan, PagedSequence
 from puyu.model.quant_modules import replace_module
 from puyu.quant.rtn import rtn
 from tests.engine.conftest import tiny_model
+from tests.model.test_linear import random_codes
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -169,6 +170,34 @@ def test_quantized_layers_equal_rounded_inputs_times_dequantized_weights(
     # now and then a number stands so near to half a code that both sides round it apart; rows without that are equal
     assert float(torch.cat(errors).median()) < 2e-6 and float(torch.cat(errors).max()) < 0.05
     native.load.cache_clear()
+
+
+@pytest.mark.parametrize(("outputs", "gated"), [(32, False), (64, True), (70, False)])
+@pytest.mark.parametrize(
+    ("inputs", "form"),
+    [(16, QuantFormat(8)), (160, QuantFormat(8, 32)), (144, QuantFormat(4, 16, symmetric=False)), (64, QuantFormat(4))],
+)
+def test_packed_codes_come_back(outputs: int, inputs: int, form: QuantFormat, gated: bool) -> None:
+    weight = random_codes(outputs, inputs, form)
+    library = native.load()
+    assert library is not None
+    assert torch.equal(Packed(library, QuantLinear.of(weight), gated=gated).codes(), weight.codes)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("form", [QuantFormat(8), QuantFormat(4, 32, symmetric=False)])
+def test_a_packed_model_keeps_one_copy_and_is_still_a_model(form: QuantFormat) -> None:
+    model = filled({"num_layers": 2, **HALVES}, std=0.06)
+    quantize(model, form)
+    cache = cache_of(model)
+    spans = [Span([5, 6, 7, 8], 0, (3, 4), 4)]
+    before, state = forward(model, cache, spans), {k: v.clone() for k, v in model.state_dict().items()}
+    assert NativeStep.make(model, cache) is not None
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert layers and all(layer.codes.numel() == 0 for layer in layers)
+    assert torch.equal(forward(model, cache, spans), before)
+    assert torch.equal(forward(copy.deepcopy(model), cache, spans), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 @torch.inference_mode()

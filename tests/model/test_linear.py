@@ -41,15 +41,15 @@ def random_codes(rows: int, columns: int, form: QuantFormat, seed: int = 0) -> Q
     zeros = None if form.symmetric else torch.randint(low, high, (rows, groups), generator=generator).short()
     perm = torch.randperm(columns, generator=generator) if form.permuted else None
     kind = torch.uint8 if form.bits == 4 else torch.int8
-    return QuantWeight(codes.to(kind), scales, zeros, perm, bits=form.bits, activations=form.activations)
+    return QuantWeight.of(codes.to(kind), scales, zeros, bits=form.bits, perm=perm, activations=form.activations)
 
 
 def exact(found: QuantWeight, row: int, column: int) -> Fraction:
     """What one code stands for, in rational numbers."""
-    width = found.codes.shape[1] // found.scales.shape[1]
+    width = found.shape[1] // found.scales.shape[1]
     group = column // width
     zero = (8 if found.bits == 4 else 0) if found.zeros is None else int(found.zeros[row, group])
-    return (int(found.codes[row, column]) - zero) * Fraction(found.scales[row, group].item())
+    return (int(found.numbers[row, column]) - zero) * Fraction(found.scales[row, group].item())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -62,7 +62,7 @@ def test_dequantized_weights_are_the_exact_numbers(form: QuantFormat) -> None:
     for row in range(5):
         for column, place in enumerate(order):
             assert wide[row, place].item() == float(exact(found, row, column))
-    plain = layer.plain()
+    plain = layer.matrix()
     assert torch.equal(plain.codes, found.codes) and torch.equal(plain.scales, found.scales)
 
 
@@ -90,6 +90,26 @@ def test_every_path_gives_the_dequantized_product(form: QuantFormat, columns: in
         y = layer(typed)
         assert y.dtype == dtype and y.shape == (rows, outputs)
         assert (y.double() - true).norm() <= tolerance * true.norm()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_codes_that_were_lent_are_asked_for(form: QuantFormat) -> None:
+    """The layer holds none, computes as before on every path, and saves, loads and takes back what the holder has."""
+    layer, twin = (QuantLinear.of(random_codes(32, 64, form)) for _ in range(2))
+    lent = layer.codes
+    layer.lend(lambda: lent)
+    assert layer.codes.numel() == 0
+    for rows in (3, 200):
+        x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows))
+        assert torch.equal(layer(x), twin(x))
+    assert torch.equal(layer.weight(torch.float64), twin.weight(torch.float64))
+    assert all(torch.equal(layer.state_dict()[name], tensor) for name, tensor in twin.state_dict().items())
+    other = QuantLinear.of(random_codes(32, 64, form, seed=1))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.codes, other.codes) and torch.equal(layer(x), other(x))
+    layer.lend(lambda: lent)
+    layer.take_back()
+    assert layer.codes is lent
 
 
 @pytest.mark.parametrize("form", [INT8, INT4, QuantFormat(4), QuantFormat(4, 256)])

@@ -130,11 +130,11 @@ def test_packed_compressed_tensors_against_their_package(bits: int, symmetric: b
     form = QuantFormat(bits, 32, symmetric)
     weight = random_codes(24, 64, form)
     shift = 2 ** (bits - 1) if bits == 4 else 0  # their codes are signed
-    signed = (weight.codes.short() - shift).to(torch.int8)
+    signed = (weight.numbers.short() - shift).to(torch.int8)
     stored = {
         "m.weight_packed": helpers.pack_to_int32(signed, bits),
         "m.weight_scale": weight.scales,
-        "m.weight_shape": torch.tensor(weight.codes.shape),
+        "m.weight_shape": torch.tensor(weight.shape),
     }
     if weight.zeros is not None:
         zeros = (weight.zeros - shift).to(torch.int8)

@@ -5,6 +5,7 @@
 // int8 (product.h). Plain C interface, no torch headers; built by puyu/engine/native.py.
 
 #include "attention.h"
+#include "pack.h"
 #include "product.h"
 
 namespace puyu {
@@ -237,42 +238,7 @@ void puyu_step(const puyu::Shape *shape, const puyu::Layer *layers, const puyu::
         puyu::run<puyu::bf16>(*shape, layers, *step);
 }
 
-// Codes [out, in] (int8, or two 4-bit codes a byte, the even input in the low nibble) -> pairs of panels (common.h).
-// `scales` and `zeros` [out, groups] are half floats; zeros may be null. Outputs beyond the last are zero.
-struct Pack {
-    int64_t four, gated, out, in, groups;
-    const uint8_t *codes;
-    const uint16_t *scales, *zeros;
-    uint8_t *packed;
-    uint16_t *packed_scales, *packed_zeros;
-};
+void puyu_pack(const puyu::Pack *pack) { puyu::pack(*pack); }
 
-void puyu_pack(const Pack *p) {
-    using puyu::LANES, puyu::PANELS;
-    int64_t four = p->four, out = p->out, in = p->in, groups = p->groups, step = four ? 8 : 4;
-    int64_t pairs = puyu::rounded(out, LANES * PANELS) / (LANES * PANELS), bytes = in / step * 64 * PANELS;
-#pragma omp parallel for schedule(static)
-    for (int64_t column = 0; column < pairs * PANELS * LANES; column++) {
-        int64_t lane = column % LANES, half = column / LANES % PANELS, pair = column / (LANES * PANELS);
-        int64_t row = p->gated ? half * (out / 2) + pair * LANES + lane : column;
-        uint8_t *place = p->packed + pair * bytes + half * 64 + lane * 4;
-        for (int64_t k = 0; k < in; k += step, place += 64 * PANELS)
-            for (int64_t i = 0; i < 4; i++) {
-                if (row >= out)
-                    place[i] = four ? 0x88 : 128;
-                else if (four) {
-                    const uint8_t *source = p->codes + (row * in + k) / 2;
-                    uint8_t low = i % 2 ? source[i / 2] >> 4 : source[i / 2] & 15;
-                    uint8_t high = i % 2 ? source[2 + i / 2] >> 4 : source[2 + i / 2] & 15;
-                    place[i] = uint8_t(low | high << 4);
-                } else
-                    place[i] = uint8_t(p->codes[row * in + k + i] ^ 128);
-            }
-        for (int64_t g = 0; g < groups; g++) {
-            int64_t at = ((pair * groups + g) * PANELS + half) * LANES + lane;
-            p->packed_scales[at] = row < out ? p->scales[row * groups + g] : 0;
-            if (p->zeros) p->packed_zeros[at] = row < out ? p->zeros[row * groups + g] : 0;
-        }
-    }
-}
+void puyu_unpack(const puyu::Pack *pack) { puyu::unpack(*pack); }
 }

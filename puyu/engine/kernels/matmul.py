@@ -54,10 +54,10 @@ class Weight:
         if isinstance(layer, fp8.Fp8Linear):
             return Weight(layer.values, 8, 0, layer.scales, bias=bias)
         assert Weight.knows(layer), "a format for the torch modules"
-        scales = layer.scales.contiguous()
+        codes, scales = layer.matrix().codes, layer.scales.contiguous()
         if layer.form.bits == 8:
-            return Weight(layer.codes, 8, 0, scales, bias=bias)
-        codes = layer.codes if layer.codes.data_ptr() % 16 == 0 else layer.codes.clone()
+            return Weight(codes, 8, 0, scales, bias=bias)
+        codes = codes if codes.data_ptr() % 16 == 0 else codes.clone()
         zeros = None if layer.zeros is None else (scales.float() * (8 - layer.zeros)).to(scales.dtype)
         return Weight(codes.view(torch.int32), 4, layer.form.group or layer.in_features, scales, zeros, bias)
 
