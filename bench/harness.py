@@ -33,7 +33,7 @@ RESULTS = ROOT / "bench" / "results"
 sys.path.append(str(ROOT))  # the benches also run from a checkout that is not installed
 MAX_DRIFT = 0.10
 MIN_PAIRS = 5
-PROBE_PATIENCE = 10.0
+PROBE_PATIENCE = 30.0
 
 # one-sided 95 % quantiles of Student's t, degrees of freedom 1..30
 _T95 = (
