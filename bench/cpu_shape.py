@@ -1,4 +1,7 @@
-"""The model of the engine's comparisons: 16 layers, d 1024, ffn 4096, 16 query and 8 key heads of 64, 32k tokens.
+"""The models of the engine's comparisons, by the number of their weights.
+
+317m: 16 layers, d 1024, ffn 4096, 16 query and 8 key heads of 64, 32k tokens. 1.8b: InternLM2's, 24 layers, d 2048,
+ffn 8192, 16 query and 8 key heads of 128, 92,544 tokens.
 
 Random weights, saved once under runs/bench as every side wants them: bf16 for transformers, int4 (groups of 64) and
 int8 (groups of 32) for us, Q4_0 and Q8_0 for llama.cpp. Bytes that a token reads, a weight of the blocks and of the
@@ -9,31 +12,73 @@ is int8 with a scale a row in all of ours, Q8_0 in both of theirs.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
 import harness
 
-VOCAB = 32000
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": VOCAB,
-    "hidden_size": 1024,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "intermediate_size": 4096,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model of the llama family, which computes what InternLM2 does under other names."""
+
+    name: str
+    layers: int
+    hidden: int
+    inner: int
+    head_dim: int
+    vocab: int
+    rope_theta: float
+    heads: int = 16
+    kv_heads: int = 8
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.inner,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": self.rope_theta,
+            "tie_word_embeddings": False,
+            "hidden_act": "silu",
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+        }
+
+    @property
+    def folder(self) -> Path:
+        return harness.ROOT / "runs" / "bench" / f"engine-{self.name}"
+
+    def packed_bytes(self, kind: str) -> int:
+        """Bytes that one token reads of `int4` or `int8`: all weights but the embedding, the head as int8."""
+        bits = {"int4": 4.5, "int8": 8.5}[kind]
+        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        block = attention + 3 * self.hidden * self.inner
+        return int(self.layers * block * bits / 8) + self.vocab * (self.hidden + 2)
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (Shape("317m", 16, 1024, 4096, 64, 32000, 1e4), Shape("1.8b", 24, 2048, 8192, 128, 92544, 1e6))
 }
-FOLDER = harness.ROOT / "runs" / "bench" / "engine-317m"
+
+
+def shape_of(path: Path) -> Shape:
+    """The shape whose folder holds `path`."""
+    return SHAPES[path.parent.name.removeprefix("engine-")]
 
 
 def prompt(count: int, *, start: int = 0) -> list[int]:
@@ -41,31 +86,20 @@ def prompt(count: int, *, start: int = 0) -> list[int]:
     return [1, *(40 + (7 * index + start) % 60 for index in range(count - 1))]
 
 
-def packed_bytes(path: Path) -> int:
-    """Bytes that one token reads: all weights but the embedding, the head as int8."""
-    rows, hidden = VOCAB, int(CONFIG["hidden_size"])
-    layers = int(CONFIG["num_hidden_layers"])
-    inner, heads, kv = (
-        int(CONFIG[name]) for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads")
-    )
-    block = hidden * 64 * (heads + 2 * kv) + heads * 64 * hidden + 3 * hidden * inner
-    bits = {"int4": 4.5, "int8": 8.5}[path.name]
-    return int(layers * block * bits / 8) + rows * (hidden + 2)
-
-
-def inputs() -> Path:
+def inputs(shape: Shape) -> Path:
     """The folder with `bf16`, `int4`, `int8`, `q4_0.gguf` and `q8_0.gguf`; made on the first call."""
-    if not (FOLDER / "ready.json").is_file():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        _save_model(FOLDER / "bf16")
-        _save_quantized(FOLDER)
-        _save_gguf(FOLDER)
-        sizes = {str(path.relative_to(FOLDER)): path.stat().st_size for path in sorted(FOLDER.rglob("*.*"))}
-        (FOLDER / "ready.json").write_text(json.dumps(sizes))
-    return FOLDER
+    folder = shape.folder
+    if not (folder / "ready.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_model(shape, folder / "bf16")
+        _save_quantized(folder)
+        _save_gguf(folder)
+        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*.*"))}
+        (folder / "ready.json").write_text(json.dumps(sizes))
+    return folder
 
 
-def _save_model(folder: Path) -> None:
+def _save_model(shape: Shape, folder: Path) -> None:
     import torch
 
     from puyu.model.checkpoint import save_model
@@ -75,12 +109,19 @@ def _save_model(folder: Path) -> None:
     from puyu.tokenizer.template import CHAT_TEMPLATE
     from puyu.tokenizer.tokenizer import from_merges
 
-    model = CausalLM(ModelConfig.from_hf(CONFIG))
+    model = CausalLM(ModelConfig.from_hf(shape.config))
     init_weights(model, seed=0)
     save_model(model, folder, dtype=torch.bfloat16)
     small = from_merges([], chat_template=CHAT_TEMPLATE).vocab_size
-    pairs = [(bytes([a]), bytes([b])) for a in range(128, 256) for b in range(256)]
-    from_merges(pairs[: VOCAB - small], chat_template=CHAT_TEMPLATE).save(folder)
+    merges = list(islice(_merges(), shape.vocab - small))
+    from_merges(merges, chat_template=CHAT_TEMPLATE).save(folder)
+
+
+def _merges() -> Iterator[tuple[bytes, bytes]]:
+    """Pairs of bytes that are no text, then those with one byte more."""
+    pairs = [(bytes([a]), bytes([b])) for a, b in product(range(128, 256), range(256))]
+    yield from pairs
+    yield from ((a + b, bytes([c])) for (a, b), c in product(pairs, range(256)))
 
 
 def _save_quantized(folder: Path) -> None:

@@ -106,6 +106,7 @@ def llama(task: str, path: Path) -> None:
     context = lib.llama_init_from_model(model, params)
     memory = lib.llama_get_memory(context)
     room = lib.llama_batch_init(2048, 0, SEQUENCES)
+    vocab = cpu_shape.shape_of(path).vocab
 
     def run(rows: list[tuple[int, int, int, bool]]) -> None:
         """(token, position, sequence, wants logits) of one call."""
@@ -117,7 +118,7 @@ def llama(task: str, path: Path) -> None:
             raise SystemExit("llama_decode failed")
 
     def best(at: int) -> int:
-        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, at), shape=(cpu_shape.VOCAB,))
+        logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, at), shape=(vocab,))
         return int(logits.argmax())
 
     def prompt_rows(count: int, *, sequence: int = 0) -> list[tuple[int, int, int, bool]]:
@@ -201,7 +202,7 @@ def stream(task: str, path: Path) -> None:
     """Tokens a second if reading as many bytes as the packed weights of `path` were all there is to do."""
     import torch
 
-    size = cpu_shape.packed_bytes(path)
+    size = cpu_shape.shape_of(path).packed_bytes(path.name)
     torch.set_num_threads(harness.cores())
     block = torch.ones(size // 8, dtype=torch.int64)
 

@@ -1,9 +1,9 @@
-"""engine.1 to 8: decoding, prompts and batches of the 317M shape on the CPU, against llama.cpp, transformers, memory.
+"""engine.1 to 8: decoding, prompts and batches on the CPU, against llama.cpp, transformers, memory.
 
-    python bench/engine_cpu.py [--save] [--pairs 7] [--only engine.1 engine.5]
+    python bench/engine_cpu.py [--save] [--pairs 7] [--only engine.1 engine.5-1.8b]
 
-See cpu_shape.py for the model and cpu_sides.py for what each side does. Every comparison runs its two sides in
-turns; llama.cpp is built natively from source (bench/peers/llama.txt).
+See cpu_shape.py for the models, 317m unless a bar names another, and cpu_sides.py for what each side does. Every
+comparison runs its two sides in turns; llama.cpp is built natively from source (bench/peers/llama.txt).
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ COMPARISONS = {
     "engine.7": ("batch", "int4", "llama", "q4_0.gguf"),
     "engine.8": ("serve", "int4", "transformers", "bf16"),
 }
+COMPARISONS |= {f"engine.{number}-1.8b": COMPARISONS[f"engine.{number}"] for number in (1, 2, 3, 4)}
 
 
-def compare(bar: str, folder: Path, *, pairs: int) -> tuple[harness.Samples, dict[str, str], dict[str, object]]:
+def compare(bar: str, *, pairs: int) -> tuple[harness.Samples, dict[str, str], dict[str, object]]:
     """One bar: both sides in turns."""
     task, weights, peer, file = COMPARISONS[bar]
+    folder = cpu_shape.inputs(cpu_shape.SHAPES[bar.partition("-")[2] or "317m"])
     python = Path(sys.executable) if peer == "stream" else harness.peer_python(peer)
     script = HERE / "cpu_sides.py"
     print(f"{bar}: {task}, {weights} against {peer} {file}", file=sys.stderr)
@@ -51,11 +53,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(COMPARISONS), default=list(COMPARISONS))
     parser.add_argument("--save", action="store_true", help="keep the results in bench/results, a file for each bar")
     arguments = parser.parse_args()
-    folder = cpu_shape.inputs()
     for bar in arguments.only:
         # a run of its own for each bar: the probes then frame few minutes
         run = harness.Run(f"engine_cpu_{bar.partition('.')[2]}", peer_flags=FLAGS[COMPARISONS[bar][2]])
-        samples, run.versions, run.notes = compare(bar, folder, pairs=arguments.pairs)
+        samples, run.versions, run.notes = compare(bar, pairs=arguments.pairs)
         run.finish([samples], save=arguments.save)
 
 

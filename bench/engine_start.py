@@ -1,4 +1,4 @@
-"""engine.9 to 11: start, prefix cache and memory of the int4 model of cpu_shape.py.
+"""engine.9 to 11: start, prefix cache and memory of the smaller int4 model of cpu_shape.py.
 
     python bench/engine_start.py [--save]
 
@@ -87,12 +87,13 @@ def main() -> None:
     if arguments.start:
         print(json.dumps(start(arguments.start)))
         return
-    path = cpu_shape.inputs() / "int4"
+    shape = cpu_shape.SHAPES["317m"]
+    path = cpu_shape.inputs(shape) / "int4"
     run = harness.Run("engine_start")
     fresh(path)
     starts = [fresh(path) for _ in range(10)]
     warm, cold = prefixes(path, pairs=7)
-    packed = cpu_shape.packed_bytes(path) + cpu_shape.VOCAB * int(cpu_shape.CONFIG["hidden_size"]) * 2
+    packed = shape.packed_bytes("int4") + shape.vocab * shape.hidden * 2
     allowed = [1.2 * packed + facts["cache"] + 300e6 for _, facts in starts]
     run.notes = {"packed_bytes": packed, "resident_bytes": starts[-1][1]["resident"]}
     run.finish(

@@ -157,7 +157,9 @@ def cores() -> int:
 def commit() -> str:
     git = ["git", "-C", str(ROOT)]
     found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "--", "puyu", "bench"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", "puyu", "bench", ":!bench/results"], capture_output=True, text=True
+    )
     return found.stdout.strip() + ("+changes" if changed.stdout.strip() else "") if found.returncode == 0 else ""
 
 

@@ -123,7 +123,7 @@ class Engine:
         num_blocks = _num_blocks(model, config, dtype=dtype, drafter=self.drafter)
         sizes = {"num_blocks": num_blocks, "block_size": config.block_size}
         cache = KVCache(model.config, **sizes, device=weight.device, dtype=dtype, storage=config.cache_dtype)
-        self.runner = Runner(model, cache, bank=bank, alone=config.deterministic)
+        self.runner = Runner(model, cache, bank=bank, alone=config.deterministic, num_ids=num_ids)
         pool = BlockPool(num_blocks=num_blocks, block_size=config.block_size, prefix_cache=config.prefix_cache)
         max_running = min(config.max_running, config.max_step_tokens)
         self.scheduler = Scheduler(
@@ -179,7 +179,7 @@ class Engine:
             return late
         try:
             output = self.runner.run([span_of(chunk) for chunk in plan.chunks])
-            sampled = sample_plan(plan, output.logits_SV, num_ids=self.num_ids, alone=self.config.deterministic)
+            sampled = sample_plan(plan, output, num_ids=self.num_ids, alone=self.config.deterministic)
         except Exception:  # noqa: BLE001 - logged and counted; the requests of this step end with reason "error"
             logger.exception("a step of %d requests failed", len(plan.chunks))
             return late + [self._fail(chunk.running) for chunk in plan.chunks]

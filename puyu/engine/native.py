@@ -71,6 +71,7 @@ def load() -> ctypes.CDLL | None:
     library.puyu_step.restype, library.puyu_step.argtypes = None, [ctypes.c_void_p] * 3
     for function in (library.puyu_pack, library.puyu_unpack):
         function.restype, function.argtypes = None, [ctypes.c_void_p]
+    library.puyu_give_back.restype, library.puyu_give_back.argtypes = None, []
     return library
 
 
@@ -110,24 +111,16 @@ class Shape(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_int64) for name in (*_names, *_sizes)), ("eps", ctypes.c_float)]
 
 
-class Span(ctypes.Structure):
-    """`Sequence` of common.h."""
+class Call(ctypes.Structure):
+    """`Call` of common.h."""
 
-    _fields_ = [*((name, ctypes.c_int64) for name in ("first", "length", "context")), ("blocks", ctypes.c_void_p)]
-
-
-class Step(ctypes.Structure):
-    """`Step` of common.h."""
-
-    _sizes = ("num_tokens", "num_sequences", "num_rows")
-    _inputs = ("tokens", "positions", "slots", "rows", "sequences", "cos", "sin", "embedding", "norm")
+    _sizes = ("num_tokens", "num_sequences", "num_rows", "num_ids")
+    _inputs = ("plan", "cos", "sin", "embedding", "norm")
     _fields_ = [
         *((name, ctypes.c_int64) for name in _sizes),
         *((name, ctypes.c_void_p) for name in _inputs),
         ("head", Matrix),
-        ("cache", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
-        ("logits", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("cache", "scratch", "logits", "best")),
     ]
 
 

@@ -1,6 +1,6 @@
 """Between a step's chunks and its rows of logits: which are sampled and how, which are only scored, whose is what.
 
-    sampled = sample_plan(plan, output.logits_SV, num_ids=None, alone=False)
+    sampled = sample_plan(plan, output, num_ids=None, alone=False)
     for chunk, rows in zip(plan.chunks, by_chunk(plan, sampled)): ...
 
 `alone` computes every row by itself, so that its numbers do not depend on how many others there are.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from puyu.engine.edits import row_edits
 from puyu.engine.request import Running
-from puyu.engine.runner import Span
+from puyu.engine.runner import Output, Span
 from puyu.engine.sampler import Choice, Sampled, sample, sample_alone
 from puyu.engine.scheduler import Chunk, Plan
 from puyu.types import FinishReason, TopLogprobs
@@ -37,18 +37,23 @@ def span_of(chunk: Chunk) -> Span:
 
 
 @torch.inference_mode()
-def sample_plan(plan: Plan, logits_SV: Tensor, *, num_ids: int | None, alone: bool) -> Sampled:
+def sample_plan(plan: Plan, output: Output, *, num_ids: int | None, alone: bool) -> Sampled:
     """Tokens of all rows that are sampled from; the rows of prompts are only scored."""
+    logits_SV = output.logits_SV
     rows: list[int] = []
     choices: list[Choice] = []
     start = 0
     for chunk in plan.chunks:
-        _score_prompt(chunk, logits_SV[start : start + chunk.num_rows], alone=alone)
+        if chunk.running.request.params.prompt_logprobs:
+            _score_prompt(chunk, logits_SV[start : start + chunk.num_rows], alone=alone)
         start += chunk.num_rows
         rows += range(start - _num_sampled(chunk), start)
         choices += _choices(chunk)
     if not choices:
         return Sampled([], None, {})
+    if output.best is not None and all(_takes_the_best(choice) for choice in choices):
+        best = output.best
+        return Sampled([best[row] if best[row] >= 0 else None for row in rows], None, {})
     if len(rows) < start:
         logits_SV = logits_SV[rows]
     return (sample_alone if alone else sample)(logits_SV, choices, num_ids=num_ids)
@@ -94,12 +99,18 @@ def _choices(chunk: Chunk) -> list[Choice]:
     ]
 
 
+def _takes_the_best(choice: Choice) -> bool:
+    """Whether the likeliest id is all that is asked for."""
+    params = choice.params
+    return choice.edits is None and params.temperature == 0 and not (params.logprobs or params.top_logprobs)
+
+
 def _score_prompt(chunk: Chunk, logits_LV: Tensor, *, alone: bool) -> None:
     """Log-probabilities of the prompt's tokens that follow those of the chunk."""
     running = chunk.running
     known = len(running.prompt_logprobs)
     first, last = max(known - 1, chunk.start), min(chunk.start + chunk.length, running.num_prompt - 1)
-    if not running.request.params.prompt_logprobs or first >= last:
+    if first >= last:
         return
     rows = logits_LV[first - chunk.start : last - chunk.start]
     rows = rows if rows.dtype == torch.float64 else rows.float()

@@ -48,15 +48,24 @@ class Output(NamedTuple):
 
     logits_SV: Tensor
     hidden: dict[int, Tensor]
+    best: list[int] | None = None
+    """The likeliest id of each row, -1 where a row is not finite; where the step has found it already."""
 
 
 class Runner:
     """A model and the cache that its steps write to. Shares the model's weights; never changes them."""
 
     def __init__(
-        self, model: CausalLM | ScalarModel, cache: KVCache, *, bank: AdapterBank | None = None, alone: bool = False
+        self,
+        model: CausalLM | ScalarModel,
+        cache: KVCache,
+        *,
+        bank: AdapterBank | None = None,
+        alone: bool = False,
+        num_ids: int | None = None,
     ) -> None:
-        self.model, self.cache, self.bank, self.alone = model, cache, bank, alone
+        """`num_ids`: only ids below it are ever chosen; None, all."""
+        self.model, self.cache, self.bank, self.alone, self.num_ids = model, cache, bank, alone, num_ids
         self.device = cache.device
         self.native = self._native()
         """The quick way on a CPU, where this machine and this model have it; None otherwise."""
@@ -66,7 +75,7 @@ class Runner:
     def _native(self) -> NativeStep | None:
         if not isinstance(self.model, CausalLM):
             return None
-        return NativeStep.make(self.model, self.cache, invariant=self.alone)
+        return NativeStep.make(self.model, self.cache, invariant=self.alone, num_ids=self.num_ids)
 
     def renew(self) -> None:
         """Take over weights that have changed: those of quantized layers are kept packed."""
@@ -94,13 +103,14 @@ class Runner:
             spans = [span._replace(tokens=_known(span.tokens, feed)) for span in spans]
         quick = self._quick(spans)
         if self.native is not None and len(quick) == len(spans):
-            return Output(self.native.run(spans), {})
+            logits_SV, best = self.native.run(spans)
+            return Output(logits_SV, {}, best)
         if not quick:
             return self._slow(spans)
         assert self.native is not None
         slow = [at for at in range(len(spans)) if at not in quick]
         output = self._slow([spans[at] for at in slow])
-        logits_SV = self.native.run([spans[at] for at in quick])
+        logits_SV, _ = self.native.run([spans[at] for at in quick])
         parts = dict(zip(quick, logits_SV.split([spans[at].rows for at in quick]), strict=True))
         parts |= zip(slow, output.logits_SV.split([spans[at].rows for at in slow]), strict=True)
         hidden = {slow[at]: states for at, states in output.hidden.items()}

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from puyu.engine import native
-from puyu.engine.native_step import NativeStep, Packed, head_of
+from puyu.engine.native_step import NativeStep
+from puyu.engine.packed_weights import Packed, Room, head_of
 from puyu.engine.runner import Span
+from puyu.engine.sampler import Choice, sample
 from puyu.errors import DependencyError
 from puyu.model.config import ExpertShape
 from puyu.model.heads import CausalLM
@@ -25,6 +27,7 @@ from puyu.model.linear import Linear, QuantFormat, QuantLinear
 from puyu.model.paged import KVCache, PagedPlan, PagedSequence
 from puyu.model.quant_modules import replace_module
 from puyu.quant.rtn import rtn
+from puyu.types import SamplingParams
 from tests.engine.conftest import tiny_model
 from tests.model.test_linear import random_codes
 
@@ -119,7 +122,7 @@ def test_it_equals_the_modules(shape: dict[str, Any], prompts: bool, threads: in
     assert step is not None
     torch.set_num_threads(threads)
     for spans in traffic(len(shape), steps=14, prompts=prompts):
-        torch.testing.assert_close(step.run(spans), forward(model, theirs, spans), rtol=0, atol=4e-5)
+        torch.testing.assert_close(step.run(spans)[0], forward(model, theirs, spans), rtol=0, atol=4e-5)
     torch.set_num_threads(1)
     torch.testing.assert_close(ours.rows, theirs.rows, rtol=0, atol=1e-5, equal_nan=True)
 
@@ -164,7 +167,7 @@ def test_quantized_layers_equal_rounded_inputs_times_dequantized_weights(
         if isinstance(layer, QuantLinear):
             setattr(oracle.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], Rounded(layer))
     errors = [
-        (step.run(spans) - forward(oracle, theirs, spans)).abs().amax(1)
+        (step.run(spans)[0] - forward(oracle, theirs, spans)).abs().amax(1)
         for spans in traffic(form.group + 1, steps=8, prompts=True)
     ]
     # now and then a number stands so near to half a code that both sides round it apart; rows without that are equal
@@ -181,7 +184,9 @@ def test_packed_codes_come_back(outputs: int, inputs: int, form: QuantFormat, ga
     weight = random_codes(outputs, inputs, form)
     library = native.load()
     assert library is not None
-    assert torch.equal(Packed(library, QuantLinear.of(weight), gated=gated).codes(), weight.codes)
+    layer = QuantLinear.of(weight)
+    packed = Packed(library, layer, Room(Packed.size(layer)), gated=gated)
+    assert torch.equal(packed.codes(), weight.codes)
 
 
 @torch.inference_mode()
@@ -210,13 +215,13 @@ def test_invariant_rows_depend_on_nothing_beside_them(form: QuantFormat | None) 
     assert step is not None and alone is not None
     torch.set_num_threads(2)
     for spans in traffic(3, steps=12, prompts=True):
-        together = step.run(spans).split([span.rows for span in spans])
+        together = step.run(spans)[0].split([span.rows for span in spans])
         for span, logits in zip(spans, together, strict=True):
             singles = [
                 Span([token], span.context + at, span.blocks, int(at >= len(span.tokens) - span.rows))
                 for at, token in enumerate(span.tokens)
             ]
-            assert torch.equal(torch.cat([alone.run([single]) for single in singles]), logits)
+            assert torch.equal(torch.cat([alone.run([single])[0] for single in singles]), logits)
     torch.set_num_threads(1)
 
 
@@ -228,11 +233,33 @@ def test_a_row_that_is_not_finite_spoils_no_other_sequence() -> None:
     step = NativeStep.make(model, cache)
     assert step is not None
     spans = [Span([3, 4], 0, (0,), 2), Span([5], 0, (1,), 1)]
-    expected = step.run(spans)
+    expected = step.run(spans)[0]
     with torch.no_grad():
         model.trunk.embedding.weight[4] = float("inf")
-    logits = step.run(spans)
+    logits = step.run(spans)[0]
     assert torch.equal(logits[2], expected[2]) and not logits[1].isfinite().any()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("vocab", "num_ids"), [(9001, None), (9001, 4097), (64, 50), (64, 1)])
+def test_the_best_ids_are_those_of_the_sampler(vocab: int, num_ids: int | None) -> None:
+    """Equal logits, ids that stand for no token, parts of a row on both threads, rows that are not finite."""
+    model = filled({"hidden_size": 64, "intermediate_size": 96, "vocab_size": vocab, "tie_embeddings": False})
+    cache = cache_of(model)
+    step = NativeStep.make(model, cache, num_ids=num_ids)
+    assert step is not None and model.head is not None
+    generator, head = torch.Generator().manual_seed(vocab), model.head.weight
+    torch.set_num_threads(2)
+    for case in range(12):
+        values = torch.randn(3, 64, generator=generator)  # few different rows, so that many logits are equal
+        head.copy_(values[torch.randint(0, 3, (vocab,), generator=generator)])
+        if case in (4, 8):
+            head[torch.randint(0, vocab, ())] = float("nan") if case == 4 else float("inf")
+        spans = [Span([1 + case, 2], 0, (0,), 2), Span([3], 0, (1,), 1)]
+        logits, best = step.run(spans)
+        expected = sample(logits, [Choice(SamplingParams())] * 3, num_ids=num_ids)
+        assert [id if id >= 0 else None for id in best] == expected.tokens
+    torch.set_num_threads(1)
 
 
 @torch.inference_mode()
@@ -248,7 +275,7 @@ def test_bf16_is_as_close_to_fp32_as_the_modules_are() -> None:
         spans = [Span([token], at, tuple(range(8)))]
         right = forward(exact, exact_cache, spans)
         modules = forward(model, caches[1], spans).float()
-        errors.append([float((x - right).abs().mean()) for x in (step.run(spans), modules)])
+        errors.append([float((x - right).abs().mean()) for x in (step.run(spans)[0], modules)])
     ours_error, modules_error = torch.tensor(errors).mean(0).tolist()
     assert ours_error < 1.1 * modules_error
 
@@ -265,7 +292,7 @@ def test_changed_weights_and_rope_base_count_at_once() -> None:
     model.set_rope_theta(77.0)
     for at in range(3):
         spans = [Span([5 + at], at, (0, 1))]
-        torch.testing.assert_close(step.run(spans), forward(model, other, spans), rtol=0, atol=2e-5)
+        torch.testing.assert_close(step.run(spans)[0], forward(model, other, spans), rtol=0, atol=2e-5)
 
 
 @torch.inference_mode()
@@ -287,7 +314,7 @@ def test_stretched_positions_are_in_its_tables(scaling: dict[str, object]) -> No
         if at == 20:
             model.set_context(64)  # the tables follow; the twin's cache keeps the old keys too
         spans = [Span([at], at, tuple(range(6)))]
-        torch.testing.assert_close(step.run(spans), forward(model, other, spans), rtol=0, atol=2e-5)
+        torch.testing.assert_close(step.run(spans)[0], forward(model, other, spans), rtol=0, atol=2e-5)
 
 
 def test_experts_are_left_to_torch() -> None:

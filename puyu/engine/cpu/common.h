@@ -173,16 +173,24 @@ struct Sequence {
     const int64_t *blocks;
 };
 
-struct Step {
+// What a call hands over. `plan` has for each sequence: length, context, rows of logits, blocks; its tokens; its blocks.
+struct Call {
     int64_t num_tokens, num_sequences, num_rows;
-    const int64_t *tokens, *positions, *slots, *rows;  // [T] each; rows [R]: tokens whose logits are wanted
-    const Sequence *sequences;
+    int64_t num_ids;  // only the first so many ids are chosen from
+    const int64_t *plan;
     const float *cos, *sin;  // [positions, H]
     const void *embedding, *norm;
     Matrix head;
     void *cache;  // [layers, 2 * K * slots, H]
     char *scratch;  // see scratch_bytes
     float *logits;  // [R, V]
+    int64_t *best;  // [R], the id of the largest logit; -1 where a row is not finite
+};
+
+// The same with the plan laid out, [T] each; rows [R]: tokens whose logits are wanted.
+struct Step : Call {
+    int64_t *tokens, *positions, *slots, *rows;
+    Sequence *sequences;
 };
 
 }  // namespace puyu

@@ -2,6 +2,10 @@
 
 #pragma once
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "product.h"
 
 namespace puyu {
@@ -77,6 +81,13 @@ inline void unpack(const Pack &p) {
         word = four ? ordered(word) : word ^ 0x80808080;
         std::memcpy(source, &word, 4);
     });
+}
+
+// What the codes of a whole model stood in goes back to the system; the allocator would keep it.
+inline void give_back() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 }  // namespace puyu

@@ -13,7 +13,17 @@ namespace puyu {
 constexpr int64_t FEW = 8;         // rows up to which every thread prepares the activations for itself: no barrier
 constexpr int64_t LEAST_UNIT = 16;  // inputs that share a scale, at least
 
+constexpr int64_t PART = 4096;      // logits that one thread searches at a time
+
+// The largest of some logits and its id; not a number where one of them is none.
+struct Peak {
+    float value;
+    int64_t id;
+};
+
 struct Buffers {
+    int64_t *plan;
+    Peak *peaks;
     float *x, *qkv, *mixed, *inner, *normed, *scores, *ordered;
     char *codes, *end;
 };
@@ -33,6 +43,8 @@ inline Buffers layout(const Shape &s, int64_t tokens, int64_t longest, char *bas
     auto floats_of = [&](int64_t count) { return reinterpret_cast<float *>(take(count * 4)); };
     int64_t mixed = s.heads * s.head_dim, width = mixed + 2 * s.kv_heads * s.head_dim;
     Buffers b;
+    b.plan = reinterpret_cast<int64_t *>(take(tokens * (4 * 8 + sizeof(Sequence))));
+    b.peaks = reinterpret_cast<Peak *>(take(tokens * ((s.vocab + PART - 1) / PART) * sizeof(Peak)));
     b.x = floats_of(tokens * s.hidden), b.qkv = floats_of(tokens * (width > s.hidden ? width : s.hidden)), b.mixed = floats_of(tokens * mixed);
     b.inner = floats_of(tokens * s.intermediate);
     bool shared = tokens > FEW;
@@ -183,8 +195,59 @@ inline void embed(Team &team, const Shape &s, const Step &t, float *x) {
     s.kind == FLOAT ? copied(static_cast<const float *>(t.embedding)) : copied(static_cast<const bf16 *>(t.embedding));
 }
 
+inline Step laid_out(const Shape &s, const Call &call, int64_t *place) {
+    int64_t T = call.num_tokens, token = 0, row = 0;
+    Step t{call, place, place + T, place + 2 * T, place + 3 * T, reinterpret_cast<Sequence *>(place + 4 * T)};
+    const int64_t *next = call.plan;
+    for (int64_t i = 0; i < call.num_sequences; i++) {
+        int64_t length = next[0], context = next[1], rows = next[2];
+        const int64_t *ids = next + 4, *blocks = ids + length;
+        t.sequences[i] = {token, length, context, blocks};
+        next = blocks + next[3];
+        for (int64_t left = rows; left; left--) t.rows[row++] = token + length - left;
+        for (int64_t position = context; position < context + length; position++, token++) {
+            t.tokens[token] = *ids++, t.positions[token] = position;
+            t.slots[token] = blocks[position / s.block_size] * s.block_size + position % s.block_size;
+        }
+    }
+    return t;
+}
+
+APART inline Peak peak_of(const float *x, int64_t count, int64_t first) {
+    float most = -INFINITY;
+    int broken = 0;
+#pragma omp simd reduction(max : most) reduction(| : broken)
+    for (int64_t i = 0; i < count; i++) {
+        most = x[i] > most ? x[i] : most;
+        broken |= x[i] != x[i];
+    }
+    if (broken) return {NAN, -1};
+    int64_t at = 0;
+    while (x[at] != most) at++;
+    return {most, first + at};
+}
+
+// Of equal logits the first one's id, as everywhere.
+inline void choose(Team &team, const Shape &s, const Step &t, Peak *peaks) {
+    int64_t parts = (t.num_ids + PART - 1) / PART;
+    team.each(t.num_rows * parts, 1, [&](int64_t item) {
+        int64_t first = item % parts * PART;
+        const float *x = t.logits + item / parts * s.vocab + first;
+        peaks[item] = peak_of(x, smaller(t.num_ids - first, PART), first);
+    });
+    for (int64_t row = team.index; row < t.num_rows; row += team.count) {
+        Peak best{-INFINITY, -1};
+        for (int64_t part = 0; part < parts && best.value == best.value; part++) {
+            const Peak &peak = peaks[row * parts + part];
+            if (!(peak.value <= best.value)) best = peak;
+        }
+        t.best[row] = best.value < INFINITY ? best.id : -1;
+    }
+}
+
 template <typename T>
-void run(const Shape &s, const Layer *layers, const Step &t) {
+void run(const Shape &s, const Layer *layers, const Call &call) {
+    const Step t = laid_out(s, call, layout(s, call.num_tokens, 0, call.scratch, 0).plan);
     int64_t longest = 0, D = s.hidden, count = t.num_tokens;
     for (int64_t i = 0; i < t.num_sequences; i++) {
         int64_t end = t.sequences[i].context + t.sequences[i].length;
@@ -212,6 +275,7 @@ void run(const Shape &s, const Layer *layers, const Step &t) {
         if (t.num_rows) {
             Input last = prepare(team, s, t.head, t.norm, b.qkv, t.num_rows, b, shared);
             product<false>(team, t.head, last, t.logits, t.num_rows);
+            choose(team, s, t, b.peaks);
         }
     };
     Shared together;
@@ -231,14 +295,16 @@ int64_t puyu_scratch_bytes(const puyu::Shape *shape, int64_t tokens, int64_t lon
     return puyu::layout(*shape, tokens, longest, nullptr, shape->threads - 1).end - static_cast<char *>(nullptr);
 }
 
-void puyu_step(const puyu::Shape *shape, const puyu::Layer *layers, const puyu::Step *step) {
+void puyu_step(const puyu::Shape *shape, const puyu::Layer *layers, const puyu::Call *call) {
     if (shape->cache_kind == puyu::FLOAT)
-        puyu::run<float>(*shape, layers, *step);
+        puyu::run<float>(*shape, layers, *call);
     else
-        puyu::run<puyu::bf16>(*shape, layers, *step);
+        puyu::run<puyu::bf16>(*shape, layers, *call);
 }
 
 void puyu_pack(const puyu::Pack *pack) { puyu::pack(*pack); }
+
+void puyu_give_back() { puyu::give_back(); }
 
 void puyu_unpack(const puyu::Pack *pack) { puyu::unpack(*pack); }
 }
