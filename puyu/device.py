@@ -41,6 +41,14 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ConfigError(f"unknown device {name!r}", remedy="use auto, cpu or cuda") from error
 
 
+def release_memory(device: torch.device) -> None:
+    """Give what torch keeps for later use back to the device, for other processes."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 @cache
 def cpu_flags() -> frozenset[str]:
     """Feature words of the processor (Linux; empty elsewhere)."""

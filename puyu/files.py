@@ -112,6 +112,14 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object; InputError for any other value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
 def write_jsonl(path: Path, rows: Iterable[Any]) -> int:
     """Write rows atomically (`.gz`, `.zst` by suffix, byte-identical for equal rows); returns the count."""
     count = 0

@@ -42,12 +42,10 @@ def resolve(path: str | Path, *, allow_pickle: bool = False) -> Path:
 
 
 def _fetched(download: Callable[..., str], shown: str, *, name: str, revision: str | None, patterns: list[str]) -> Path:
-    import httpx  # the hubs' client has it loaded by now; nobody else needs to wait for it
-
     which = {"revision": revision} if revision else {}
     try:
         return Path(download(name, allow_patterns=patterns, ignore_patterns=DUPLICATES, **which))
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except Exception as error:
         remedy = "check the name and the network; a gated model needs its hub's token"
         raise InputError(f"{shown} is no folder here and cannot be fetched: {error}", remedy=remedy) from error
 

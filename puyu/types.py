@@ -43,7 +43,7 @@ class ToolCall:
         """The arguments as a dict; raises InputError when they are not a JSON object."""
         try:
             value = json.loads(self.arguments or "{}")
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"arguments of tool call {self.name!r} are not JSON: {error}") from error
         if not isinstance(value, dict):
             raise InputError(f"arguments of tool call {self.name!r} must be a JSON object, not {type(value).__name__}")

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from puyu.errors import InputError, RequestError
+from puyu.errors import ConfigError, InputError, RequestError
 from puyu.files import disk_errors, hash_bytes, open_bytes, write_jsonl
 from puyu.log import Progress, say
 from puyu.types import Completion, Conversation, GenerateRequest, Guide, SamplingParams
@@ -49,7 +49,9 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--window", type=int, default=256, help="records under way at the same time [256]")
     options.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
     options.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 [auto]")
+    options.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="LoRA adapter; repeatable")
     given = options.parse_args(list(argv))
+    adapters = dict(_named_folder(text) for text in given.adapter)
     defaults = read_params(_as_object(given.params, "--params"), SamplingParams())
     done = _finished(given.output, given.input)
     total = sum(1 for _ in records(given.input))
@@ -58,12 +60,20 @@ def main(argv: Sequence[str]) -> int:
     if len(done) < total:
         from puyu.engine.llm import LLM
 
-        with LLM(given.model, device=given.device, dtype=given.dtype) as llm, open(given.output, "ab") as stream:
+        where = {"device": given.device, "dtype": given.dtype}
+        with LLM(given.model, **where, adapters=adapters) as llm, open(given.output, "ab") as stream:
             progress = Progress("generate", total, unit="tok", start=len(done))
             todo = (record for record in records(given.input) if record.line not in done)
             _Run(llm, defaults, stream, progress).all(todo, window=max(given.window, 1))
             progress.close()
     return _close(given.output)
+
+
+def _named_folder(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise ConfigError(f"--adapter {text!r} must be NAME=DIR", remedy="for example: --adapter poet=runs/poet")
+    return name, folder
 
 
 @dataclass(eq=False, slots=True)

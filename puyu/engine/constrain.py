@@ -114,7 +114,10 @@ def grammar_of(guide: Guide) -> str:
         if isinstance(value, str) or not value or not all(isinstance(item, str) and item for item in value):
             raise RequestError("a choice is a list of texts, none of them empty", param="guide")
         return str(matcher.grammar_from_regex("|".join(re.escape(item) for item in value)))
-    if guide.kind not in ("regex", "grammar") or not isinstance(value, str) or not value:
+    if guide.kind not in ("regex", "grammar"):
+        message = f"no guide is called {guide.kind!r}"
+        raise RequestError(message, param="guide", remedy="known: json_schema, choice, regex, grammar")
+    if not isinstance(value, str) or not value:
         raise RequestError(f"a {guide.kind} is a text that is not empty", param="guide")
     _check_repetitions([value])
     return str(matcher.grammar_from_regex(value) if guide.kind == "regex" else matcher.grammar_from_lark(value))

@@ -276,8 +276,12 @@ class Engine:
         self.finish(running.request.id, "error")
         return Event(running, None, "error")
 
+    def settle(self) -> None:
+        """Wait for what the device still computes; weights may change afterwards."""
+
     def sleep(self) -> None:
         """Give the cache's memory back; requests under way wait and are computed again after `wake`."""
+        self.settle()
         self.scheduler.restart()
         self.runner.cache.release()
         self.runner.release()
@@ -301,6 +305,7 @@ class Engine:
 
         Requests under way are computed again from their first token, with the new weights.
         """
+        self.settle()
         self.scheduler.restart()
         if not self.is_asleep:
             self.runner.renew()

@@ -10,6 +10,8 @@ for several answers is several requests of the engine; one for beam search is a 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,9 +21,12 @@ from puyu.engine.core import Engine, Event, Stats
 from puyu.engine.flight import Answers, BeamFlight, Flight, Pooled
 from puyu.engine.front import Front, Reader
 from puyu.engine.request import Request, Running
+from puyu.errors import RequestError
 from puyu.model.heads import ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import Completion, FinishReason, GenerateRequest
+
+logger = logging.getLogger(__name__)
 
 Prepared = Sequence[tuple[Request, "Flight | BeamFlight | Pooled"]]
 
@@ -84,11 +89,6 @@ class Driver:
         self._inbox.append(request_id)
 
     @property
-    def num_queued(self) -> int:
-        """Requests that have not begun."""
-        return len(self._inbox) + len(self.engine.scheduler.waiting)
-
-    @property
     def has_work(self) -> bool:
         return bool(self._inbox) or self.engine.has_work
 
@@ -98,12 +98,13 @@ class Driver:
         return self.engine.is_asleep and bool(self._flights)
 
     def pump(self) -> bool:
-        """One step and its callbacks; False when nothing is left to do."""
-        with self.lock:
+        """One step and its callbacks; False when nothing is left to do. What a callback raises is raised here, when
+        all others have been told."""
+        with self.lock, contextlib.ExitStack() as told:
             self._empty_inbox()
-            for event in self.engine.step():
-                self._tell(event)
-            return self.has_work
+            for event in reversed(self.engine.step()):
+                told.callback(self._tell, event)
+        return self.has_work
 
     def end_all(self, reason: FinishReason) -> None:
         """End every request now."""
@@ -138,7 +139,17 @@ class Driver:
                 self._next_round(item[1])
             else:
                 self._flights[item[0].id] = item[1]
-                self.engine.add(item[0])
+                self._add(item[0])
+
+    def _add(self, request: Request) -> None:
+        """To the engine; an adapter may have gone since the request was checked."""
+        try:
+            self.front.check_adapter(request.adapter)
+        except RequestError as error:
+            logger.warning("request %s: %s", request.id, error)
+            self._land(Running(request, 0, finish_reason="error"))
+        else:
+            self.engine.add(request)
 
     def _end(self, request_id: str, reason: FinishReason) -> None:
         beams = self._beams_of(request_id)
@@ -159,8 +170,8 @@ class Driver:
             flight.push(event.token)
         if event.finish_reason is not None:
             self._land(event.running)
-        elif isinstance(flight, Flight) and flight.reader.stopped:
-            self._end(request_id, "stop")
+        elif isinstance(flight, Flight) and (flight.reader.stopped or flight.is_broken):
+            self._end(request_id, "error" if flight.is_broken else "stop")
 
     def _land(self, running: Running) -> None:
         """Hand over what a request gave."""

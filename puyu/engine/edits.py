@@ -28,15 +28,15 @@ class Edits:
     scaled: np.ndarray | None = None
     """Ids whose logits are divided by `scale` when positive, multiplied when negative."""
     scale: float = 1.0
-    added: Mapping[int, float] | None = None
     subtracted: tuple[np.ndarray, np.ndarray] | None = None
     """Ids and what is subtracted from their logits."""
+    added: Mapping[int, float] | None = None
     banned: Sequence[int] = ()
     allowed: bytes | None = None
     """One bit for each id, the lowest first; only these may be chosen."""
 
     def apply(self, logits_V: Tensor) -> None:
-        """Change a row [V] in place; ids beyond its end are ignored."""
+        """Change a row [V] in place; banned ids beyond its end, which nothing can choose, are left out."""
         vocab, device = logits_V.shape[0], logits_V.device
         if self.scaled is not None:
             ids = torch.from_numpy(self.scaled).to(device)
@@ -48,8 +48,8 @@ class Edits:
         if self.added:
             ids = torch.tensor(list(self.added), device=device)
             logits_V[ids] += torch.tensor(list(self.added.values()), device=device, dtype=logits_V.dtype)
-        if self.banned:
-            logits_V[torch.tensor(list(self.banned), device=device)] = float("-inf")
+        if banned := [id for id in self.banned if id < vocab]:
+            logits_V[torch.tensor(banned, device=device)] = float("-inf")
         if self.allowed is not None:
             bits = np.unpackbits(np.frombuffer(self.allowed, np.uint8), bitorder="little")[:vocab]
             allowed_V = torch.from_numpy(bits.astype(bool)).to(device)
@@ -128,6 +128,6 @@ def _mask(guide: Matcher) -> bytes:
 def _without(mask: bytes, banned: Sequence[int]) -> bytes:
     """The mask less what is banned; the grammar has the last word where nothing else would be left."""
     bits = bytearray(mask)
-    for id in banned:
+    for id in (id for id in banned if id < 8 * len(bits)):
         bits[id // 8] &= ~(1 << id % 8) & 0xFF
     return bytes(bits) if any(bits) else mask

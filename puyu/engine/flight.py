@@ -5,14 +5,19 @@ Callbacks run in the pumping thread and must be quick. Knows no scheduler and no
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from puyu.engine.beam import BeamSearch, Finished
 from puyu.engine.front import Reader
 from puyu.engine.request import Request, Running
-from puyu.types import Completion, FinishReason, SamplingParams, Usage
+from puyu.types import Completion, FinishReason, Message, SamplingParams, Usage
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
@@ -59,36 +64,47 @@ class Flight:
     reader: Reader
     index: int
     answers: Answers
+    is_broken: bool = False
+    """Whether reading its tokens has failed: that costs this request, and no other of the step."""
 
     def push(self, token: int) -> None:
         """Read a token at once where its text is needed: shown, or searched for a stop string."""
-        if not self._is_watched:
-            return
-        piece = self.reader.push(token)
-        if piece and self.answers.is_streamed:
-            self._show(piece)
+        if self._is_watched:
+            self._show(self._read(lambda: self.reader.push(token), ""))
 
     def land(self, running: Running) -> None:
         """Build the completion and hand it over; a request nobody watched is read here in one go."""
+        if not self._is_watched:
+            self._read(lambda: "".join([self.reader.push(token) for token in running.generated]), "")
+        self._show(self._read(self.reader.close, ""))
+        completion = self._read(lambda: self._finished(running), None)
+        self.answers.add(self.index, completion or _unread(running, self.reader.text))
+
+    def _finished(self, running: Running) -> Completion:
         reason = running.finish_reason
         assert reason is not None
-        if not self._is_watched:
-            for token in running.generated:
-                self.reader.push(token)
-        rest = self.reader.close()
-        if rest and self.answers.is_streamed:
-            self._show(rest)
         if self.reader.stopped and reason == "length":
             reason = "stop"
-        self.answers.add(self.index, self.reader.completion(running, reason=reason))
+        return self.reader.completion(running, reason=reason)
+
+    def _read(self, read: Callable[[], T], otherwise: T) -> T:
+        if self.is_broken:
+            return otherwise
+        try:
+            return read()
+        except Exception:
+            logger.exception("the tokens of request %s cannot be read", self.reader.request.id)
+            self.is_broken = True
+            return otherwise
 
     @property
     def _is_watched(self) -> bool:
         return self.answers.is_streamed or bool(self.answers.params.stop)
 
     def _show(self, piece: str) -> None:
-        assert self.answers.text is not None
-        self.answers.text(self.index, piece)
+        if piece and self.answers.is_streamed:
+            assert self.answers.text is not None
+            self.answers.text(self.index, piece)
 
 
 @dataclass(eq=False, slots=True)
@@ -162,6 +178,12 @@ class BeamFlight:
         reader.close()
         running.logprobs = list(item.beam.logprobs)
         return reader.completion(running, reason=item.reason)
+
+
+def _unread(running: Running, text: str) -> Completion:
+    """What is left of a request whose tokens could not be read."""
+    ids, usage = tuple(running.generated), running.usage
+    return Completion(Message("assistant", text), finish_reason="error", usage=usage, token_ids=ids)
 
 
 def joined(answers: list[Completion], *, usage: Usage) -> Completion:

@@ -52,7 +52,7 @@ class Front:
     ) -> None:
         """`check_adapter` raises RequestError for a name that is not loaded; a reward model does not answer."""
         self.tokenizer, self.context, self.is_reward = tokenizer, context, is_reward
-        self._check_adapter = check_adapter or _no_adapter
+        self.check_adapter = check_adapter or _no_adapter
         self._compiler = Compiler(tokenizer)
         self._numbers = itertools.count()
 
@@ -66,7 +66,7 @@ class Front:
             raise RequestError("this is a reward model, it does not answer", param="model", remedy="use LLM.reward")
         check_params(params, vocab_size=self.tokenizer.vocab_size)
         _check_limits(request)
-        self._check_adapter(request.adapter)
+        self.check_adapter(request.adapter)
         ids = self.prompt_ids(request)
         room = self._room(len(ids), field="prompt" if isinstance(request.prompt, str) else "messages")
         first = Request(
@@ -90,7 +90,7 @@ class Front:
         """A request for the pooled hidden states of `ids`, or for their reward."""
         if pooling not in ("last", "mean"):
             raise RequestError(f"pooling must be 'last' or 'mean', got {pooling!r}", param="pooling")
-        self._check_adapter(adapter)
+        self.check_adapter(adapter)
         if not ids:
             raise RequestError("the input is empty", param="input")
         if len(ids) > self.context:
@@ -125,7 +125,11 @@ class Front:
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each word as it stands at the beginning of a text, and after a space."""
-        rows = [tuple(self.tokenizer.encode(text)) for word in words for text in (word, " " + word.lstrip())]
+        rows = []
+        for word in words:
+            rows += [tuple(self.tokenizer.encode(text)) for text in (word, " " + word.lstrip())]
+            if not all(rows[-2:]):
+                raise RequestError(f"bad_words: {word!r} is no token of this model", param="bad_words")
         return tuple(dict.fromkeys(rows))
 
     def prompt_ids(self, request: GenerateRequest) -> list[int]:
@@ -179,9 +183,10 @@ def _check_lists(params: SamplingParams, vocab_size: int) -> None:
         texts = getattr(params, name)
         fits = isinstance(texts, tuple) and len(texts) <= most
         fits = fits and all(isinstance(text, str) and text for text in texts)
-        _require(fits, name, f"at most {most} strings, none of them empty", params)
-    ids_fit = all(_is_id(id, vocab_size) for id in params.stop_token_ids)
-    _require(ids_fit, "stop_token_ids", f"token ids below {vocab_size}", params)
+        _require(fits, name, f"a tuple of at most {most} strings, none of them empty", params)
+    ids_fit = isinstance(params.stop_token_ids, tuple)
+    ids_fit = ids_fit and all(_is_id(id, vocab_size) for id in params.stop_token_ids)
+    _require(ids_fit, "stop_token_ids", f"a tuple of token ids below {vocab_size}", params)
     bias = params.logit_bias
     fits = isinstance(bias, Mapping) and all(_is_id(id, vocab_size) for id in bias)
     fits = fits and all(_in(value, -1e6, 1e6) for value in bias.values())

@@ -15,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from puyu.device import pick_device, pick_dtype, require_torch
+from puyu.device import pick_device, pick_dtype, release_memory, require_torch
 from puyu.engine.core import EngineConfig, Stats
 from puyu.engine.driver import Driver
 from puyu.engine.front import as_messages
@@ -91,7 +92,7 @@ class LLM:
         )
         model, drafter, folders = self._load(folder), None, [folder]
         if draft_model is not None:
-            folders.append(resolve(draft_model))
+            folders.append(resolve(draft_model, allow_pickle=asked.allow_pickle))
             drafter, config = self._drafter(folders[1], tokenizer), _with_drafts(config)
         self._set(model, tokenizer, config, name=Path(folder).name, drafter=drafter)
         self._sources = list(zip([model, drafter.model] if drafter else [model], folders, strict=True))
@@ -116,7 +117,10 @@ class LLM:
         model = self._load(folder)
         if not isinstance(model, CausalLM):
             raise CheckpointError(f"{folder} is a reward model, which guesses nothing")
-        return ModelDrafter(model)
+        if model.config.vocab_size < tokenizer.vocab_size:
+            message = f"{folder} has {model.config.vocab_size} ids, its tokenizer {tokenizer.vocab_size}"
+            raise CheckpointError(message, remedy="use a draft model that knows every token")
+        return ModelDrafter(model, num_ids=tokenizer.vocab_size)
 
     def _set(
         self,
@@ -135,6 +139,7 @@ class LLM:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self._is_empty = False
         self._sources = []
+        self._allow_pickle = config is not None and config.allow_pickle
         self._bank = AdapterBank(model) if isinstance(model, CausalLM) else None
         sizes: dict[str, Any] = {"num_ids": tokenizer.vocab_size, "drafter": drafter, "bank": self._bank}
         self.driver = Driver(make_engine(model, config, **sizes), tokenizer)
@@ -167,6 +172,7 @@ class LLM:
     ) -> list[Completion]:
         """Answer many chats as one batch, in their order, or continue `plain` texts without the chat template.
         `progress` is told (finished, all) as they finish."""
+        _several(items, "items")
         if plain:
             requests = [GenerateRequest(str(item), _params(params, changes)) for item in items]
         else:
@@ -250,6 +256,7 @@ class LLM:
         scaled to length 1 if `normalize`."""
         if isinstance(self.model, ScalarModel):
             raise RequestError("this is a reward model, it embeds nothing", param="model", remedy="use LLM.reward")
+        _several(texts, "texts")
         front = self.driver.front
         prepared = [front.prepare_pool(front.text_ids(text), pooling=pooling, adapter=adapter) for text in texts]
         vectors = self._pooled(prepared)
@@ -319,14 +326,18 @@ class LLM:
         with self.driver.lock:
             if self._is_empty:
                 self._require_awake()
+            self.driver.engine.settle()
+            folder = None
             if not isinstance(state, Mapping):
-                folder = resolve(state)
+                folder = resolve(state, allow_pickle=self._allow_pickle)
                 if read_config(folder).family != self.model.config.family:
                     raise CheckpointError(f"{folder} holds a model of another family")
-                state = _load(folder, device="cpu", dtype=self.model.trunk.embedding.weight.dtype).state_dict()
+                dtype = self.model.trunk.embedding.weight.dtype
+                state = _load(folder, device="cpu", dtype=dtype, allow_pickle=self._allow_pickle).state_dict()
                 if set(state) != set(self.model.state_dict()):
                     raise CheckpointError(f"{folder} holds a model of another shape")
             update_weights(self.model, state)
+            self._sources = [(self.model, folder), *self._sources[1:]] if folder and self._sources else []
             self.driver.engine.reset_prefix_cache()
 
     def sleep(self, level: int = 1) -> None:
@@ -334,13 +345,14 @@ class LLM:
         if level not in (1, 2):
             raise ConfigError(f"sleep has the levels 1 and 2, not {level!r}")
         if level == 2 and not self._sources:
-            raise ConfigError("this model was given in memory and cannot be loaded again", remedy="use level 1")
+            raise ConfigError("these weights were given in memory and cannot be loaded again", remedy="use level 1")
         with self.driver.lock:
             self.driver.engine.sleep()
             if level == 2 and not self._is_empty:
                 self._is_empty = True
                 for model, _ in self._sources:
                     drop_weights(model)
+            release_memory(self.driver.engine.runner.device)
 
     def wake(self) -> None:
         """Take the memory again; what waits goes on."""
@@ -399,7 +411,18 @@ def _unit(vector: list[float]) -> list[float]:
 
 
 def _params(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:
+    known = [item.name for item in fields(SamplingParams)]
+    for name in changes:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise RequestError(f"no sampling parameter is called {name!r}", param=name, remedy=remedy)
     return replace(params or SamplingParams(), **changes)
+
+
+def _several(texts: Sequence[Any], field: str) -> None:
+    if isinstance(texts, str):
+        raise RequestError(f"{field} must be a list of texts, not one text", param=field, remedy="write [text]")
 
 
 def _chat_request(

@@ -118,12 +118,12 @@ class AsyncEngine:
         """Queue a request; a grammar is compiled in another thread, so that the event loop goes on."""
         prepare = partial(self.driver.front.prepare, request)
         prepared = prepare() if request.params.guide is None else await asyncio.to_thread(prepare)
-        if self.failure is not None:
-            raise ResourceError(f"the engine has stopped: {self.failure}", remedy="start it again; see the log")
-        if self._closing:
-            raise RequestError("the engine is shutting down", remedy="send the request to another server")
-        request_id = self.driver.queue(request, prepared, **callbacks)
-        with self._wake:
+        with self._wake:  # from here on the thread cannot end without having seen the request
+            if self.failure is not None:
+                raise ResourceError(f"the engine has stopped: {self.failure}", remedy="start it again; see the log")
+            if self._closing:
+                raise RequestError("the engine is shutting down", remedy="send the request to another server")
+            request_id = self.driver.queue(request, prepared, **callbacks)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="puyu-engine", daemon=True)
                 self._thread.start()
@@ -144,7 +144,8 @@ class AsyncEngine:
             while self._wait():
                 self.driver.pump()
         except BaseException as error:  # noqa: BLE001 - logged, kept in `failure`, told to every request
-            self.failure = error
+            with self._wake:
+                self.failure = error
             logger.exception("the engine's thread has ended")
         finally:
             self.driver.end_all("abort" if self.failure is None else "error")

@@ -12,6 +12,7 @@ than torch's faster products; quantized ones always.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import shutil
@@ -23,6 +24,8 @@ from pathlib import Path
 from puyu.device import cpu_flags
 from puyu.errors import DependencyError
 from puyu.files import hash_json
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("cpu")
 _MATH = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
@@ -65,7 +68,11 @@ def load() -> ctypes.CDLL | None:
     path = library_path()
     if not path.is_file():
         return None
-    library = ctypes.CDLL(str(path))
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:  # a home folder shared with another system
+        logger.warning("%s cannot be loaded, torch computes alone: %s", path, error)
+        return None
     library.puyu_scratch_bytes.restype = ctypes.c_int64
     library.puyu_scratch_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     library.puyu_step.restype, library.puyu_step.argtypes = None, [ctypes.c_void_p] * 3

@@ -73,6 +73,11 @@ class OverlapEngine(Engine):
     def has_work(self) -> bool:
         return super().has_work or self._flight is not None or bool(self._landed)
 
+    @property
+    def has_flight(self) -> bool:
+        """Whether a step is under way."""
+        return self._flight is not None
+
     def step(self, now: float | None = None) -> list[Event]:
         """Launch the next step where that is safe, then take over the one in flight."""
         if not self._suits():
@@ -100,15 +105,9 @@ class OverlapEngine(Engine):
             _drop_placeholder(running)
         return super().finish(request_id, reason)
 
-    def sleep(self) -> None:
-        """As in `Engine`; the step in flight lands first."""
+    def settle(self) -> None:
+        """As in `Engine`: the step in flight lands."""
         self._drain()
-        super().sleep()
-
-    def reset_prefix_cache(self) -> None:
-        """As in `Engine`; the step in flight lands first."""
-        self._drain()
-        super().reset_prefix_cache()
 
     def _suits(self) -> bool:
         """Whether nothing has to happen on the host between two tokens."""
@@ -116,10 +115,14 @@ class OverlapEngine(Engine):
         return plain and all(_is_plain(running) for running in self._live.values())
 
     def _may_run_ahead(self) -> bool:
-        """Whether all requests can grow without preempting one."""
-        pool = self.scheduler.pool
-        missing = sum(pool.blocks_for(len(run.tokens)) - len(run.blocks) for run in self.scheduler.running)
-        return self._flight is None or missing <= pool.num_free
+        """Whether all requests can grow, and the waiting ones start, without preempting one."""
+        if self._flight is None or not self.scheduler.running:
+            return True
+        pool, running = self.scheduler.pool, self.scheduler.running
+        lowest = min(run.request.priority for run in running)
+        if any(waiting.request.priority > lowest for waiting in self.scheduler.waiting):
+            return False
+        return sum(pool.blocks_for(len(run.tokens)) - len(run.blocks) for run in running) <= pool.num_free
 
     def _plan(self, before: _Flight | None) -> Plan:
         """The scheduler's plan without requests that end with the token under way."""

@@ -95,6 +95,10 @@ def shard(model: CausalLM, group: Group = None) -> None:
         assert isinstance(block, Block)
         if not isinstance(block.mlp, GatedMLP):
             raise ConfigError("layers of experts cannot be sharded yet", remedy="run this model in one process")
+        for layer in (block.attention.out, block.mlp.down):
+            _check_columns(layer, size)
+    for block in trunk.layers:
+        assert isinstance(block, Block) and isinstance(block.mlp, GatedMLP)
         attention, mlp = block.attention, block.mlp
         attention.qkv = _rows(attention.qkv, _part(attention.qkv.out_features, rank, size))
         attention.out = RowLinear(_columns(attention.out, rank, size), group)  # type: ignore[assignment]
@@ -127,8 +131,8 @@ def _rows(layer: Linear | QuantLinear, keep: Tensor) -> Any:
     return _rebuilt(layer, {name: part if name == "perm" else part[keep] for name, part in tensors.items()})
 
 
-def _columns(layer: Linear | QuantLinear, rank: int, size: int) -> Any:
-    """The layer with this rank's inputs alone; the bias stays whole."""
+def _check_columns(layer: Linear | QuantLinear, size: int) -> None:
+    """ConfigError where the inputs of a quantized layer do not divide."""
     if isinstance(layer, QuantLinear) and layer.perm is not None:
         raise ConfigError(
             "quantized inputs that stand in an order of their own do not divide over processes",
@@ -140,6 +144,10 @@ def _columns(layer: Linear | QuantLinear, rank: int, size: int) -> Any:
             f"{layer.in_features} inputs in groups of {group} do not divide over {size} processes",
             remedy="quantize with a smaller group, or use fewer processes",
         )
+
+
+def _columns(layer: Linear | QuantLinear, rank: int, size: int) -> Any:
+    """The layer with this rank's inputs alone; the bias stays whole."""
     tensors = {}
     for name, tensor in layer.state_dict().items():
         whole = name == "bias" or tensor.shape[1] == 1  # what belongs to whole rows

@@ -6,7 +6,7 @@ last request in this order is preempted and later recomputed, so the first alway
 starves (Yu et al. 2022, Orca; Kwon et al. 2023; chunked prefill: Agrawal et al. 2023, arXiv 2308.16369). Drafted
 tokens ride along where there is room. Knows no tensors, no text and no sampling.
 
-    scheduler.add(running); plan = scheduler.step(); ...; scheduler.computed(plan); scheduler.finish(running, "stop")
+    scheduler.add(running); plan = scheduler.step(); ...; scheduler.computed(running, 1)
 """
 
 from __future__ import annotations

@@ -54,6 +54,8 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
     num_context = len(tokenizer.encode(context))
     # a token may span the border; at least the last one belongs to the continuation
     num_scored = max(1, len(whole) - num_context)
+    if not whole:
+        raise RequestError(f"{context + spaces + continuation!r} is no token of this model", param="continuation")
     if tokenizer.bos_id is not None:
         return Pair([tokenizer.bos_id, *whole], num_scored)
     if num_scored == len(whole):

@@ -94,8 +94,9 @@ class ModelDrafter:
     nothing else.
     """
 
-    def __init__(self, model: CausalLM) -> None:
-        self.model = model
+    def __init__(self, model: CausalLM, *, num_ids: int | None = None) -> None:
+        """`num_ids`: it guesses only ids below; its vocabulary may be padded further than the large model's."""
+        self.model, self.num_ids = model, num_ids
         self._runner: Runner | None = None
 
     def attach(self, cache: KVCache) -> None:
@@ -108,7 +109,7 @@ class ModelDrafter:
             dtype=self._dtype,
         )
         own.rows.zero_()  # what was never written is a bad guess, not NaN
-        self._runner = Runner(self.model, own)
+        self._runner = Runner(self.model, own, num_ids=self.num_ids)
 
     def detach(self) -> None:
         """Give the cache back."""
@@ -123,11 +124,13 @@ class ModelDrafter:
         return self.model.trunk.compute_dtype or self.model.trunk.embedding.weight.dtype
 
     def propose(self, wanted: Wanted) -> list[list[int]]:
+        """Nothing for a request that has outgrown the draft model's context."""
         for running, _ in wanted:
             # guesses that were kept are tokens now, and their keys are right; what follows them is not
             running.num_drafted = min(running.num_drafted, len(running.tokens) - 1)
         guesses: list[list[int]] = [[] for _ in wanted]
-        places = list(range(len(wanted)))
+        longest = self.model.config.max_positions
+        places = [at for at, (running, count) in enumerate(wanted) if len(running.tokens) + count <= longest]
         while places:
             spans = [self._next(wanted[at][0], guesses[at]) for at in places]
             best = self._run(spans)
@@ -147,4 +150,7 @@ class ModelDrafter:
 
     def _run(self, spans: Sequence[Span]) -> list[int]:
         assert self._runner is not None, "attach the drafter first"
-        return self._runner.run(spans).logits_SV.argmax(dim=-1).tolist()
+        output = self._runner.run(spans)
+        if output.best is not None:
+            return [max(token, 0) for token in output.best]
+        return output.logits_SV[:, : self.num_ids].argmax(dim=-1).tolist()

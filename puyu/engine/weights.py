@@ -23,7 +23,6 @@ Model = CausalLM | ScalarModel
 @torch.no_grad()
 def update_weights(model: Model, state: Mapping[str, Tensor]) -> None:
     """Copy tensors, by our names or by the checkpoint's; those that are not given stay as they are."""
-    _forget_packed(model)
     own = dict(model.state_dict())
     new = state if all(name in own for name in state) else our_names(model, state)
     for name, tensor in new.items():
@@ -32,6 +31,8 @@ def update_weights(model: Model, state: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"tensor {name!r} has the wrong shape: {shapes}", remedy="nothing was changed")
         if tensor.is_floating_point() != own[name].is_floating_point():
             raise CheckpointError(f"tensor {name!r} is {tensor.dtype}, the model's is {own[name].dtype}")
+    _forget_packed(model)
+    own = dict(model.state_dict())
     for name, tensor in new.items():
         own[name].copy_(tensor)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from puyu.errors import CheckpointError
-from puyu.files import read_json, write_json
+from puyu.files import read_object, write_json
 from puyu.model.config import ModelConfig
 from puyu.model.families import fuse_qkv, name_pairs, split_qkv
 from puyu.model.heads import CausalLM, ScalarModel
@@ -46,13 +46,13 @@ def read_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"no such checkpoint directory: {folder}", remedy="check the path")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json", remedy="it is not a checkpoint directory")
-    config = ModelConfig.from_hf(read_json(folder / "config.json"), where=str(folder / "config.json"))
+    config = ModelConfig.from_hf(read_object(folder / "config.json"), where=str(folder / "config.json"))
     return config.with_(stop_ids=_stop_ids(config, folder / "generation_config.json"))
 
 
 def _stop_ids(config: ModelConfig, path: Path) -> tuple[int, ...]:
     """All end ids of config.json and generation_config.json, when they are more than the model's own."""
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    ends = read_object(path).get("eos_token_id") if path.is_file() else None
     more = ends if isinstance(ends, list) else [ends]
     found = dict.fromkeys(id for id in (config.eos_id, *config.stop_ids, *more) if id is not None)
     return tuple(found) if len(found) > 1 else ()
@@ -85,7 +85,7 @@ def load_scalar_model(
 
 def is_scalar_checkpoint(folder: Path) -> bool:
     """Whether the directory holds a reward model (by its architecture)."""
-    names = read_json(folder / "config.json").get("architectures") or [""]
+    names = read_object(folder / "config.json").get("architectures") or [""]
     return names[0] == read_config(folder).row.reward_architecture
 
 

@@ -124,8 +124,11 @@ class ModelConfig:
     @staticmethod
     def from_hf(value: Mapping[str, Any], *, where: str = "config.json") -> ModelConfig:
         """Read a Hugging Face config; CheckpointError names a missing key or an unsupported family."""
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"{where} must hold a JSON object, not {type(value).__name__}")
         row = _family(value, where)
         value = {**row.defaults, **{row.aliases.get(key, key): item for key, item in value.items()}}
+        _check_values(value, where)
         try:
             fields = {ours: value[hf] for ours, hf in _KEYS.items() if hf in value or ours in _REQUIRED}
             experts = _read_experts(value, row)
@@ -185,6 +188,30 @@ _KEYS = {
 _IDS = ("pad_id", "bos_id", "eos_id")
 _BIASES = ("qkv_bias", "out_bias", "mlp_bias")
 _WINDOW_KEYS = {"sliding_window", "use_sliding_window", "layer_types"}
+
+
+_COUNTS = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size", "head_dim", "max_positions")
+_OBJECTS = ("rope_scaling", "rope_parameters", "rotary", "quantization_config")
+
+
+def _check_values(value: Mapping[str, Any], where: str) -> None:
+    """CheckpointError for the first key that holds another kind of value than it must."""
+    for name in ("vocab_size", *_COUNTS):
+        found = value.get(_KEYS[name], 1)
+        fits = isinstance(found, int) and not isinstance(found, bool) and found >= 1
+        if not (fits or (found is None and name not in _REQUIRED)):
+            raise CheckpointError(f"{where}: {_KEYS[name]} must be a number of at least 1, got {found!r}")
+    for name in _IDS:
+        found = value.get(_KEYS[name])
+        ids = found if isinstance(found, list) else [found]
+        if not ids or not all(id is None or isinstance(id, int) for id in ids):
+            raise CheckpointError(f"{where}: {_KEYS[name]} must be a token id or a list of them, got {found!r}")
+    for key in _OBJECTS:
+        if not isinstance(value.get(key) or {}, Mapping):
+            raise CheckpointError(f"{where}: {key} must be an object, got {value[key]!r}")
+    for key in ("rms_norm_eps", "rope_theta"):
+        if not isinstance(value.get(key, 0.0), int | float | None):
+            raise CheckpointError(f"{where}: {key} must be a number, got {value[key]!r}")
 
 
 def _family(value: Mapping[str, Any], where: str) -> Family:

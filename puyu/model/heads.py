@@ -17,18 +17,32 @@ from puyu.model.linear import Linear
 from puyu.model.transformer import Transformer
 
 
-class CausalLM(nn.Module):
+class _Headed(nn.Module):
+    """What both kinds of model do with their trunk."""
+
+    trunk: Transformer
+
+    @property
+    def config(self) -> ModelConfig:
+        """The shape, with the rotary base as it is now."""
+        return self.trunk.config.with_(rope_theta=self.trunk.rope_theta)
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Run activations and products of the trunk in `dtype`; master weights stay as they are."""
+        self.trunk.compute_dtype = dtype
+
+    def set_rope_theta(self, theta: float) -> None:
+        """Change the rotary base (a new training phase with longer context)."""
+        self.trunk.rope_theta = theta
+
+
+class CausalLM(_Headed):
     """A trunk with a language head (or the embedding itself, when tied)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.trunk = Transformer(config)
         self.head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
-
-    @property
-    def config(self) -> ModelConfig:
-        """The shape, with the rotary base as it is now."""
-        return self.trunk.config.with_(rope_theta=self.trunk.rope_theta)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, plan: Plan) -> Tensor:
         """Logits [T, V]."""
@@ -40,21 +54,13 @@ class CausalLM(nn.Module):
             return F.linear(hidden_TD, self.trunk.embedding.weight.to(hidden_TD.dtype))
         return self.head(hidden_TD)
 
-    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """Run activations and products in `dtype`; master weights stay as they are."""
-        self.trunk.compute_dtype = dtype
-
-    def set_rope_theta(self, theta: float) -> None:
-        """Change the rotary base (a new training phase with longer context)."""
-        self.trunk.rope_theta = theta
-
     def set_context(self, length: int) -> None:
         """Let contexts have `length` tokens; see `ModelConfig.stretched` for what that does to positions."""
         config = self.config.stretched(length)
         self.trunk.config, self.trunk.rope_theta = config, config.rope_theta
 
 
-class ScalarModel(nn.Module):
+class ScalarModel(_Headed):
     """A trunk with one number per token: reward models and PPO's critic. The head starts at zero."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -62,11 +68,6 @@ class ScalarModel(nn.Module):
         self.trunk = Transformer(config)
         self.head = Linear(config.hidden_size, 1)
         nn.init.zeros_(self.head.weight)
-
-    @property
-    def config(self) -> ModelConfig:
-        """The shape, with the rotary base as it is now."""
-        return self.trunk.config.with_(rope_theta=self.trunk.rope_theta)
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, plan: Plan) -> Tensor:
         """Values [T], fp32."""
@@ -76,11 +77,3 @@ class ScalarModel(nn.Module):
         """Hidden states -> one value per token, in fp32 or wider."""
         wide = hidden_TD.dtype if hidden_TD.dtype == torch.float64 else torch.float32
         return self.head(hidden_TD.to(wide)).squeeze(-1)
-
-    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
-        """Run the trunk in `dtype`; the head stays wide."""
-        self.trunk.compute_dtype = dtype
-
-    def set_rope_theta(self, theta: float) -> None:
-        """Change the rotary base."""
-        self.trunk.rope_theta = theta

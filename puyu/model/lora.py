@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from puyu.errors import CheckpointError, RequestError
-from puyu.files import read_json
+from puyu.files import read_object
 from puyu.model.config import ModelConfig
 from puyu.model.families import fuse_qkv, name_pairs
 from puyu.model.heads import CausalLM
@@ -149,7 +149,7 @@ def _read_settings(folder: Path) -> Mapping[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no adapter_config.json", remedy="give the directory that peft has written")
-    settings = read_json(path)
+    settings = read_object(path)
     if settings.get("peft_type", "LORA") != "LORA" or settings.get("bias", "none") != "none":
         kind = f"peft_type {settings.get('peft_type')!r} with bias {settings.get('bias')!r}"
         raise CheckpointError(f"{path}: {kind} is not supported", remedy="LORA with bias none is")

@@ -4,7 +4,7 @@ A module is quantized when all of the checkpoint's modules that make it up are s
 whatever the config says of `modules_to_not_convert`. Files are unpacked module by module and fused afterwards,
 because formats that pack along the outputs cannot be cut at any row.
 
-    fill_quantized(model, form, take=stored.take, names=stored.names)
+    fill_quantized(model, form, pairs=pairs, take=stored.take, names=stored.unused)
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from puyu.errors import CheckpointError, ConfigError
-from puyu.files import disk_errors, read_json, write_json
+from puyu.files import disk_errors, read_object, write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -94,7 +94,7 @@ def _weight_files(folder: Path, *, allow_pickle: bool) -> list[Path]:
 
 
 def _listed(index: Path) -> list[Path]:
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    names = sorted(set(read_object(index).get("weight_map", {}).values()))
     for name in names:
         if Path(name).name != name:
             raise CheckpointError(f"{index} names {name!r}, which is not a file beside it", remedy="copy it again")

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from puyu.model.attention import Plan
 from puyu.model.heads import CausalLM
 from puyu.model.kv_cache import CacheStorage, KVCache
 from puyu.model.packed import PackedPlan
@@ -24,7 +23,9 @@ from puyu.model.paged import PagedPlan, PagedSequence
 from puyu.quant.calibrate import inputs_of, packed
 
 _TOKENS = 1024
-"""Tokens compared at once: their logits are held in fp32 for both models."""
+"""Tokens in a forward, or one longer document."""
+_ROWS = 1024
+"""Tokens whose logits are held in fp32 at once, for both models."""
 
 
 @dataclass
@@ -72,16 +73,14 @@ def compare(
         tokens_T, positions_T, starts = inputs_of(batch, original.trunk.embedding.weight.device)
         plain = PackedPlan.build(starts, len(tokens_T), tokens_T.device)
         other = plain if cache == "auto" else _cached(quantized, batch, starts, cache)
-        before, after = (_log_probs(m, tokens_T, positions_T, p) for m, p in ((original, plain), (quantized, other)))
+        hidden = [m.trunk(tokens_T, positions_T, p) for m, p in ((original, plain), (quantized, other))]
         predicts = torch.ones(len(tokens_T), dtype=torch.bool, device=tokens_T.device)
         predicts[[start - 1 for start in [*starts[1:], len(tokens_T)]]] = False
-        where = predicts.nonzero()[:, 0]
-        distance.add(before[where], after[where], tokens_T[where + 1])
+        for where in predicts.nonzero()[:, 0].split(_ROWS):
+            pairs = zip((original, quantized), hidden, strict=True)
+            before, after = (model.logits(states[where]).float().log_softmax(dim=-1) for model, states in pairs)
+            distance.add(before, after, tokens_T[where + 1])
     return distance
-
-
-def _log_probs(model: CausalLM, tokens_T: Tensor, positions_T: Tensor, plan: Plan) -> Tensor:
-    return model(tokens_T, positions_T, plan).float().log_softmax(dim=-1)
 
 
 def _cached(model: CausalLM, batch: list[list[int]], starts: list[int], storage: CacheStorage) -> PagedPlan:

@@ -2,10 +2,10 @@
 
     puyu export --model runs/nano/ppo --gguf nano.gguf --type q8_0
 
-InternLM, InternLM2 and Llama models are written as llama.cpp's `llama`, Qwen2 as `qwen2`. The `llama` architecture
-turns neighboring pairs where Hugging Face turns halves, so rows of queries and keys are put in that order. Vectors
-stay fp32; matrices are of the type asked for, embedding and head of q4_0 files q8_0 (an embedding loses most by 4
-bits). Quantized checkpoints are dequantized first.
+InternLM, InternLM2, Llama and Mistral models are written as llama.cpp's `llama`, Qwen2 as `qwen2`. The `llama`
+architecture turns neighboring pairs where Hugging Face turns halves, so rows of queries and keys are put in that order.
+Vectors stay fp32; matrices are of the type asked for, embedding and head of q4_0 files q8_0 (an embedding loses most by
+4 bits). Quantized checkpoints are dequantized first.
 """
 
 from __future__ import annotations
@@ -116,10 +116,15 @@ def _layer(model: CausalLM, index: int, *, turned: bool) -> Iterator[tuple[str, 
     yield "attn_output.weight", _weight(attention.out)
     if attention.out.bias is not None:
         yield "attn_output.bias", attention.out.bias
-    gate, up = _weight(mlp.gate_up).chunk(2)
-    yield "ffn_gate.weight", gate
-    yield "ffn_up.weight", up
-    yield "ffn_down.weight", _weight(mlp.down)
+    for suffix, fused, down in (
+        ("weight", _weight(mlp.gate_up), _weight(mlp.down)),
+        ("bias", mlp.gate_up.bias, mlp.down.bias),
+    ):
+        if fused is not None:
+            gate, up = fused.chunk(2)
+            yield f"ffn_gate.{suffix}", gate
+            yield f"ffn_up.{suffix}", up
+            yield f"ffn_down.{suffix}", down
 
 
 def _projections(qkv: Linear | QuantLinear, config: ModelConfig, *, turned: bool) -> Iterator[tuple[str, Tensor]]:

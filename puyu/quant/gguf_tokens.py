@@ -11,12 +11,13 @@ combining marks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from puyu.errors import ConfigError
-from puyu.files import read_json
+from puyu.files import read_object
 from puyu.tokenizer.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -35,7 +36,8 @@ _EXPRESSIONS = {
 
 def tokenizer_metadata(folder: Path, *, vocab_size: int, pre: str | None = None) -> dict[str, Any]:
     """The keys; ids without a token are filled up, because llama.cpp wants as many as the embedding has rows."""
-    tokenizer, value = Tokenizer.load(folder), read_json(folder / "tokenizer.json")
+    tokenizer = Tokenizer.load(folder)
+    value = json.loads(tokenizer.json_text)  # also where the folder has tokenizer.model alone
     model = value["model"]
     if model.get("type") != "BPE":
         raise ConfigError(f"{folder}: a {model.get('type')} tokenizer is not exported to GGUF", remedy="BPE only")
@@ -96,7 +98,7 @@ def _special(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     ids["eot"] = tokenizer.token_id("<|im_end|>")
     found: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id is not None}
     path = folder / "tokenizer_config.json"
-    found["tokenizer.ggml.add_bos_token"] = path.is_file() and bool(read_json(path).get("add_bos_token"))
+    found["tokenizer.ggml.add_bos_token"] = path.is_file() and bool(read_object(path).get("add_bos_token"))
     if tokenizer.chat_template:
         found["tokenizer.chat_template"] = tokenizer.chat_template
     return found

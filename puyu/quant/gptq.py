@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from puyu.errors import ConfigError
 from puyu.model.linear import QuantFormat, QuantWeight
 from puyu.quant.grid import Grid, Loss, best_grid, grouped
 
@@ -66,8 +67,14 @@ def damped(gram_II: Tensor, damping: float) -> Tensor:
 
 def _inverse_factor(h_II: Tensor) -> Tensor:
     """Upper U with U^T U = H^-1."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h_II))
-    return torch.linalg.cholesky(inverse, upper=True)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(h_II))
+        return torch.linalg.cholesky(inverse, upper=True)
+    except torch.linalg.LinAlgError as error:
+        message = f"the inputs of a layer of {len(h_II)} columns do not tell them apart: {error}"
+        raise ConfigError(
+            f"damping: {message}", remedy="a larger damping (0.01 is usual), or more sequences"
+        ) from error
 
 
 def _weighted(importance_Gg: Tensor) -> Loss:

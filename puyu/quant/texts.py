@@ -64,8 +64,8 @@ def read_documents(path: Path, tokenizer: Tokenizer, budget: Budget) -> list[lis
 
 def _ids(record: Any, tokenizer: Tokenizer, *, where: str) -> list[int]:
     if isinstance(record, Mapping) and isinstance(record.get("text"), str):
-        ends = [id for id in (tokenizer.bos_id, tokenizer.eos_id) if id is not None]
-        return [*ends[:1], *tokenizer.encode(record["text"]), *ends[1:]]
+        first, last = ([] if id is None else [id] for id in (tokenizer.bos_id, tokenizer.eos_id))
+        return [*first, *tokenizer.encode(record["text"]), *last]
     if isinstance(record, Mapping) and "messages" in record:
         try:
             return _rendered(Conversation.from_openai(record), tokenizer)

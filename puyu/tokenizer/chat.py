@@ -248,5 +248,5 @@ def _plugin_call(body: str) -> ToolCall:
 def _json_or_none(text: str) -> Any:
     try:
         return json.loads(text, strict=False)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # torn, or numbers of thousands of digits, or brackets without end
         return None

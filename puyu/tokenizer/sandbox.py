@@ -2,7 +2,7 @@
 
 Immutable and sandboxed as in transformers, with the same extensions: `raise_exception`, `strftime_now`, plain
 `tojson`, loop controls, `generation` blocks. Each line of the template checks the clock; strings and numbers that grow
-by `*`, `**` and `+`, and the text itself, have a largest size. Knows no tokenizer.
+by operators, methods or filters, and the text itself, have a largest size. Knows no tokenizer.
 
     text = run(compile_template("{{ messages[0].content }}"), {"messages": [{"content": "Hi"}]})
 """
@@ -10,11 +10,12 @@ by `*`, `**` and `+`, and the text itself, have a largest size. Knows no tokeniz
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -32,6 +33,9 @@ SECONDS = 5.0
 _BITS = 4096
 _FILE = "<template>"  # what jinja2 calls the code of a template that has no file
 _WIDTH = re.compile(r"\d{6,}|\*")
+_FIELD = re.compile(r"\{[^{}]*\d{6,}")
+"""Widths of six digits or more, or given apart: in the forms of `%`, and of `str.format`."""
+_GROWING = ("replace", "join", "indent", "center", "format")
 _MISTAKES = (
     *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
     *(RecursionError, MemoryError),
@@ -48,6 +52,12 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise jinja2.TemplateRuntimeError(f"a result of {operator!r} is too large")
         return super().call_binop(context, operator, left, right)
 
+    def call(self, context: Any, function: Any, /, *arguments: Any, **named: Any) -> Any:
+        owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)
+        if isinstance(owner, str):
+            _check_growth(getattr(function, "__name__", ""), owner, (*arguments, *named.values()))
+        return super().call(context, function, *arguments, **named)
+
 
 def _too_large(operator: str, left: Any, right: Any) -> bool:
     if operator == "%":
@@ -60,6 +70,41 @@ def _too_large(operator: str, left: Any, right: Any) -> bool:
         return left.bit_length() + right.bit_length() > _BITS
     times = right if isinstance(right, int) else left if isinstance(left, int) else 1
     return max(_size(left), _size(right)) * times > LONGEST
+
+
+def _check_growth(name: str, text: str, arguments: Sequence[Any]) -> None:
+    """Refuse a method or a filter of a text whose result would be too large."""
+    texts = [item for item in arguments if isinstance(item, str)]
+    width = max((item for item in arguments if isinstance(item, int)), default=0)
+    size = len(text)
+    if name == "replace" and len(texts) > 1:
+        size += text.count(texts[0]) * len(texts[1])
+    elif name == "join":
+        items = next((item for item in arguments if isinstance(item, list | tuple)), ())
+        size = size * len(items) + sum(map(_size, items))
+    elif name in ("indent", "expandtabs"):
+        size += width * (text.count("\n") + text.count("\t") + 1)
+    elif name in ("center", "ljust", "rjust", "zfill", "format"):
+        size += width
+    wide = name in ("format", "format_map") and _FIELD.search(text) is not None
+    if size > LONGEST or wide or (name == "%" and _too_large("%", text, arguments)):
+        raise jinja2.TemplateRuntimeError(f"a result of {name!r} is too large")
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that is bounded like the method of its name."""
+
+    @functools.wraps(function)  # with jinja2's mark for filters that are told more than their values
+    def bounded(*arguments: Any, **named: Any) -> Any:
+        values = [*arguments[hasattr(function, "jinja_pass_arg") :], *named.values()]
+        if name == "join":
+            separator = next((item for item in values[1:] if isinstance(item, str)), "")
+            _check_growth(name, separator, values[:1])
+        elif isinstance(values[0], str):
+            _check_growth("%" if name == "format" else name, values[0], values[1:])
+        return function(*arguments, **named)
+
+    return bounded
 
 
 def _size(value: Any) -> int:
@@ -84,7 +129,8 @@ def compile_template(source: str) -> jinja2.Template:
         optimized=False,  # nothing runs before `run` watches it
         extensions=["jinja2.ext.loopcontrols", _Generation],
     )
-    environment.filters["tojson"] = _tojson
+    bounded = {name: _checked(name, environment.filters[name]) for name in _GROWING}
+    environment.filters |= {**bounded, "tojson": _tojson}
     del environment.globals["lipsum"]
     environment.globals |= {"raise_exception": _refuse, "strftime_now": _strftime_now}
     try:
@@ -139,4 +185,6 @@ def _strftime_now(form: str) -> str:
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     """Plain JSON: jinja2's own filter escapes <, > and & for HTML."""
+    if isinstance(options.get("indent"), int) and options["indent"] > 100:
+        raise jinja2.TemplateRuntimeError("an indent of more than 100 is too large")
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)

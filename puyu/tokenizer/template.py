@@ -126,7 +126,7 @@ def _template_message(message: Message, guard: re.Pattern[str]) -> dict[str, Any
     for call in value.get("tool_calls", ()):
         try:
             call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue  # torn JSON stays text: the model sees what it wrote
     return value
 

@@ -22,7 +22,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 
 from puyu.errors import InputError
-from puyu.files import hash_bytes, read_json, write_text
+from puyu.files import hash_bytes, read_object, write_text
 from puyu.tokenizer.bpe import PATTERN, base_tokens, char_to_byte, to_chars
 from puyu.tokenizer.sentencepiece import cut_apart, to_tokenizer_json
 
@@ -59,7 +59,9 @@ class Tokenizer:
             backend.no_truncation()
         self._added = self._special_aware.get_added_tokens_decoder()
         self._byte_level = isinstance(self._special_aware.decoder, decoders.ByteLevel)
-        self.vocab_size: int = self._special_aware.get_vocab_size(with_added_tokens=True)
+        ids = self._special_aware.get_vocab(with_added_tokens=True).values()
+        self.vocab_size: int = max(ids, default=-1) + 1
+        """One more than the largest id; some vocabularies have gaps."""
         self.fingerprint: str = hash_bytes(tokenizer_json.encode("utf-8"))
         self.chat_template: str | None = _template(self._config.get("chat_template"), "default")
         self.tool_template: str | None = _template(self._config.get("chat_template"), "tool_use")
@@ -117,6 +119,8 @@ class Tokenizer:
         if id in self._added:
             return self._added[id].content.encode("utf-8")
         piece = self._special_aware.id_to_token(id)
+        if piece is None and 0 <= id < self.vocab_size:
+            return b""  # an id that the vocabulary leaves out: a model may choose it all the same
         if piece is None:
             raise InputError(f"token id {id} is not in the vocabulary of {self.vocab_size}")
         if self._byte_level:
@@ -247,7 +251,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_stop_ids(path: Path) -> tuple[int, ...]:
     """The end ids of generation_config.json: chat models name several there."""
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    ends = read_object(path).get("eos_token_id") if path.is_file() else None
     return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
 

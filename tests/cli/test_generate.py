@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from puyu.cli import generate
 from puyu.engine.core import EngineConfig
 from puyu.engine.llm import LLM
-from puyu.errors import InputError
+from puyu.errors import ConfigError, InputError
 from puyu.model.checkpoint import save_model
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import GenerateRequest, Guide, Message, SamplingParams
@@ -75,6 +77,32 @@ def test_answers_are_those_of_the_engine_in_the_order_of_the_input(folder: Path,
             assert row["usage"]["completion_tokens"] == len(answer.token_ids)
     before = output.read_bytes()
     assert run(source, output, folder) == 0 and output.read_bytes() == before, "a second time there is nothing to do"
+
+
+def test_adapters_are_loaded_by_name(folder: Path, tmp_path: Path) -> None:
+    """A peft directory whose B is not zero changes the answer of the records that name it."""
+    adapter = tmp_path / "poet"
+    adapter.mkdir()
+    save_file(lora_tensors(folder), adapter / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 64, "target_modules": ["wo"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    record = {"prompt": "Hello", "params": {"max_tokens": 12, "ignore_eos": True}}
+    source = write(tmp_path / "in.jsonl", [record, {**record, "adapter": "poet"}, {**record, "adapter": "nobody"}])
+    assert run(source, tmp_path / "out.jsonl", folder, "--adapter", f"poet={adapter}") == 3
+    plain, changed, unknown = read(tmp_path / "out.jsonl")
+    assert plain["text"] != changed["text"] and "nobody" in unknown["error"]
+    with pytest.raises(ConfigError, match="must be NAME=DIR"):
+        run(source, tmp_path / "other.jsonl", folder, "--adapter", "poet")
+
+
+def lora_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith("attention.wo.weight"):
+            stem, (out, inputs) = f"base_model.model.{name.removesuffix('.weight')}", tensor.shape
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(4, inputs, generator=generator)
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(out, 4, generator=generator)
+    return tensors
 
 
 def test_bad_lines_are_named_and_answered(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from puyu.engine.request import Request, Running
 from puyu.errors import RequestError
 from puyu.tokenizer.chat import render, render_prompt
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.types import Conversation, GenerateRequest, Message, Part, SamplingParams, ToolCall
+from puyu.types import Conversation, GenerateRequest, Guide, Message, Part, SamplingParams, ToolCall
 
 BAD_PARAMS: list[tuple[str, Any]] = [
     ("max_tokens", 0),
@@ -30,6 +30,7 @@ BAD_PARAMS: list[tuple[str, Any]] = [
     ("stop", ["a"]),
     ("stop_token_ids", (10**6,)),
     ("stop_token_ids", (-1,)),
+    ("stop_token_ids", 2),
     ("min_p", 1.5),
     ("min_tokens", 300),
     ("repetition_penalty", 0),
@@ -44,6 +45,7 @@ BAD_PARAMS: list[tuple[str, Any]] = [
     ("beam_width", 99),
     ("top_logprobs", 51),
     ("guide", "yes|no"),
+    ("guide", Guide("xml", "<a/>")),  # type: ignore[arg-type]
 ]
 
 

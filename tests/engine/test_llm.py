@@ -211,6 +211,14 @@ def test_a_folder_answers_like_the_model_in_memory(llm: LLM, tokenizer: Tokenize
     assert loaded.name == tmp_path.name
 
 
+def test_slips_of_the_caller_are_named(llm: LLM) -> None:
+    with pytest.raises(RequestError, match=r"no sampling parameter is called 'temprature'\n.*'temperature'"):
+        llm.chat("Hi", temprature=1)
+    for call in (lambda: llm.embed("one text"), lambda: llm.batch("one text")):
+        with pytest.raises(RequestError, match=r"must be a list of texts, not one text\n.*\[text\]"):
+            call()
+
+
 def test_what_cannot_be_loaded_is_named(llm: LLM, tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such model folder"):
         LLM(tmp_path / "nothing")

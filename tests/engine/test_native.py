@@ -240,6 +240,17 @@ def test_a_row_that_is_not_finite_spoils_no_other_sequence() -> None:
     assert torch.equal(logits[2], expected[2]) and not logits[1].isfinite().any()
 
 
+def test_a_library_of_another_system_leaves_the_work_to_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A home folder may be shared by machines whose C libraries differ."""
+    monkeypatch.setenv("PUYU_NATIVE_DIR", str(tmp_path))
+    native.library_path().write_bytes(b"no library")
+    native.load.cache_clear()
+    assert native.load() is None and "torch computes alone" in caplog.text
+    native.load.cache_clear()
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize(("vocab", "num_ids"), [(9001, None), (9001, 4097), (64, 50), (64, 1)])
 def test_the_best_ids_are_those_of_the_sampler(vocab: int, num_ids: int | None) -> None:

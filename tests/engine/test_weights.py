@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.llm import LLM
@@ -171,6 +172,45 @@ def test_levels_are_checked(tokenizer: Tokenizer) -> None:
         with pytest.raises(ConfigError, match="levels 1 and 2"):
             llm.sleep(3)
         assert not llm.is_asleep
+
+
+def test_sleep_forgets_no_new_weights(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """What was read from another folder is read from there again; what was given as tensors cannot be."""
+    first, second = (folder_of(made(seed, tokenizer), tokenizer, tmp_path / str(seed)) for seed in (1, 2))
+    with LLM(first, device="cpu", dtype="float32", config=CONFIG) as llm:
+        llm.update_weights(second)
+        llm.sleep(2)
+        llm.wake()
+        assert llm.generate_all([ASK])[0].token_ids == answer(made(2, tokenizer), tokenizer).token_ids
+        llm.update_weights(their_state(made(3, tokenizer)))
+        with pytest.raises(ConfigError, match="given in memory.*\n.*level 1"):
+            llm.sleep(2)
+        assert llm.generate_all([ASK])[0].token_ids == answer(made(3, tokenizer), tokenizer).token_ids
+
+
+def test_pickles_are_read_everywhere_once_they_are_allowed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folders = [folder_of(made(seed, tokenizer), tokenizer, tmp_path / str(seed)) for seed in (1, 2)]
+    for folder in folders:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    config = CONFIG.model_copy(update={"allow_pickle": True})
+    with LLM(folders[0], device="cpu", dtype="float32", config=config, draft_model=folders[0]) as llm:
+        llm.update_weights(folders[1])
+        assert llm.generate_all([ASK])[0].token_ids == answer(made(2, tokenizer), tokenizer).token_ids
+
+
+def test_new_weights_wait_for_the_step_in_flight(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIG.model_copy(update={"overlap": True})
+    with LLM.from_model(made(1, tokenizer), tokenizer, config=config) as llm:
+        engine, seen = llm.driver.engine, []
+        llm.driver.submit(ASK, done=lambda _: None)
+        llm.driver.pump()
+        monkeypatch.setattr("puyu.engine.llm.update_weights", lambda *_: seen.append(engine.has_flight))
+        llm.driver.pump()
+        assert engine.has_flight
+        llm.update_weights(their_state(made(2, tokenizer)))
+        assert seen == [False]
+        llm.driver.end_all("abort")
 
 
 def test_quantized_weights_are_dropped_and_come_back(tokenizer: Tokenizer, tmp_path: Path) -> None:

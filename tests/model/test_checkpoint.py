@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import puyu.model.weights as weights
-from puyu.errors import CheckpointError, ConfigError, InputError, ResourceError
+from puyu.errors import CheckpointError, ConfigError, InputError, PuyuError, ResourceError
 from puyu.model.attention import PackedPlan
 from puyu.model.checkpoint import (
     copy_side_files,
@@ -297,6 +297,12 @@ def test_what_is_not_a_checkpoint(tmp_path: Path, folder: Path) -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, CheckpointError, "'fp8' is not supported"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, CheckpointError, "bits 3"),
         ({"vocab_size": 98}, CheckpointError, r"tok_embeddings.*\(97, 64\) stored, \(98, 64\)"),
+        ({"hidden_size": "64"}, CheckpointError, "hidden_size must be a number of at least 1, got '64'"),
+        ({"num_hidden_layers": 0}, CheckpointError, "num_hidden_layers must be a number of at least 1"),
+        ({"eos_token_id": []}, CheckpointError, "eos_token_id must be a token id or a list"),
+        ({"bos_token_id": "1"}, CheckpointError, "bos_token_id must be a token id"),
+        ({"rope_scaling": "linear"}, CheckpointError, "rope_scaling must be an object, got 'linear'"),
+        ({"rms_norm_eps": "1e-5"}, CheckpointError, "rms_norm_eps must be a number"),
         ({"num_hidden_layers": 1}, CheckpointError, "tensors are not part of a internlm2 model"),
     ],
 )
@@ -305,6 +311,13 @@ def test_a_config_that_does_not_fit(folder: Path, change: dict[str, object], err
     kept = {key: item for key, item in value.items() if item is not None}
     (folder / "config.json").write_text(json.dumps(kept))
     with pytest.raises(error, match=match):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_a_file_that_holds_no_object_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_text("[1, 2]")
+    with pytest.raises(PuyuError, match=f"{name}.*must hold a JSON object, not list"):
         load_model(folder)
 
 

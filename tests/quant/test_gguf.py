@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,9 @@ def llama_cpp(reader: Any, tokens_T: torch.Tensor) -> torch.Tensor:
         o = o.transpose(0, 1).flatten(1) @ w[p + "attn_output.weight"].T
         x = x + o + w.get(p + "attn_output.bias", torch.zeros(1))
         h = norm(x, p + "ffn_norm.weight")
-        gate, up = torch.nn.functional.silu(h @ w[p + "ffn_gate.weight"].T), h @ w[p + "ffn_up.weight"].T
-        x = x + (gate * up) @ w[p + "ffn_down.weight"].T
+        gate, up = (h @ w[f"{p}ffn_{n}.weight"].T + w.get(f"{p}ffn_{n}.bias", torch.zeros(1)) for n in ("gate", "up"))
+        x = x + (torch.nn.functional.silu(gate) * up) @ w[p + "ffn_down.weight"].T
+        x = x + w.get(p + "ffn_down.bias", torch.zeros(1))
     return norm(x, "output_norm.weight") @ w.get("output.weight", w["token_embd.weight"]).T
 
 
@@ -108,6 +110,7 @@ SHAPES: list[dict[str, Any]] = [
     {"family": "llama", "num_kv_heads": 1, "rope_theta": 50_000.0},
     {"family": "internlm", "num_kv_heads": 4, "qkv_bias": True, "out_bias": True},
     {"family": "qwen2", "qkv_bias": True},
+    {"family": "llama", "qkv_bias": True, "out_bias": True, "mlp_bias": True},
 ]
 
 
@@ -215,6 +218,24 @@ def test_sentencepiece_models_get_scores(tmp_path: Path) -> None:
     assert scores["ab"] > scores["▁a"] > scores["a"] == scores["b"]
     assert found["tokenizer.ggml.token_type"] == [2, 1, 1, 6, 1, 1, 1, 1, 1, 5]
     assert found["tokenizer.ggml.add_space_prefix"] is True
+
+
+def test_a_folder_with_tokenizer_model_alone(tmp_path: Path) -> None:
+    """InternLM2's own: the pieces of the SentencePiece file are the tokens of the GGUF file."""
+    import sentencepiece
+
+    stream = io.BytesIO()
+    texts = ["the quick brown fox jumps over the lazy dog", "我是浦语，一个小模型"] * 30
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=stream, vocab_size=320, model_type="bpe", byte_fallback=True
+    )
+    folder = checkpoint(tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(stream.getvalue())
+    found = tokenizer_metadata(folder, vocab_size=330)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue())
+    assert found["tokenizer.ggml.tokens"][:320] == [processor.id_to_piece(id) for id in range(320)]
+    assert found["tokenizer.ggml.model"] == "llama"
 
 
 def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:

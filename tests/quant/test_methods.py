@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from puyu.errors import ConfigError
 from puyu.model.linear import QuantFormat, QuantWeight
 from puyu.model.transformer import Block
 from puyu.quant import gptq as gptq_module
@@ -339,3 +340,10 @@ def test_batches_hold_every_document_in_order(lengths: list[int], room: int) -> 
     batches = packed(documents, tokens=room)
     assert [document for batch in batches for document in batch] == documents
     assert all(sum(map(len, batch)) <= room or len(batch) == 1 for batch in batches)
+
+
+def test_a_damping_too_small_for_its_inputs_is_named() -> None:
+    x = weights(3, 128).double()  # three directions for 128 inputs
+    with pytest.raises(ConfigError, match=r"damping: .*128 columns.*\n.*larger damping"):
+        gptq(weights(8, 128), x.T @ x, INT4, damping=1e-30)
+    assert gptq(weights(8, 128), x.T @ x, INT4).dequantized().isfinite().all()

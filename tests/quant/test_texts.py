@@ -38,6 +38,13 @@ def test_texts_and_chats_become_windows(tmp_path: Path, tokenizer: Tokenizer) ->
     assert "<|im_start|>user" in said and "Yo<|im_end|>" in said
 
 
+def test_a_tokenizer_without_a_first_token_ends_its_texts(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Qwen's have an end and no beginning."""
+    other = Tokenizer(tokenizer.json_text, {"eos_token": "</s>"})
+    path = lines(tmp_path / "a.jsonl", {"text": "abc"})
+    assert read_documents(path, other, Budget(1000, 50, 0)) == [[*other.encode("abc"), other.eos_id]]
+
+
 def test_the_order_is_seeded_and_the_budget_holds(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = lines(tmp_path / "a.jsonl", *({"text": f"document number {i}"} for i in range(50)))
     first, again, other = (read_documents(path, tokenizer, Budget(100, 64, seed)) for seed in (0, 0, 1))
@@ -82,7 +89,7 @@ def test_a_model_is_at_no_distance_from_itself() -> None:
     assert distance.perplexities[0] == distance.perplexities[1]
 
 
-@pytest.mark.parametrize("lengths", [[2], [7, 2, 30], [1100, 40]])
+@pytest.mark.parametrize("lengths", [[2], [7, 2, 30], [1100, 40], [2047]])
 def test_distances_by_hand(lengths: list[int]) -> None:
     before, after = small_model(0, max_positions=2048), small_model(1, max_positions=2048)
     generator = torch.Generator().manual_seed(0)

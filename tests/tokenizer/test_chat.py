@@ -201,11 +201,19 @@ def block(body: str, tokenizer: Tokenizer, *, kind: str = "<|plugin|>", end: boo
         ('{"name": "calculator"', "calculator", '{"name": "calculator"'),
         ("\nwhat?", "", "what?"),
         (r'{"name": "\q", "parameters": {}}', "", "{}}"),
+        ("[" * 100_000, "", "[" * 100_000),  # a model that repeats itself
+        ("9" * 5000, "", "9" * 5000),
     ],
 )
 def test_calls_of_other_shapes(tokenizer: Tokenizer, body: str, name: str, arguments: str) -> None:
     message = chat.parse(block(body, tokenizer), tokenizer)
     assert message.tool_calls == (ToolCall(name, arguments),)
+
+
+@pytest.mark.parametrize("arguments", ["{", "[" * 100_000, "9" * 5000, "[1]"])
+def test_arguments_that_are_no_object_are_an_input_error(arguments: str) -> None:
+    with pytest.raises(InputError, match="arguments of tool call 'f'"):
+        ToolCall("f", arguments).parsed()
 
 
 def test_a_block_without_its_end_is_kept(tokenizer: Tokenizer) -> None:

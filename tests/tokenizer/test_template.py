@@ -264,6 +264,22 @@ BOMBS = {
     "doubling": "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
     "a width": "{{ '%999999999d' % 1 }}",
     "a width that is given": "{{ '%*d' % (999999999, 1) }}",
+    "a padded text": "{{ 'a'.ljust(9999999999) }}",
+    "a padded text, named": "{{ 'a'.center(width=9999999999) }}",
+    "the filter": "{{ 'a' | center(9999999999) }}",
+    "a format": "{{ '{:>9999999999}'.format(1) }}",
+    "a format that is given": "{{ '{:>{}}'.format(1, 9999999999) }}",
+    "a format with a star, by the filter": "{{ '%*d' | format(999999999, 1) }}",
+    "digits that are padded": "{{ '1234567'.center(9999999999) }}",
+    "zeros": "{{ '1'.zfill(9999999999) }}",
+    "tabs": "{{ '\\t'.expandtabs(9999999999) }}",
+    "replaced": "{% set ns = namespace(x='a' * 4000) %}{% for i in range(9) %}"
+    "{% set ns.x = ns.x.replace('a', ns.x) %}{% endfor %}",
+    "replaced by the filter": "{% set x = 'a' * 4000 %}{{ x | replace('a', x) | replace('a', x) }}",
+    "joined": "{% set x = 'a' * 4000000 %}{{ x.join([x, x]) }}",
+    "joined by the filter": "{{ (['a'] * 4000000) | join('abcdef') }}",
+    "indented": "{{ 'a' | indent(9999999999, true) }}",
+    "indented JSON": "{{ [1] | tojson(indent=9999999999) }}",
     "output": "{% for i in range(99999) %}{{ 'abcdefghij' * 100 }}{% endfor %}",
     "depth": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
 }
@@ -288,6 +304,10 @@ def test_whatever_errs_is_an_input_error(template: str) -> None:
 def test_ordinary_sums_and_texts_are_not_touched() -> None:
     template = "{{ 2 ** 10 + 3 * 4 - 7 % 4 }} {{ '=' * 20 }} {{ '%05.1f|%s' % (3.14159, 'x') }} {{ [1] + [2] }}"
     assert run(compile_template(template), {}) == "1033 ==================== 003.1|x [1, 2]"
+    template = "{{ 'a'.ljust(3) }}|{{ 'a-b'.replace('-', '+') | replace('a', 'c') }}|{{ ', '.join(['x', 'y']) }}"
+    template += "|{{ '**{}** {:04d}'.format('bold', 1234567) }}"
+    template += "|{{ [1, 2] | join('/') }}|{{ '{:>4}'.format(7) }}|{{ '%s' | format(8) }}|{{ 'x' | center(3) }}"
+    assert run(compile_template(template), {}) == "a  |c+b|x, y|**bold** 1234567|1/2|   7|8| x "
     assert len(run(compile_template("{{ text }}"), {"text": "a" * sandbox.LONGEST})) == sandbox.LONGEST
 
 

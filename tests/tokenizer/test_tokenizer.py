@@ -107,6 +107,18 @@ def test_stream_of_a_tokenizer_with_byte_fallback() -> None:
     assert b"".join(map(other.token_bytes, ids[:2])) == " hi你".encode()
 
 
+def test_a_vocabulary_with_gaps(tokenizer: Tokenizer) -> None:
+    """The size is where ids end; an id without a token, which a model may choose, is no text."""
+    backend = Backend(models.BPE({"a": 0, "b": 1, "c": 7}, []))
+    backend.decoder = decoders.ByteLevel()
+    gaps = Tokenizer(backend.to_str(), {})
+    assert gaps.vocab_size == 8
+    assert gaps.token_bytes(7) == b"c" and gaps.token_bytes(5) == b""
+    assert "".join(map(StreamDecoder(gaps).push, (0, 5, 7))) == gaps.decode([0, 5, 7]) == "ac"
+    with pytest.raises(InputError, match="not in the vocabulary of 8"):
+        gaps.token_bytes(8)
+
+
 def test_missing_and_torn_files_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no tokenizer\.json or tokenizer\.model in .*\n  remedy: "):
         Tokenizer.load(tmp_path)

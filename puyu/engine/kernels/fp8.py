@@ -99,19 +99,24 @@ class Fp8Linear(nn.Module):
 
 
 def to_fp8(model: CausalLM) -> None:
-    """Replace the products of all blocks, one after another, so that no more than one matrix stands twice."""
-    for block in model.trunk.layers:
-        assert isinstance(block, Block)
-        if not isinstance(block.mlp, GatedMLP):
-            raise ConfigError("fp8 knows no layers of experts", remedy="leave fp8 off for this model")
-        for parent, name in [
-            *((block.attention, name) for name in ("qkv", "out")),
-            *((block.mlp, name) for name in ("gate_up", "down")),
-        ]:
-            layer = getattr(parent, name)
-            if not isinstance(layer, Linear) or layer.in_features % 16 or layer.out_features % 16:
-                raise ConfigError(
-                    f"fp8 needs full-precision layers whose sizes are multiples of 16, and {name} is not one",
-                    remedy="load the checkpoint that was not quantized, or leave fp8 off",
-                )
-            setattr(parent, name, Fp8Linear(layer))
+    """Replace the products of all blocks, one after another, so that no more than one matrix stands twice. Where one
+    cannot be, ConfigError before any is."""
+    places = [place for block in model.trunk.layers for place in _products(block)]
+    for parent, name in places:
+        layer = getattr(parent, name)
+        if not isinstance(layer, Linear) or layer.in_features % 16 or layer.out_features % 16:
+            raise ConfigError(
+                f"fp8 needs full-precision layers whose sizes are multiples of 16, and {name} is not one",
+                remedy="load the checkpoint that was not quantized, or leave fp8 off",
+            )
+    for parent, name in places:
+        setattr(parent, name, Fp8Linear(getattr(parent, name)))
+
+
+def _products(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the products of a block stand."""
+    assert isinstance(block, Block)
+    if not isinstance(block.mlp, GatedMLP):
+        raise ConfigError("fp8 knows no layers of experts", remedy="leave fp8 off for this model")
+    attention, mlp = block.attention, block.mlp
+    return [(attention, "qkv"), (attention, "out"), (mlp, "gate_up"), (mlp, "down")]

@@ -11,13 +11,14 @@ import torch.distributed as dist
 
 from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.gpu import GpuStep
-from puyu.engine.kernels.fp8 import to_fp8
+from puyu.engine.kernels.fp8 import Fp8Linear, to_fp8
 from puyu.engine.overlap import OverlapEngine, _Stream
 from puyu.engine.parallel import shard
 from puyu.engine.request import Request
 from puyu.engine.runner import Runner, Span
+from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM
-from puyu.model.linear import QuantFormat, QuantLinear
+from puyu.model.linear import Linear, QuantFormat, QuantLinear
 from puyu.model.paged import KVCache
 from puyu.model.quant_modules import make_quantized
 from puyu.types import SamplingParams
@@ -180,6 +181,15 @@ def test_fp8_and_sharded_models_are_known(monkeypatch: pytest.MonkeyPatch, tmp_p
             found, expected = step.run(spans), theirs.run(spans).logits_SV
             assert (found - expected).norm() / expected.norm() < limit
     dist.destroy_process_group()
+
+
+def test_a_model_that_fp8_cannot_hold_is_left_whole() -> None:
+    """The second block's last product does not fit: nothing has changed when that is said."""
+    model = tiny_model(3, intermediate_size=64, num_layers=2)
+    model.trunk.layers[1].mlp.down = Linear(64, 40)  # type: ignore[union-attr, assignment]
+    with pytest.raises(ConfigError, match="down is not one"):
+        to_fp8(model)
+    assert not any(isinstance(module, Fp8Linear) for module in model.modules())
 
 
 def test_results_on_the_device_feed_the_next_step() -> None:
