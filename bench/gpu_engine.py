@@ -525,9 +525,25 @@ def main(arguments: Sequence[str]) -> int:
     if options.save and not options.tiny:
         harness.RESULTS.mkdir(parents=True, exist_ok=True)
         path = harness.RESULTS / f"{result['date'][:10]}-gpu_engine.json"
-        path.write_text(json.dumps({**result, "bars": []}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({**result, "bars": judged(result)}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result), flush=True)
     return 1 if result.get("check", {}).get("failed") else 0
+
+
+def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The bars of the parts that were run."""
+    decoded = result.get("decode", {})
+    shares = {
+        bar: [row["share"] for name, row in decoded.items() if name.startswith(f"{form} ")]
+        for bar, form in (("engine.14", "bf16"), ("engine.15", "w4"))
+    }
+    found = {bar: min(values) for bar, values in shares.items() if values}
+    if "context" in result:  # what was computed, where the card would hold more
+        found["engine.16"] = min(result["context"]["tokens"], result["context"]["fits"])
+    if "memory" in result:
+        found["engine.17"] = result["memory"]["peak_gb"]
+    bars = {bar.id: bar for bar in harness.load_bars()}
+    return [harness.judge(bars[bar], harness.Samples(bar, [float(value)])) for bar, value in found.items()]
 
 
 def facts(size: Size) -> dict[str, Any]:

@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).with_name("cpu")
 _MATH = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
-PLAIN = ["-DPUYU_PLAIN"]
-"""Added to the flags, it gives what processors and compilers with fewer instructions run (for tests on any)."""
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp-simd", *_MATH]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from puyu.errors import ConfigError
 from puyu.files import read_object
+from puyu.tokenizer.bpe import PATTERN
 from puyu.tokenizer.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -25,11 +26,10 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LLAMA3 = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_OURS = r"| ?[\p{L}\p{M}]+|\p{N}{1,3}|[\r\n]| ?[^\s\p{L}\p{M}\p{N}]+|[^\S\r\n]+(?!\S)|\s"
 _EXPRESSIONS = {
     _ENGLISH + _LLAMA3: "llama-bpe",
     _ENGLISH + _QWEN2: "qwen2",
-    _ENGLISH + _OURS: "dbrx",
+    PATTERN: "dbrx",
 }
 """What a Split pre-tokenizer cuts with -> llama.cpp's name."""
 

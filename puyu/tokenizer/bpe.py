@@ -69,11 +69,6 @@ def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Split(Regex(PATTERN), "isolated")
 
 
-def pre_tokenize(text: str) -> list[str]:
-    """The pieces of one text, in order."""
-    return [piece for piece, _ in pre_tokenizer().pre_tokenize_str(text)]
-
-
 def count_pieces(texts: Iterable[str]) -> Counter[bytes]:
     """How often each pre-token occurs, as UTF-8 bytes."""
     splitter = pre_tokenizer()
@@ -178,15 +173,3 @@ def learn_merges(
         if on_merge:
             on_merge()
     return merges
-
-
-def encode_piece(piece: bytes, ranks: Mapping[tuple[bytes, bytes], int]) -> list[bytes]:
-    """The naive encoder of one pre-token: merge the pair of the lowest rank, leftmost first, until none is left."""
-    parts = [piece[i : i + 1] for i in range(len(piece))]
-    while len(parts) > 1:
-        found = [(ranks[pair], at) for at, pair in enumerate(pairwise(parts)) if pair in ranks]
-        if not found:
-            break
-        _, at = min(found)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts

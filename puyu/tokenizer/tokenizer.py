@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from puyu.errors import InputError
 from puyu.files import hash_bytes, read_object, write_text
-from puyu.tokenizer.bpe import PATTERN, base_tokens, char_to_byte, to_chars
+from puyu.tokenizer.bpe import base_tokens, char_to_byte, pre_tokenizer, to_chars
 from puyu.tokenizer.sentencepiece import cut_apart, to_tokenizer_json
 
 LEADING_SPECIALS = ("<unk>", "<s>", "</s>")
@@ -201,9 +201,8 @@ def from_merges(merges: Sequence[tuple[bytes, bytes]], *, chat_template: str) ->
     names = [*LEADING_SPECIALS, *map(to_chars, pieces), *TRAILING_SPECIALS]
     ranked = [(to_chars(left), to_chars(right)) for left, right in merges]
     backend = tokenizers.Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, ranked))
-    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer(), to_bytes])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", LEADING_SPECIALS.index("<s>"))]

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,3 +32,24 @@ def test_it_runs() -> None:
     result = run("--tiny", "--parts", "context", TRITON_INTERPRET="1")
     assert not result["measured"] and result["versions"]["torch"] == torch.__version__
     assert result["context"]["tokens"] == 20 and result["context"]["decode_tokens_s"] > 0
+
+
+def test_bars_are_judged_by_the_worst_of_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import gpu_engine
+
+    shares = {"bf16 after 128": 0.8, "bf16 after 4096": 0.7, "w4 after 128": 0.66, "w4 after 4096": 0.64}
+    decoded: dict[str, Any] = {name: {"share": share} for name, share in shares.items()}
+    result = {
+        "decode": {"copy_gb_s": 4000.0, **decoded},
+        "context": {"tokens": 200_000, "fits": 900_000},
+        "memory": {"peak_gb": 9.5},
+    }
+    found = {row["id"]: (row["value"], row["holds"]) for row in gpu_engine.judged(result)}
+    assert found == {
+        "engine.14": (0.7, False),
+        "engine.15": (0.64, True),
+        "engine.16": (200_000.0, True),
+        "engine.17": (9.5, True),
+    }
+    assert gpu_engine.judged({"check": {}}) == []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from puyu.device import cpu_flags
 from puyu.engine import native
 from puyu.engine.native_step import NativeStep
 from puyu.engine.packed_weights import Packed, Room, head_of
@@ -51,6 +52,12 @@ QUANTIZED: list[tuple[QuantFormat, dict[str, Any]]] = [
     (QuantFormat(4, 128, symmetric=False), {"hidden_size": 128, "intermediate_size": 256, "tie_embeddings": True}),
     (QuantFormat(4, 32, symmetric=False, permuted=True), {**HALVES, "qkv_bias": True}),
 ]
+PROCESSORS = {"this one": [], "any": ["-DPUYU_PLAIN"]}
+"""What processors and compilers with fewer instructions run."""
+if "avx2" in cpu_flags():
+    PROCESSORS["AVX2"] = ["-march=x86-64-v3"]
+if "avx_vnni" in cpu_flags():
+    PROCESSORS["AVX-VNNI"] = ["-march=x86-64-v3", "-mavxvnni"]
 
 
 def quantize(model: CausalLM, form: QuantFormat) -> None:
@@ -147,12 +154,12 @@ class Rounded(nn.Module):
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("form", "shape"), QUANTIZED)
-@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("flags", PROCESSORS.values(), ids=list(PROCESSORS))
 def test_quantized_layers_equal_rounded_inputs_times_dequantized_weights(
-    form: QuantFormat, shape: dict[str, Any], plain: bool, monkeypatch: pytest.MonkeyPatch
+    form: QuantFormat, shape: dict[str, Any], flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if plain:  # what processors and compilers with fewer instructions run
-        monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, *native.PLAIN])
+    if flags:
+        monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, *flags])
         native.build()
         native.load.cache_clear()
     model = filled({"num_layers": 2, **shape}, std=0.06)

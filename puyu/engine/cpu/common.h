@@ -19,6 +19,8 @@
 // Without PUYU_PLAIN, what this processor and this compiler have: GCC shuffles since version 12.
 #if !defined(PUYU_PLAIN) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define PUYU_VNNI 1
+#elif !defined(PUYU_PLAIN) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define PUYU_AVX2 1
 #endif
 #if !defined(PUYU_PLAIN) && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)

@@ -9,15 +9,7 @@
 
 #include <type_traits>
 
-#include "common.h"
-
-#ifdef PUYU_VNNI
-#include <immintrin.h>
-#endif
-
-// The sums of a tile must stay in registers: every small loop is unrolled, every helper is inlined.
-#define UNROLL _Pragma("GCC unroll 8")
-#define ALWAYS inline __attribute__((always_inline))
+#include "dots.h"
 
 namespace puyu {
 
@@ -71,8 +63,6 @@ APART inline void round_row(const float *x, Codes &c, int64_t row, int64_t unit)
     }
 }
 
-constexpr int PANELS = 2;  // of a pair, whose codes lie side by side: one stream of memory
-
 // Where in a packed matrix the walk over one pair of panels stands.
 struct Walk {
     const uint8_t *codes;
@@ -86,112 +76,6 @@ struct Walk {
         zeros = m.zeros ? m.zeros + pair * count : nullptr;
     }
 };
-
-#ifdef PUYU_VNNI
-
-inline floats half_floats(const uint16_t *place) {
-    return floats(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(place))));
-}
-
-inline __m512i broadcast(const int8_t *place) {
-    int32_t four;
-    std::memcpy(&four, place, 4);
-    return _mm512_set1_epi32(four);
-}
-
-constexpr int64_t AHEAD = 2048;  // bytes
-
-// Where codes are read once, memory is the limit; asking for them early helps.
-ALWAYS void ask_for(const uint8_t *codes) { _mm_prefetch(reinterpret_cast<const char *>(codes + AHEAD), _MM_HINT_T0); }
-
-// acc[r][p] += the products of one unit of inputs, as integers.
-template <int MR, bool four>
-ALWAYS void add_unit(const uint8_t *&codes, const int8_t *a, int64_t stride, int64_t unit, __m512i (&acc)[MR][PANELS]) {
-    if constexpr (!four) {
-        for (int64_t k = 0; k < unit; k += 4, codes += 128) {
-            __m512i some[PANELS];
-            UNROLL for (int p = 0; p < PANELS; p++) {
-                some[p] = _mm512_loadu_si512(codes + p * 64);
-                ask_for(codes + p * 64);
-            }
-            UNROLL for (int r = 0; r < MR; r++) {
-                __m512i inputs = broadcast(a + r * stride + k);
-                UNROLL for (int p = 0; p < PANELS; p++) acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], some[p], inputs);
-            }
-        }
-        return;
-    }
-    const __m512i nibble = _mm512_set1_epi8(15);
-    constexpr bool split = MR * PANELS <= 4;  // too few sums to hide the latency of one: take two for each
-    __m512i other[MR][PANELS];
-    UNROLL for (int r = 0; split && r < MR; r++)
-        UNROLL for (int p = 0; p < PANELS; p++) other[r][p] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < unit; k += 8, codes += 128) {
-        __m512i low[PANELS], high[PANELS];
-        UNROLL for (int p = 0; p < PANELS; p++) {
-            __m512i both = _mm512_loadu_si512(codes + p * 64);
-            ask_for(codes + p * 64);
-            low[p] = _mm512_and_si512(both, nibble);
-            high[p] = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
-        }
-        UNROLL for (int r = 0; r < MR; r++) {
-            __m512i first = broadcast(a + r * stride + k), second = broadcast(a + r * stride + k + 4);
-            UNROLL for (int p = 0; p < PANELS; p++) {
-                acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], low[p], first);
-                __m512i &sum = split ? other[r][p] : acc[r][p];
-                sum = _mm512_dpbusd_epi32(sum, high[p], second);
-            }
-        }
-    }
-    UNROLL for (int r = 0; split && r < MR; r++)
-        UNROLL for (int p = 0; p < PANELS; p++) acc[r][p] = _mm512_add_epi32(acc[r][p], other[r][p]);
-}
-
-typedef __m512i sums;
-inline sums whole(int32_t value) { return _mm512_set1_epi32(value); }
-inline floats as_floats(sums value) { return floats(_mm512_cvtepi32_ps(value)); }
-inline floats fused(floats a, floats b, floats c) { return floats(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
-
-#else  // the same steps for any processor
-
-inline float half_float(uint16_t bits) {
-    uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
-    if (rest >= 0x7c00) return __builtin_bit_cast(float, sign | 0x7f800000 | ((rest & 0x3ff) << 13));
-    float size = __builtin_bit_cast(float, rest << 13) * 0x1p112f;  // right for subnormal numbers, too
-    return __builtin_bit_cast(float, sign | __builtin_bit_cast(uint32_t, size));
-}
-
-inline floats half_floats(const uint16_t *place) {
-    floats result;
-    for (int lane = 0; lane < LANES; lane++) result[lane] = half_float(place[lane]);
-    return result;
-}
-
-typedef ints sums;
-inline sums whole(int32_t value) { return sums{} + value; }
-inline floats as_floats(sums value) { return __builtin_convertvector(value, floats); }
-inline floats fused(floats a, floats b, floats c) {
-    floats result;
-    for (int lane = 0; lane < LANES; lane++) result[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
-    return result;
-}
-
-template <int MR, bool four>
-ALWAYS void add_unit(const uint8_t *&codes, const int8_t *a, int64_t stride, int64_t unit, sums (&acc)[MR][PANELS]) {
-    constexpr int64_t step = four ? 8 : 4;
-    for (int64_t k = 0; k < unit; k++) {
-        const uint8_t *place = codes + k / step * 128 + k % 4;
-        int shift = k % step >= 4 ? 4 : 0;
-        for (int p = 0; p < PANELS; p++)
-            for (int lane = 0; lane < LANES; lane++) {
-                int32_t code = place[p * 64 + lane * 4] >> shift;
-                code = four ? code & 15 : code;
-                for (int r = 0; r < MR; r++) acc[r][p][lane] += code * a[r * stride + k];
-            }
-    }
-    codes += unit / step * 128;
-}
-#endif
 
 // MR rows from `row` on, times a pair of panels -> out.
 template <int MR, bool four, bool zeros>
@@ -223,8 +107,6 @@ ALWAYS void tile(const Matrix &m, int64_t pair, const Codes &c, int64_t row, flo
         }
     }
 }
-
-constexpr int TILE = 6;
 
 // All rows times a pair of panels; `take(row, values)` gets each result.
 template <bool four, bool zeros, typename Take>
