@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     with LLM(given.model, device=given.device, dtype=given.dtype, config=config) as llm:
         engine = llm.driver.engine
         say(f"{llm.name}, {engine.runner.cache.rows.dtype}, native step: {engine.runner.native is not None}")
+        say(f"greedy answers may differ between schedules within {engine.margin_bound:.0e} of the largest logit")
         for line in table(engine, prompt=given.prompt, tokens=given.tokens, runs=given.runs):
             print(line, flush=True)
     return 0

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from puyu.configure import Config
 from puyu.engine.blocks import BlockPool
+from puyu.engine.bounds import margin_bound
 from puyu.engine.request import Request, Running, Status
 from puyu.engine.rows import Row, append, by_chunk, sample_plan, span_of
 from puyu.engine.runner import Output, Runner
@@ -138,6 +139,14 @@ class Engine:
         self._sums: dict[str, Tensor] = {}
         self._orders = itertools.count()
         self._counts = dict.fromkeys(("steps", "computed", "generated", "cached", "failed", "drafted", "accepted"), 0)
+
+    @property
+    def margin_bound(self) -> float:
+        """Greedy tokens may differ from schedule to schedule only where the two likeliest logits are closer than this
+        share of the largest; 0 in deterministic mode."""
+        if self.config.deterministic:
+            return 0.0
+        return margin_bound(self.model, codes=self.config.cache_dtype != "auto")
 
     @property
     def context(self) -> int:

@@ -125,7 +125,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _sizes),
         *((name, ctypes.c_void_p) for name in _inputs),
         ("head", Matrix),
-        *((name, ctypes.c_void_p) for name in ("cache", "scratch", "logits", "best")),
+        *((name, ctypes.c_void_p) for name in ("cache", "sides", "scratch", "logits", "best")),
     ]
 
 

@@ -31,6 +31,7 @@ MAX_BATCH = 8
 """Rows of a dense model, beyond which torch's products catch up with one dot product after another."""
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_STORAGES = {"int8": 2, "int4": 3}
 
 
 class Span(Protocol):
@@ -64,7 +65,7 @@ class NativeStep:
             *(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
             *(config.intermediate_size, config.vocab_size, config.num_layers),
             *(cache.block_size, cache.num_slots, 1, int(invariant)),
-            *(_KINDS[model.trunk.embedding.weight.dtype], _KINDS[cache.rows.dtype], config.norm_eps),
+            *(_KINDS[model.trunk.embedding.weight.dtype], _cache_kind(cache), config.norm_eps),
         )
         self._packed: dict[int, Packed] = {}
         self._head: Packed | None = None
@@ -83,9 +84,7 @@ class NativeStep:
     ) -> NativeStep | None:
         """None where the torch modules must do it. `num_ids`: the ids that may be the best one of a row."""
         library = native.load()
-        if library is None or cache.device.type != "cpu" or cache.rows.dtype not in _KINDS:
-            return None
-        if not _is_known(model, cache.rows.dtype):
+        if library is None or cache.device.type != "cpu" or _cache_kind(cache) is None or not _is_known(model, cache):
             return None
         return NativeStep(library, model, cache, invariant=invariant, num_ids=num_ids)
 
@@ -131,7 +130,7 @@ class NativeStep:
         self._make_room(call.num_tokens, longest)
         self._rotate(longest)
         self._fill_layers()
-        call.cache = self.cache.rows.data_ptr()
+        call.cache, call.sides = self.cache.rows.data_ptr(), pointer(self.cache.sides)
         self._library.puyu_step(ctypes.byref(self._shape), self._layers, ctypes.byref(call))
         return logits_RV, best.tolist()
 
@@ -204,7 +203,12 @@ def _dense(weight: Tensor, bias: Tensor | None) -> native.Matrix:
     return native.Matrix(_KINDS[weight.dtype], inputs, out, 0, 0, weight.data_ptr(), None, None, pointer(bias), None)
 
 
-def _is_known(model: CausalLM, dtype: torch.dtype) -> bool:
+def _cache_kind(cache: KVCache) -> int | None:
+    """What the rows of a cache are made of, as common.h calls it."""
+    return _KINDS.get(cache.rows.dtype) if cache.storage == "auto" else _STORAGES[cache.storage]
+
+
+def _is_known(model: CausalLM, cache: KVCache) -> bool:
     """Whether the model is made of exactly the layers that step.cpp knows, in types that it reads."""
     leaves = Counter(type(module) for module in model.modules() if not list(module.children()))
     products = leaves.pop(Linear, 0) + leaves.pop(QuantLinear, 0)
@@ -216,7 +220,8 @@ def _is_known(model: CausalLM, dtype: torch.dtype) -> bool:
     floats = len(types) == 1 and types <= _KINDS.keys() and all(p.is_contiguous() for p in model.parameters())
     quantized = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     fits = all(Packed.fits(module, gated=name.endswith("gate_up")) for name, module in quantized)
-    return known and floats and fits and (types == {dtype} or bool(quantized))
+    mixed = bool(quantized) or cache.storage != "auto"
+    return known and floats and fits and (mixed or types == {cache.rows.dtype})
 
 
 def _is_known_block(block: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from puyu.errors import DependencyError
 from puyu.model.config import ExpertShape
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
+from puyu.model.kv_cache import CacheStorage
 from puyu.model.linear import Linear, QuantFormat, QuantLinear
 from puyu.model.paged import KVCache, PagedPlan, PagedSequence
 from puyu.model.quant_modules import replace_module
@@ -71,9 +72,11 @@ def quantize(model: CausalLM, form: QuantFormat) -> None:
             replace_module(model.trunk, name, QuantLinear.of(codes, bias=layer.bias))
 
 
-def cache_of(model: CausalLM, dtype: torch.dtype = torch.float32) -> KVCache:
-    cache = KVCache(model.config, num_blocks=64, block_size=4, device="cpu", dtype=dtype)
-    cache.rows.fill_(float("nan"))
+def cache_of(model: CausalLM, dtype: torch.dtype = torch.float32, storage: CacheStorage = "auto") -> KVCache:
+    cache = KVCache(model.config, num_blocks=64, block_size=4, device="cpu", dtype=dtype, storage=storage)
+    cache.rows.fill_(float("nan") if storage == "auto" else 255)
+    if cache.sides is not None:
+        cache.sides.fill_(float("nan"))
     return cache
 
 
@@ -132,6 +135,38 @@ def test_it_equals_the_modules(shape: dict[str, Any], prompts: bool, threads: in
         torch.testing.assert_close(step.run(spans)[0], forward(model, theirs, spans), rtol=0, atol=4e-5)
     torch.set_num_threads(1)
     torch.testing.assert_close(ours.rows, theirs.rows, rtol=0, atol=1e-5, equal_nan=True)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("flags", PROCESSORS.values(), ids=list(PROCESSORS))
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "shape", [{"head_dim": 32}, {"num_kv_heads": 1, "head_dim": 64}, {"head_dim": 6}, {"head_dim": 32, "std": 3e-4}]
+)
+def test_keys_and_values_as_codes(
+    shape: dict[str, Any], storage: CacheStorage, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The codes, scales and offsets that the modules write, tiny ones too, whose scales are subnormal half floats; and
+    what they read from them. Now and then a number stands so near to half a code that both sides round it apart."""
+    monkeypatch.setattr(native, "FLAGS", [*native.FLAGS, *flags])
+    native.build()
+    native.load.cache_clear()
+    shape = dict(shape)
+    model = filled({k: v for k, v in shape.items() if k != "std"}, std=shape.get("std", 0.2))
+    ours, theirs = (cache_of(model, storage=storage) for _ in range(2))
+    step = NativeStep.make(model, ours)
+    assert step is not None and ours.sides is not None and theirs.sides is not None
+    errors = [
+        (step.run(spans)[0] - forward(model, theirs, spans)).abs().amax(1)
+        for spans in traffic(3, steps=10, prompts=True)
+    ]
+    native.load.cache_clear()
+    written = theirs.sides.isfinite().all(-1)
+    assert torch.equal(ours.sides.isfinite().all(-1), written) and bool(written.any())
+    apart = (ours.rows != theirs.rows)[written].float().mean()
+    assert float(apart) < 0.01, "codes"
+    torch.testing.assert_close(ours.sides[written].float(), theirs.sides[written].float(), rtol=2e-3, atol=2e-7)
+    assert float(torch.cat(errors).median()) < 2e-5 and float(torch.cat(errors).max()) < 0.3
 
 
 class Rounded(nn.Module):

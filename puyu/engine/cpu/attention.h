@@ -1,5 +1,5 @@
-// Attention over the paged cache. Keys and values of a layer stand as rows of H numbers, ordered [key or value, head,
-// slot]; a token's slot is block * block_size + offset.
+// Attention over the paged cache. Keys and values of a layer stand as rows of H numbers or codes (`Rows`, cache.h),
+// ordered [key or value, head, slot]; a token's slot is block * block_size + offset.
 //
 // Two ways for the same: `attend_one` takes one query after another, and its result never depends on what else is in
 // the step; `attend_many` takes tiles of queries and keys with a running softmax (Dao et al. 2022, arXiv 2205.14135)
@@ -9,7 +9,7 @@
 
 #include <type_traits>
 
-#include "common.h"
+#include "cache.h"
 
 namespace puyu {
 
@@ -32,16 +32,16 @@ inline int64_t first_seen(int64_t position, int64_t window) {
 }
 
 // One query [H] at `position` -> out [H]; `scores` has room for all places.
-template <typename T>
-APART void attend_one(const Heads &h, const float *query, const T *keys, const T *values, const int64_t *blocks,
+template <typename Rows>
+APART void attend_one(const Heads &h, const float *query, const Rows &keys, const Rows &values, const int64_t *blocks,
                 int64_t position, float *scores, float *out) {
     int64_t size = h.size, start = first_seen(position, h.window), end = position + 1;
     float best = -INFINITY, total = 0, scale = 1.0f / std::sqrt(float(size));
     for (int64_t p = start; p < end; p++) {
-        const T *key = keys + slot_of(blocks, p, h.block_size) * size;
+        const auto key = keys.at(slot_of(blocks, p, h.block_size));
         float score = 0;
 #pragma omp simd reduction(+ : score)
-        for (int64_t i = 0; i < size; i++) score += query[i] * get(key[i]);
+        for (int64_t i = 0; i < size; i++) score += query[i] * key.number(i);
         scores[p] = score * scale;
         best = scores[p] > best ? scores[p] : best;
     }
@@ -50,16 +50,16 @@ APART void attend_one(const Heads &h, const float *query, const T *keys, const T
     for (int64_t p = start; p < end; p++) total += scores[p];
     for (int64_t i = 0; i < size; i++) out[i] = 0;
     for (int64_t p = start; p < end; p++) {
-        const T *value = values + slot_of(blocks, p, h.block_size) * size;
-        for (int64_t i = 0; i < size; i++) out[i] += scores[p] * get(value[i]);
+        const auto value = values.at(slot_of(blocks, p, h.block_size));
+        for (int64_t i = 0; i < size; i++) out[i] += scores[p] * value.number(i);
     }
     for (int64_t i = 0; i < size; i++) out[i] /= total;
 }
 
 // The same for the G queries of one key head at once, H = 16 * NV: keys and values are read once, sums stay in registers.
 // `scores` has room for G times all places.
-template <typename T, int G, int NV>
-APART void attend_group(const Heads &h, const float *const (&queries)[G], const T *keys, const T *values,
+template <typename Rows, int G, int NV>
+APART void attend_group(const Heads &h, const float *const (&queries)[G], const Rows &keys, const Rows &values,
                   const int64_t *blocks, int64_t position, float *scores, float *const (&outs)[G]) {
     constexpr int64_t size = NV * LANES;
     int64_t start = first_seen(position, h.window), count = position + 1 - start, room = rounded(count, 4);
@@ -70,9 +70,9 @@ APART void attend_group(const Heads &h, const float *const (&queries)[G], const 
     for (int64_t p = 0; p < count; p += 4) {
         floats sums[4][G];
         _Pragma("GCC unroll 8") for (int i = 0; i < 4; i++) {
-            const T *key = keys + slot_of(blocks, start + smaller(p + i, count - 1), h.block_size) * size;
+            const auto key = keys.at(slot_of(blocks, start + smaller(p + i, count - 1), h.block_size));
             _Pragma("GCC unroll 8") for (int v = 0; v < NV; v++) {
-                floats part = load(key + v * LANES);
+                floats part = key.vector(v * LANES);
                 _Pragma("GCC unroll 8") for (int g = 0; g < G; g++)
                     sums[i][g] = v ? sums[i][g] + q[g][v] * part : q[g][v] * part;
             }
@@ -95,11 +95,11 @@ APART void attend_group(const Heads &h, const float *const (&queries)[G], const 
     floats o[G][NV];
     _Pragma("GCC unroll 8") for (int g = 0; g < G; g++) _Pragma("GCC unroll 8") for (int v = 0; v < NV; v++) o[g][v] = floats{};
     for (int64_t p = 0; p < count; p++) {
-        const T *value = values + slot_of(blocks, start + p, h.block_size) * size;
+        const auto value = values.at(slot_of(blocks, start + p, h.block_size));
         floats share[G];
         _Pragma("GCC unroll 8") for (int g = 0; g < G; g++) share[g] = floats{} + scores[g * room + p];
         _Pragma("GCC unroll 8") for (int v = 0; v < NV; v++) {
-            floats part = load(value + v * LANES);
+            floats part = value.vector(v * LANES);
             _Pragma("GCC unroll 8") for (int g = 0; g < G; g++) o[g][v] += share[g] * part;
         }
     }
@@ -108,16 +108,16 @@ APART void attend_group(const Heads &h, const float *const (&queries)[G], const 
 }
 
 // Queries [from, to) of one position and key head, two at a time where the size has a kernel.
-template <typename T, typename Query, typename Place>
-void attend_position(const Heads &h, const Query &query, const Place &place, const T *keys, const T *values,
+template <typename Rows, typename Query, typename Place>
+void attend_position(const Heads &h, const Query &query, const Place &place, const Rows &keys, const Rows &values,
                      const int64_t *blocks, int64_t position, int64_t from, int64_t to, float *scores) {
     auto some = [&]<int NV>(std::integral_constant<int, NV>) {
         int64_t r = from;
         for (; r + 2 <= to; r += 2)
-            attend_group<T, 2, NV>(h, {query(r), query(r + 1)}, keys, values, blocks, position, scores,
+            attend_group<Rows, 2, NV>(h, {query(r), query(r + 1)}, keys, values, blocks, position, scores,
                                    {place(r), place(r + 1)});
         for (; r < to; r++)
-            attend_group<T, 1, NV>(h, {query(r)}, keys, values, blocks, position, scores, {place(r)});
+            attend_group<Rows, 1, NV>(h, {query(r)}, keys, values, blocks, position, scores, {place(r)});
     };
     switch (h.size) {
         case 32: return some(std::integral_constant<int, 2>{});
@@ -168,8 +168,8 @@ inline int64_t tile_floats(int64_t size) {
 
 // Rows [from, to) of one sequence and key head: row r is query r / group, head r % group. `query(r)` and `place(r)`
 // give where they stand; `scratch` has tile_floats.
-template <typename T, typename Query, typename Place>
-void attend_many(const Heads &h, const Query &query, const Place &place, const T *keys, const T *values,
+template <typename Rows, typename Query, typename Place>
+void attend_many(const Heads &h, const Query &query, const Place &place, const Rows &keys, const Rows &values,
                  const int64_t *blocks, int64_t context, int64_t from, int64_t to, float *scratch) {
     int64_t size = h.size, rows = to - from, padded = rounded(rows, ROWS);
     float *q = scratch, *o = q + QUERIES * size, *s = o + QUERIES * size, *turned = s + QUERIES * KEYS;
@@ -184,9 +184,10 @@ void attend_many(const Heads &h, const Query &query, const Place &place, const T
     for (int64_t at = start / KEYS * KEYS; at <= last; at += KEYS) {
         int64_t count = smaller(KEYS, last + 1 - at);
         for (int64_t p = 0; p < KEYS; p++) {
-            int64_t slot = slot_of(blocks, at + (p < count ? p : 0), h.block_size) * size;
-            for (int64_t i = 0; i < size; i++) turned[i * KEYS + p] = get(keys[slot + i]);
-            for (int64_t i = 0; i < size; i++) v[p * size + i] = get(values[slot + i]);
+            int64_t slot = slot_of(blocks, at + (p < count ? p : 0), h.block_size);
+            const auto key = keys.at(slot), value = values.at(slot);
+            for (int64_t i = 0; i < size; i++) turned[i * KEYS + p] = key.number(i);
+            for (int64_t i = 0; i < size; i++) v[p * size + i] = value.number(i);
         }
         product_of(q, size, turned, KEYS, s, KEYS, padded, KEYS, size, false);
         for (int64_t r = 0; r < padded; r++) {

@@ -51,6 +51,25 @@ inline void put(bf16 &place, float value) {  // round to nearest even; NaN stays
     place.bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+inline float half_float(uint16_t bits) {
+    uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
+    if (rest >= 0x7c00) return __builtin_bit_cast(float, sign | 0x7f800000 | ((rest & 0x3ff) << 13));
+    float size = __builtin_bit_cast(float, rest << 13) * 0x1p112f;  // right for subnormal numbers, too
+    return __builtin_bit_cast(float, sign | __builtin_bit_cast(uint32_t, size));
+}
+
+// To the nearest, ties to even.
+inline uint16_t half_bits(float value) {
+    uint32_t bits = __builtin_bit_cast(uint32_t, value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);  // beyond the largest: infinite
+    if (rest < 0x38800000) {  // subnormal: the sum with 0.5 rounds at the right bit
+        float small = __builtin_bit_cast(float, rest) + 0.5f;
+        return uint16_t(sign | (__builtin_bit_cast(uint32_t, small) - 0x3f000000));
+    }
+    return uint16_t(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
+}
+
 typedef float eight __attribute__((vector_size(32)));
 typedef float quad __attribute__((vector_size(16)));
 typedef uint16_t shorts __attribute__((vector_size(32), aligned(2)));
@@ -184,6 +203,7 @@ struct Call {
     const void *embedding, *norm;
     Matrix head;
     void *cache;  // [layers, 2 * K * slots, H]
+    void *sides;  // of codes: scale and offset, half floats [layers, 2 * K * slots, 2]
     char *scratch;  // see scratch_bytes
     float *logits;  // [R, V]
     int64_t *best;  // [R], the id of the largest logit; -1 where a row is not finite

@@ -192,13 +192,6 @@ ALWAYS void add_unit(const uint8_t *&codes, const int8_t *a, int64_t stride, int
 
 constexpr int TILE = 6;
 
-inline float half_float(uint16_t bits) {
-    uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
-    if (rest >= 0x7c00) return __builtin_bit_cast(float, sign | 0x7f800000 | ((rest & 0x3ff) << 13));
-    float size = __builtin_bit_cast(float, rest << 13) * 0x1p112f;  // right for subnormal numbers, too
-    return __builtin_bit_cast(float, sign | __builtin_bit_cast(uint32_t, size));
-}
-
 inline floats half_floats(const uint16_t *place) {
     floats result;
     for (int lane = 0; lane < LANES; lane++) result[lane] = half_float(place[lane]);

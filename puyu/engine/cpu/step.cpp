@@ -126,8 +126,8 @@ inline void gated(Team &team, const Matrix &m, const Input &input, float *y, int
 }
 
 // One token and key head: norms of queries and key, rotation, and the new key and value to the cache.
-template <typename T>
-void write_one(const Shape &s, const Layer &l, const Step &t, float *qkv, T *rows, int64_t token, int64_t k) {
+template <typename Rows>
+void write_one(const Shape &s, const Layer &l, const Step &t, float *qkv, const Rows &rows, int64_t token, int64_t k) {
     int64_t group = s.heads / s.kv_heads, size = s.head_dim, position = t.positions[token];
     float *own = qkv + (token * s.kv_heads + k) * (group + 2) * size, *key = own + group * size, *value = key + size;
     const float *cos = t.cos + position * size, *sin = t.sin + position * size;
@@ -136,19 +136,17 @@ void write_one(const Shape &s, const Layer &l, const Step &t, float *qkv, T *row
         if (norm) normalize_row(s, norm, own + g * size, own + g * size, size);
         rotate(own + g * size, cos, sin, size);
     }
-    T *key_place = rows + (k * s.num_slots + t.slots[token]) * size;
-    T *value_place = rows + ((s.kv_heads + k) * s.num_slots + t.slots[token]) * size;
-    for (int64_t i = 0; i < size; i++) put(key_place[i], key[i]);
-    for (int64_t i = 0; i < size; i++) put(value_place[i], value[i]);
+    rows.write(k * s.num_slots + t.slots[token], key);
+    rows.write((s.kv_heads + k) * s.num_slots + t.slots[token], value);
 }
 
 // One tile of queries of one sequence and key head; single tokens one by one.
-template <typename T>
+template <typename Rows>
 void attend(const Shape &s, const Layer &l, const Sequence &q, int64_t k, int64_t from, int64_t to, const float *qkv,
-            float *out, const T *rows, float *scores) {
+            float *out, const Rows &rows, float *scores) {
     int64_t group = s.heads / s.kv_heads, size = s.head_dim, width = (group + 2) * size;
     Heads heads{group, size, s.block_size, l.window};
-    const T *keys = rows + k * s.num_slots * size, *values = rows + (s.kv_heads + k) * s.num_slots * size;
+    const Rows keys = rows.from(k * s.num_slots), values = rows.from((s.kv_heads + k) * s.num_slots);
     auto query = [&](int64_t r) {
         return qkv + ((q.first + r / group) * s.kv_heads + k) * width + r % group * size;
     };
@@ -163,8 +161,8 @@ void attend(const Shape &s, const Layer &l, const Sequence &q, int64_t k, int64_
 }
 
 // Keys and values of the step's tokens to the cache, then attention; where every sequence has one token, both at once.
-template <typename T>
-void attention(Team &team, const Shape &s, const Layer &l, const Step &t, float *qkv, float *out, T *rows,
+template <typename Rows>
+void attention(Team &team, const Shape &s, const Layer &l, const Step &t, float *qkv, float *out, const Rows &rows,
                float *scores) {
     int64_t group = s.heads / s.kv_heads, items = 0;
     bool single = t.num_tokens == t.num_sequences;
@@ -245,7 +243,7 @@ inline void choose(Team &team, const Shape &s, const Step &t, Peak *peaks) {
     }
 }
 
-template <typename T>
+template <typename Rows>
 void run(const Shape &s, const Layer *layers, const Call &call) {
     const Step t = laid_out(s, call, layout(s, call.num_tokens, 0, call.scratch, 0).plan);
     int64_t longest = 0, D = s.hidden, count = t.num_tokens;
@@ -259,7 +257,7 @@ void run(const Shape &s, const Layer *layers, const Call &call) {
         embed(team, s, t, b.x);
         for (int64_t index = 0; index < s.layers; index++) {
             const Layer &l = layers[index];
-            T *rows = static_cast<T *>(t.cache) + index * 2 * s.kv_heads * s.num_slots * s.head_dim;
+            const Rows rows = Rows::of(s, t, index);
             auto ready = [&](const Matrix &m, const void *norm, const float *x) {
                 return prepare(team, s, m, norm, x, count, b, shared);
             };
@@ -296,10 +294,13 @@ int64_t puyu_scratch_bytes(const puyu::Shape *shape, int64_t tokens, int64_t lon
 }
 
 void puyu_step(const puyu::Shape *shape, const puyu::Layer *layers, const puyu::Call *call) {
-    if (shape->cache_kind == puyu::FLOAT)
-        puyu::run<float>(*shape, layers, *call);
-    else
-        puyu::run<puyu::bf16>(*shape, layers, *call);
+    using namespace puyu;
+    switch (shape->cache_kind) {
+        case FLOAT: return run<CachedNumbers<float>>(*shape, layers, *call);
+        case BFLOAT: return run<CachedNumbers<bf16>>(*shape, layers, *call);
+        case INT8: return run<CachedCodes<false>>(*shape, layers, *call);
+        case INT4: return run<CachedCodes<true>>(*shape, layers, *call);
+    }
 }
 
 void puyu_pack(const puyu::Pack *pack) { puyu::pack(*pack); }
