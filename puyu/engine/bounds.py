@@ -21,7 +21,7 @@ _ROUNDED = 0.02
 
 
 def margin_bound(model: CausalLM | ScalarModel, *, codes: bool = False) -> float:
-    """A share of the row's largest logit: at least twice what tests/engine/test_bounds.py sees with large random weights.
+    """A share of the row's largest logit: twice what tests/engine/test_bounds.py sees with large random weights.
 
     `codes`: keys and values are cached as integers.
     """

@@ -127,7 +127,7 @@ inline __m256i broadcast(const int8_t *place) {
     return _mm256_set1_epi32(four);
 }
 
-constexpr int TILE = 2;
+constexpr int TILE = 6;
 
 #ifdef __AVXVNNI__
 constexpr int64_t STEPS = 1 << 20;  // 32-bit sums never overflow
@@ -153,39 +153,32 @@ ALWAYS void add_unit(const uint8_t *&codes, const int8_t *a, int64_t stride, int
     constexpr bool halved = true;  // bytes of 8 bits are two nibbles, too: whole ones would overflow 16 bits
 #endif
     constexpr int64_t width = four ? 8 : 4, most = STEPS / (four ? 2 : 1) * width;
-    for (int64_t from = 0; from < unit; from += most) {
-        partial low[MR][PANELS][2], high[MR][PANELS][2];
-        UNROLL for (int r = 0; r < MR; r++)
-            UNROLL for (int p = 0; p < PANELS; p++)
-                UNROLL for (int h = 0; h < 2; h++) low[r][p][h] = high[r][p][h] = zero;
-        for (int64_t k = from; k < smaller(from + most, unit); k += width, codes += 128) {
-            __m256i first[MR], second[MR];
-            UNROLL for (int r = 0; r < MR; r++) {
-                first[r] = broadcast(a + r * stride + k);
-                second[r] = four ? broadcast(a + r * stride + k + 4) : first[r];
+    // eight outputs after the other, so that the sums of all rows stay in registers; the unit's codes stay in the cache
+    UNROLL for (int part = 0; part < 2 * PANELS; part++) {
+        const uint8_t *place = codes + part * 32;
+        for (int64_t from = 0; from < unit; from += most) {
+            partial low[MR], high[MR];
+            UNROLL for (int r = 0; r < MR; r++) low[r] = high[r] = zero;
+            for (int64_t k = from; k < smaller(from + most, unit); k += width, place += 128) {
+                __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(place));
+                if (part % 2 == 0) ask_for(place);
+                __m256i lows = halved ? _mm256_and_si256(both, nibble) : both;
+                __m256i highs = halved ? _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble) : zero;
+                UNROLL for (int r = 0; r < MR; r++) {
+                    const int8_t *inputs = a + r * stride + k;
+                    add(low[r], lows, broadcast(inputs));
+                    // int4: the next inputs, the same sum; int8: the same inputs, sixteen times as much
+                    if (halved) add(four ? low[r] : high[r], highs, broadcast(four ? inputs + 4 : inputs));
+                }
             }
-            UNROLL for (int p = 0; p < PANELS; p++)
-                UNROLL for (int h = 0; h < 2; h++) {
-                    const uint8_t *place = codes + p * 64 + h * 32;
-                    __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(place));
-                    if (h == 0) ask_for(place);
-                    __m256i lows = halved ? _mm256_and_si256(both, nibble) : both;
-                    __m256i highs = halved ? _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble) : zero;
-                    UNROLL for (int r = 0; r < MR; r++) {
-                        add(low[r][p][h], lows, first[r]);
-                        // int4: other inputs, the same sum; int8: sixteen times as much
-                        if (halved) add(four ? low[r][p][h] : high[r][p][h], highs, second[r]);
-                    }
-                }
+            UNROLL for (int r = 0; r < MR; r++) {
+                __m256i &sum = acc[r][part / 2].half[part % 2];
+                sum = _mm256_add_epi32(sum, total(low[r]));
+                if (halved && !four) sum = _mm256_add_epi32(sum, _mm256_slli_epi32(total(high[r]), 4));
+            }
         }
-        UNROLL for (int r = 0; r < MR; r++)
-            UNROLL for (int p = 0; p < PANELS; p++)
-                UNROLL for (int h = 0; h < 2; h++) {
-                    __m256i &sum = acc[r][p].half[h];
-                    sum = _mm256_add_epi32(sum, total(low[r][p][h]));
-                    if (halved && !four) sum = _mm256_add_epi32(sum, _mm256_slli_epi32(total(high[r][p][h]), 4));
-                }
     }
+    codes += unit / width * 128;
 }
 
 #else  // the same steps for any processor
