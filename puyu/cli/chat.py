@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from puyu.cli.local import add_flags, open_llm
 from puyu.errors import ConfigError, RequestError
 from puyu.log import say
 from puyu.types import Delta, GenerateRequest, LanguageModel, Message, SamplingParams, ToolCall
@@ -42,8 +43,7 @@ def parser(verb: str, help: str) -> argparse.ArgumentParser:
     made.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 makes repeating unlikely [1]")
     made.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
     made.add_argument("--style", choices=("native", "react"), default="native", help="how tools are called [native]")
-    made.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
-    made.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 [auto]")
+    add_flags(made)
     return made
 
 
@@ -77,9 +77,7 @@ def opened(given: argparse.Namespace) -> Iterator[LanguageModel]:
         with Client(given.url, model=given.served_name, api_key=key) as client:
             yield client
     else:
-        from puyu.engine.llm import LLM
-
-        with LLM(given.model, device=given.device, dtype=given.dtype) as llm:
+        with open_llm(given.model, given) as llm:
             yield llm
 
 

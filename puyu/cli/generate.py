@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from puyu.cli.local import add_flags, open_llm
 from puyu.errors import ConfigError, InputError, RequestError
 from puyu.files import disk_errors, hash_bytes, open_bytes, write_jsonl
 from puyu.log import Progress, say
@@ -47,9 +48,8 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--model", required=True, help="model folder or hub id (owner/name, ms:owner/name)")
     options.add_argument("--params", default="{}", help="SamplingParams of records that give none, as JSON [{}]")
     options.add_argument("--window", type=int, default=256, help="records under way at the same time [256]")
-    options.add_argument("--device", default="auto", help="auto, cpu or cuda [auto]")
-    options.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 [auto]")
     options.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="LoRA adapter; repeatable")
+    add_flags(options)
     given = options.parse_args(list(argv))
     adapters = dict(_named_folder(text) for text in given.adapter)
     defaults = read_params(_as_object(given.params, "--params"), SamplingParams())
@@ -58,10 +58,7 @@ def main(argv: Sequence[str]) -> int:
     if done:
         say(f"{len(done)} of {total} records are there already")
     if len(done) < total:
-        from puyu.engine.llm import LLM
-
-        where = {"device": given.device, "dtype": given.dtype}
-        with LLM(given.model, **where, adapters=adapters) as llm, open(given.output, "ab") as stream:
+        with open_llm(given.model, given, adapters=adapters) as llm, open(given.output, "ab") as stream:
             progress = Progress("generate", total, unit="tok", start=len(done))
             todo = (record for record in records(given.input) if record.line not in done)
             _Run(llm, defaults, stream, progress).all(todo, window=max(given.window, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Literal
 
 from pydantic import Field
 
@@ -35,6 +36,16 @@ class ServeConfig(Config):
     """Requests that may wait; one more is answered 429 with Retry-After."""
     cache_tokens: int = Field(default=0, ge=0)
     """Tokens that the key/value cache holds; 0 takes what fits."""
+    cache_dtype: Literal["auto", "int8", "int4"] = "auto"
+    """How keys and values are kept: as the model computes them, or as codes."""
+    context: int = Field(default=0, ge=0)
+    """Tokens that one request may have; 0 is what the model was trained for."""
+    deterministic: bool = False
+    """Whether an answer depends on nothing but its request; slower."""
+    draft_model: str = ""
+    """Folder or hub id of a small model that guesses ahead."""
+    draft_tokens: int = Field(default=0, ge=0, le=32)
+    """Tokens to guess ahead; without a draft model they are looked up in the text itself."""
     max_body_mb: float = Field(default=8.0, gt=0)
     """Largest request body in MB; a larger one is answered 413."""
     drain_seconds: int = Field(default=30, ge=0)

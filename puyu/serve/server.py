@@ -114,8 +114,10 @@ def _load(config: ServeConfig) -> tuple[DrainingServer, str]:
     from puyu.serve.drain import DrainingServer
 
     folder = resolve(config.model)
-    engine = EngineConfig(max_running=config.max_running, cache_tokens=config.cache_tokens)
-    llm = LLM(folder, device=config.device, dtype=config.dtype, config=engine)
+    shared = EngineConfig.model_fields.keys() & ServeConfig.model_fields.keys()
+    engine = EngineConfig(**{name: getattr(config, name) for name in shared})
+    draft = config.draft_model or None
+    llm = LLM(folder, device=config.device, dtype=config.dtype, config=engine, draft_model=draft)
     llm.name = Path(config.model).name
     app = build_app(llm, config, defaults=read_defaults(folder))
     return DrainingServer(app, llm, drain_seconds=config.drain_seconds), app.state.service.name

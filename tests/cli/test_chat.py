@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 
 from puyu.cli import agent, chat, serve
+from puyu.cli.local import open_llm
+from puyu.engine.llm import DRAFT_TOKENS
+from puyu.engine.speculate import ModelDrafter
 from puyu.errors import ConfigError, RequestError, ResourceError
+from puyu.serve.config import ServeConfig
+from puyu.serve.server import _load
 from tests.serve.conftest import checkpoint, llm, model, tokenizer, url
 
 __all__ = ["checkpoint", "llm", "model", "tokenizer", "url"]  # fixtures, shared with the server's tests
@@ -55,6 +60,38 @@ def test_a_folder_in_this_process(checkpoint: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "I am 浦语.\n"
     assert chat.main([*arguments, "--raw", "--prompt", "one two", "--max-tokens", "4"]) == 0
     assert "4 tokens" in capsys.readouterr().err
+
+
+def test_flags_reach_the_engine(checkpoint: Path) -> None:
+    flags = [
+        "--deterministic",
+        "--cache-dtype",
+        "int8",
+        "--context",
+        "64",
+        "--draft-tokens",
+        "3",
+        "--cache-tokens",
+        "512",
+    ]
+    given = chat.parser("chat", "").parse_args([str(checkpoint), "--device", "cpu", "--dtype", "float32", *flags])
+    with open_llm(given.model, given) as llm:
+        config = llm.driver.engine.config
+        assert config.deterministic and (config.cache_dtype, config.draft_tokens) == ("int8", 3)
+        assert llm.driver.engine.context == 64 and llm.stats().num_blocks * config.block_size == 512
+    given.draft_tokens = 99
+    with pytest.raises(ConfigError, match="draft_tokens"):
+        open_llm(given.model, given)
+
+
+def test_a_server_passes_them_on(checkpoint: Path) -> None:
+    values = {"cache_tokens": 512, "cache_dtype": "int4", "deterministic": True, "max_running": 7}
+    config = ServeConfig(model=str(checkpoint), port=0, dtype="float32", draft_model=str(checkpoint), **values)
+    server, _ = _load(config)
+    engine = server.llm.driver.engine
+    assert all(getattr(engine.config, name) == value for name, value in values.items())
+    assert isinstance(engine.drafter, ModelDrafter) and engine.config.draft_tokens == DRAFT_TOKENS
+    server.llm.close()
 
 
 def test_agent_verb(url: str, capsys: pytest.CaptureFixture[str]) -> None:
