@@ -1,6 +1,8 @@
 """Flags of the verbs that run a model in this process, and the `LLM` that they name.
 
-add_flags(parser); ...; with open_llm(given.model, given) as llm: ...
+A verb adds its own arguments, then these; torch is imported when the model is opened, not for a help page.
+
+    add_flags(parser); ...; with open_llm(given.model, given) as llm: ...
 """
 
 from __future__ import annotations

@@ -28,10 +28,8 @@ from puyu.engine.rows import span_of
 from puyu.engine.runner import Output, Span
 from puyu.engine.sampler import Choice, Sampled, sample
 from puyu.engine.scheduler import Chunk, Plan
-from puyu.engine.speculate import Drafter
 from puyu.log import logger
 from puyu.model.heads import CausalLM, ScalarModel
-from puyu.model.lora import AdapterBank
 from puyu.types import FinishReason
 
 
@@ -54,16 +52,8 @@ class _Flight(NamedTuple):
 class OverlapEngine(Engine):
     """`Engine` with the same face; `step` returns the events of the step that was launched one call before."""
 
-    def __init__(
-        self,
-        model: CausalLM | ScalarModel,
-        config: EngineConfig | None = None,
-        *,
-        num_ids: int | None = None,
-        drafter: Drafter | None = None,
-        bank: AdapterBank | None = None,
-    ) -> None:
-        super().__init__(model, config, num_ids=num_ids, drafter=drafter, bank=bank)
+    def __init__(self, model: CausalLM | ScalarModel, config: EngineConfig | None = None, **parts: Any) -> None:
+        super().__init__(model, config, **parts)
         self._flight: _Flight | None = None
         self._landed: list[Event] = []
         on_gpu = self.runner.gpu is not None and self.runner.device.type == "cuda"
@@ -72,11 +62,6 @@ class OverlapEngine(Engine):
     @property
     def has_work(self) -> bool:
         return super().has_work or self._flight is not None or bool(self._landed)
-
-    @property
-    def has_flight(self) -> bool:
-        """Whether a step is under way."""
-        return self._flight is not None
 
     def step(self, now: float | None = None) -> list[Event]:
         """Launch the next step where that is safe, then take over the one in flight."""

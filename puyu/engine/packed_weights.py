@@ -1,8 +1,10 @@
 """Quantized matrices in the order in which the native library reads them (`cpu/common.h`), and back.
 
-room = Room(Packed.size(layer))
-packed = Packed(library, layer, room)
-layer.lend(packed.codes)          # one copy of the codes is enough
+One copy of the codes is enough: a layer lends its own to whoever packs them, and asks for them when it needs them.
+
+    room = Room(Packed.size(layer))
+    packed = Packed(library, layer, room)
+    layer.lend(packed.codes)
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ WIDTH = 32
 """Outputs of a pair of panels."""
 UNITS = (64, 32, 16)
 """Inputs that may share a scale of the activations; the largest that divides a layer's group."""
-HUGE_PAGE = 1 << 21
+LINE, HUGE_PAGE = 64, 1 << 21
+"""Bytes of a cache line, and of a large page."""
 HEAD_ROWS = 512
 """Rows of a head that are rounded at a time, so that what stands between stays in the cache."""
 
@@ -44,7 +47,7 @@ class Room:
         """`count` numbers that start at a cache line."""
         size = count * dtype.itemsize
         part = self._bytes[self._next : self._next + size].view(dtype)
-        self._next += _lines(size)
+        self._next += _whole(size, LINE)
         return part
 
 
@@ -55,7 +58,7 @@ class Packed:
         self._library, self._gated = library, gated
         form, out, inputs = layer.form, layer.out_features, layer.in_features
         four, group = form.bits == 4, form.group or layer.in_features
-        groups, outputs = inputs // group, -(-out // WIDTH) * WIDTH
+        groups, outputs = inputs // group, _whole(out, WIDTH)
         codes, scales, zeros = layer.matrix().codes.contiguous(), layer.scales.half().contiguous(), _offsets(layer)
         self.data = room.take(outputs * inputs * form.bits // 8, torch.uint8)
         self.scales = room.take(outputs * groups, torch.float16)
@@ -76,9 +79,9 @@ class Packed:
     @staticmethod
     def size(layer: QuantLinear) -> int:
         """Bytes that it takes of a Room."""
-        outputs, inputs = -(-layer.out_features // WIDTH) * WIDTH, layer.in_features
-        scales = _lines(outputs * inputs // (layer.form.group or inputs) * 2)
-        return _lines(outputs * inputs * layer.form.bits // 8) + scales * (1 if layer.zeros is None else 2)
+        outputs, inputs = _whole(layer.out_features, WIDTH), layer.in_features
+        scales = _whole(outputs * inputs // (layer.form.group or inputs) * 2, LINE)
+        return _whole(outputs * inputs * layer.form.bits // 8, LINE) + scales * (1 if layer.zeros is None else 2)
 
     def codes(self) -> Tensor:
         """The codes as the layer had them, unpacked."""
@@ -103,9 +106,9 @@ class Packed:
         return whole and not asymmetric and (largest == 0 or 1e-5 < largest < 6e3)
 
 
-def _lines(size: int) -> int:
-    """Bytes in whole cache lines."""
-    return -(-size // 64) * 64
+def _whole(size: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-size // step) * step
 
 
 def _offsets(layer: QuantLinear) -> Tensor | None:

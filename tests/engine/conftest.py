@@ -53,6 +53,16 @@ def tiny_model(seed: int = 0, **changes: Any) -> CausalLM:
     return model
 
 
+def uneven(model: CausalLM) -> CausalLM:
+    """Biases that are not all 0 and norms that are not all 1, in place."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith((".bias", "norm.weight")):
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return model
+
+
 @pytest.fixture(scope="package")
 def model() -> CausalLM:
     return tiny_model()

@@ -20,7 +20,7 @@ from puyu.quant.rtn import rtn
 from tests.engine.conftest import tiny_model
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "num_layers": 3, "head_dim": 32, "vocab_size": 199}
-KINDS = ["float64", "float32", "bfloat16", "int8", "int4", "int8 keys"]
+KINDS = ["float64", "float32", "float16", "bfloat16", "int8", "int4", "int8 keys"]
 
 
 def model_of(kind: str, seed: int) -> tuple[CausalLM, EngineConfig]:
@@ -30,7 +30,7 @@ def model_of(kind: str, seed: int) -> tuple[CausalLM, EngineConfig]:
         for name, layer in list(model.trunk.named_modules()):
             if isinstance(layer, Linear):
                 replace_module(model.trunk, name, QuantLinear.of(rtn(layer.weight.detach(), form), bias=layer.bias))
-    dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(kind, torch.float32)
+    dtype = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}.get(kind, torch.float32)
     return model.to(dtype), EngineConfig(cache_dtype="int8" if kind == "int8 keys" else "auto", cache_tokens=2048)
 
 

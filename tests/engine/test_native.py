@@ -30,7 +30,7 @@ from puyu.model.paged import KVCache, PagedPlan, PagedSequence
 from puyu.model.quant_modules import replace_module
 from puyu.quant.rtn import rtn
 from puyu.types import SamplingParams
-from tests.engine.conftest import tiny_model
+from tests.engine.conftest import tiny_model, uneven
 from tests.model.test_linear import random_codes
 
 SHAPES: list[dict[str, Any]] = [
@@ -83,12 +83,7 @@ def cache_of(model: CausalLM, dtype: torch.dtype = torch.float32, storage: Cache
 def filled(shape: dict[str, Any], *, std: float = 0.2) -> CausalLM:
     model = tiny_model(7, **shape)
     init_weights(model, seed=7, std=std)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith((".bias", "norm.weight")):
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    return model
+    return uneven(model)
 
 
 def forward(model: CausalLM, cache: KVCache, spans: list[Span]) -> Tensor:

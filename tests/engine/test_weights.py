@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.llm import LLM
+from puyu.engine.overlap import OverlapEngine
 from puyu.engine.request import Request
 from puyu.engine.speculate import ModelDrafter
 from puyu.errors import CheckpointError, ConfigError, ResourceError
@@ -203,13 +204,14 @@ def test_new_weights_wait_for_the_step_in_flight(tokenizer: Tokenizer, monkeypat
     config = CONFIG.model_copy(update={"overlap": True})
     with LLM.from_model(made(1, tokenizer), tokenizer, config=config) as llm:
         engine, seen = llm.driver.engine, []
+        assert isinstance(engine, OverlapEngine)
         llm.driver.submit(ASK, done=lambda _: None)
         llm.driver.pump()
-        monkeypatch.setattr("puyu.engine.llm.update_weights", lambda *_: seen.append(engine.has_flight))
+        monkeypatch.setattr("puyu.engine.llm.update_weights", lambda *_: seen.append(engine._flight))
         llm.driver.pump()
-        assert engine.has_flight
+        assert engine._flight is not None
         llm.update_weights(their_state(made(2, tokenizer)))
-        assert seen == [False]
+        assert seen == [None]
         llm.driver.end_all("abort")
 
 

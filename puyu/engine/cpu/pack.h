@@ -2,11 +2,11 @@
 
 #pragma once
 
-#ifdef __GLIBC__
+#include "product.h"
+
+#ifdef __GLIBC__  // which only a header of the C library defines
 #include <malloc.h>
 #endif
-
-#include "product.h"
 
 namespace puyu {
 

@@ -272,6 +272,16 @@ def _inputs(x_ptr, norm_ptr, m, k, size, rows, stride, NORM: tl.constexpr):
 
 
 @triton.jit
+def _summed(acc, BLOCK_M: tl.constexpr):
+    """Products [BLOCK_N, BLOCK_M]; a single row's still stand apart by input."""
+    if BLOCK_M == 1:
+        found = tl.sum(acc, axis=1)[:, None]
+    else:
+        found = acc
+    return found
+
+
+@triton.jit
 def _dense_rows(
     x_ptr, norm_ptr, w_ptr, n, n_inside, m, rows, size, stride,
     E4M3: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -294,11 +304,7 @@ def _dense_rows(
             acc += w.to(dtype).to(tl.float32) * tl.trans(scaled)
         else:
             acc = tl.dot(w.to(dtype), scaled.to(dtype), acc, input_precision="ieee")
-    if BLOCK_M == 1:
-        found = tl.sum(acc, axis=1)[:, None]
-    else:
-        found = acc
-    return found, tl.sum(squares, axis=0)
+    return _summed(acc, BLOCK_M), tl.sum(squares, axis=0)
 
 
 @triton.jit
@@ -350,11 +356,7 @@ def _int4_rows(
                 if ZEROS:
                     w += zero
                 acc = tl.dot(w.to(dtype), scaled.to(dtype), acc, input_precision="ieee")
-    if BLOCK_M == 1:
-        found = tl.sum(acc, axis=1)[:, None]
-    else:
-        found = acc
-    return found, tl.sum(squares, axis=0)
+    return _summed(acc, BLOCK_M), tl.sum(squares, axis=0)
 
 
 @triton.jit

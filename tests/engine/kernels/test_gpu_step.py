@@ -22,7 +22,7 @@ from puyu.model.linear import Linear, QuantFormat, QuantLinear
 from puyu.model.paged import KVCache
 from puyu.model.quant_modules import make_quantized
 from puyu.types import SamplingParams
-from tests.engine.conftest import tiny_model
+from tests.engine.conftest import tiny_model, uneven
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 
@@ -41,13 +41,7 @@ def cache_of(model: CausalLM) -> KVCache:
 
 
 def filled(**shape: int) -> CausalLM:
-    model = tiny_model(7, **shape)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith((".bias", "norm.weight")):
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
-    return model
+    return uneven(tiny_model(7, **shape))
 
 
 def modules(model: CausalLM, cache: KVCache, monkeypatch: pytest.MonkeyPatch) -> Runner:
