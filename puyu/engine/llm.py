@@ -221,11 +221,8 @@ class LLM:
     def _stream(self, request: GenerateRequest) -> Iterator[Delta]:
         items: SimpleQueue[Delta | Completion] = SimpleQueue()
 
-        def text(index: int, piece: str) -> None:
-            items.put(Delta(piece, index=index))
-
         self._require_awake()
-        request_id, ended = self.driver.submit(request, done=items.put, text=text), False
+        request_id, ended = self.driver.submit(request, done=items.put, show=items.put), False
         try:
             while not ended:
                 self._require_awake()
