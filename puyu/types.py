@@ -337,7 +337,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class CallPart:
-    """A piece of a tool call as it is written. The first piece of a call has its name; later ones more of the arguments."""
+    """A piece of a tool call as it is written. The first of a call has its name; later ones more of the arguments."""
 
     index: int
     """Which call of the answer."""

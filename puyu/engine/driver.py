@@ -52,8 +52,7 @@ class Driver:
         """First id -> all ids of what was asked for with one call."""
         self.on_pumped: Callable[[], None] = lambda: None
         """Called when all callbacks of a step have been made."""
-        self.last_step = time.monotonic()
-        """When a step was last completed, or there was none to do."""
+        self._last_step = time.monotonic()
 
     def submit(
         self,
@@ -98,6 +97,11 @@ class Driver:
         return bool(self._inbox) or self.engine.has_work
 
     @property
+    def stalled_for(self) -> float:
+        """Seconds since the last step, while there is work; 0 when there is none."""
+        return time.monotonic() - self._last_step if self.has_work else 0.0
+
+    @property
     def waiting_tokens(self) -> int:
         """Prompt tokens of requests that have not begun."""
         queued = [item[0] for item in list(self._inbox) if not isinstance(item, str)]
@@ -117,7 +121,7 @@ class Driver:
             self._empty_inbox()
             for event in reversed(self.engine.step()):
                 told.callback(self._tell, event)
-        self.last_step = time.monotonic()
+        self._last_step = time.monotonic()
         return self.has_work
 
     def end_all(self, reason: FinishReason) -> None:
@@ -139,6 +143,8 @@ class Driver:
 
     def _queue(self, items: Prepared) -> str:
         first = items[0][0].id
+        if not self.has_work:
+            self._last_step = time.monotonic()
         if len(items) > 1:
             self._groups[first] = [request.id for request, _ in items]
         self._inbox.extend(items)  # last: from here on, another thread may run them to their end

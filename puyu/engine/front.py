@@ -96,7 +96,7 @@ class Front:
             raise RequestError("the input is empty", param="input")
         if len(ids) > self.context:
             message = f"the input has {len(ids)} tokens, more than the context of {self.context}"
-            raise RequestError(message, param="input", remedy="shorten it")
+            raise RequestError(message, param="input", remedy="shorten it", code="context_length_exceeded")
         pool: Any = pooling
         return Request(self.new_id(), tuple(ids), 0, adapter=adapter, pool=pool)
 
@@ -117,6 +117,7 @@ class Front:
                 f"the prompt has {count} tokens, which leaves no room to answer in a context of {self.context}",
                 param=field,
                 remedy="shorten the prompt, or start the engine with a larger cache if the model allows it",
+                code="context_length_exceeded",
             )
         return room
 

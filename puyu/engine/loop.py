@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from puyu.engine.core import Stats
 from puyu.engine.driver import Driver
 from puyu.engine.request import Request, Running
-from puyu.errors import RequestError, ResourceError
+from puyu.errors import ResourceError
 from puyu.log import logger
 from puyu.types import Completion, Delta, GenerateRequest
 
@@ -150,19 +150,25 @@ class AsyncEngine:
         if thread is None:
             return
         deadline = time.monotonic() + drain
-        while self.driver.has_work and thread.is_alive() and time.monotonic() < deadline:
+        while self.driver.has_work and thread.is_alive() and not self._stopped and time.monotonic() < deadline:
             time.sleep(0.01)
         with self._wake:
             self._stopped = True
             self._wake.notify_all()
         thread.join()
 
+    def hurry(self) -> None:
+        """Let a `close` under way wait no longer."""
+        with self._wake:
+            self._stopped = True
+            self._wake.notify_all()
+
     def _submit(self, queue: Callable[..., str], done: Callable[[Any], None]) -> str:
         with self._wake:  # from here on the thread cannot end without having seen the request
             if self.failure is not None:
                 raise ResourceError(f"the engine has stopped: {self.failure}", remedy="start it again; see the log")
             if self._closing:
-                raise RequestError("the engine is shutting down", remedy="send the request to another server")
+                raise ResourceError("the engine is shutting down", remedy="send the request to another server")
             request_id = queue(done=done)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="puyu-engine", daemon=True)
