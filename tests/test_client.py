@@ -332,7 +332,8 @@ def test_every_parameter_is_sent_or_refused_by_name() -> None:
         assert body["response_format"]["json_schema"]["schema"] == schema
     changed: dict[str, Any] = {
         "max_tokens": 7, "temperature": 0.3, "top_p": 0.5, "top_k": 4, "seed": 1, "stop": ("x",),
-        "stop_token_ids": (3,), "ignore_eos": True, "logprobs": True, "top_logprobs": 2, "prompt_logprobs": True, "min_p": 0.1, "min_tokens": 2,
+        "stop_token_ids": (3,), "ignore_eos": True, "logprobs": True, "top_logprobs": 2,
+        "prompt_logprobs": True, "min_p": 0.1, "min_tokens": 2,
         "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.1, "logit_bias": {5: 1.0},
         "bad_words": ("x",), "n": 2, "best_of": 3, "beam_width": 2, "length_penalty": 0.5, "guide": Guide("regex", "a"),
     }  # fmt: skip

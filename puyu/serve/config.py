@@ -65,6 +65,8 @@ class ServeConfig(Config):
     """How keys and values are kept: as the model computes them, or as codes."""
     context: int = Field(default=0, ge=0)
     """Tokens that one request may have; 0 is what the model was trained for."""
+    call_format: str = "auto"
+    """How the model writes tool calls: auto (what its chat template shows), internlm2, hermes, llama3, react, none."""
     deterministic: bool = False
     """Whether an answer depends on nothing but its request; slower."""
     draft_model: str = ""

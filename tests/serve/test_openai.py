@@ -86,6 +86,59 @@ def test_streamed_tool_call(client: openai.OpenAI) -> None:
     assert call.id == whole[0].id != ""
 
 
+SHOUT = {
+    "type": "function",
+    "function": {
+        "name": "shout",
+        "parameters": {
+            "type": "object",
+            "properties": {"loud": {"type": "boolean"}, "word": {"enum": ["hey", "ho"]}},
+            "required": ["loud", "word"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_forced_calls_fit_the_schema_streamed_or_not(client: openai.OpenAI, seed: int) -> None:
+    wanted = {
+        "model": NAME,
+        "messages": WHO,
+        "tools": [*TOOLS, SHOUT],
+        "temperature": 1.5,
+        "seed": seed,
+        "max_tokens": 200,
+    }
+    named = {"type": "function", "function": {"name": "shout"}}
+    answer = client.chat.completions.create(**wanted, tool_choice=named).choices[0]
+    (call,) = answer.message.tool_calls or []
+    found = json.loads(call.function.arguments)
+    assert call.function.name == "shout" and found["word"] in ("hey", "ho") and isinstance(found["loud"], bool)
+    assert answer.finish_reason == "tool_calls"
+    with client.chat.completions.stream(**wanted, tool_choice=named) as stream:
+        kinds = [event.type for event in stream]
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert (streamed.id, streamed.function.arguments) == (call.id, call.function.arguments)
+    assert kinds.count("tool_calls.function.arguments.delta") > 3, "the arguments come piece by piece"
+    only = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    for choice, parallel in (("required", False), (only, True)):
+        calls = client.chat.completions.create(
+            **wanted, tool_choice=choice, parallel_tool_calls=parallel
+        ).choices[0].message.tool_calls or []  # fmt: skip
+        assert calls and (parallel or len(calls) == 1)
+        assert all(call.function.name == "shout" or choice == "required" for call in calls)
+
+
+def test_a_form_and_a_forced_call_exclude_each_other(client: openai.OpenAI) -> None:
+    form = {"type": "json_object"}
+    with pytest.raises(openai.BadRequestError) as both:
+        client.chat.completions.create(
+            model=NAME, messages=WHO, tools=TOOLS, tool_choice="required", response_format=form
+        )
+    assert both.value.param == "tool_choice"
+
+
 def test_tool_choice_none_offers_no_tools(client: openai.OpenAI) -> None:
     plain = client.chat.completions.create(model=NAME, messages=SUM, max_tokens=4)
     none = client.chat.completions.create(model=NAME, messages=SUM, tools=TOOLS, tool_choice="none", max_tokens=4)
