@@ -61,6 +61,9 @@ class ServeConfig(Config):
     """How long one step of the engine may take before /health says 503."""
     cache_tokens: int = Field(default=0, ge=0)
     """Tokens that the key/value cache holds; 0 takes what fits."""
+    max_pause_ms: float = Field(default=50.0, ge=0)
+    """While answers are being written, long prompts are computed in pieces that keep a step within this time; 0 is no
+    limit."""
     cache_dtype: Literal["auto", "int8", "int4"] = "auto"
     """How keys and values are kept: as the model computes them, or as codes."""
     context: int = Field(default=0, ge=0)

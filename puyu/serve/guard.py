@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from puyu.log import logger
+from puyu.serve.http import DIRECT
 from puyu.serve.keys import Account, KeyRing
 from puyu.serve.protocol import error_body
 
@@ -134,7 +135,7 @@ class _Visit:
     def __init__(self, scope: Scope, send: Send) -> None:
         self.scope, self.to_client = scope, send
         self.id, self.began, self.status = uuid.uuid4().hex, time.monotonic(), 0
-        scope["puyu.request"] = self.id
+        scope["puyu.request"], scope[DIRECT] = self.id, send
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -19,6 +19,8 @@ from puyu.errors import PuyuError
 from puyu.log import logger
 
 T = TypeVar("T")
+DIRECT = "puyu.send"
+"""Key of the ASGI scope under which a guard leaves the server's own `send`."""
 
 
 class Refused(PuyuError):
@@ -49,10 +51,11 @@ class EventResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(Gone):
-            await race(self._write(send), receive, watch=lambda: self._cut_if_slow(scope))
+            await race(self._write(send, scope.get(DIRECT, send)), receive, watch=lambda: self._cut_if_slow(scope))
 
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+    async def _write(self, send_start: Send, send: Send) -> None:
+        """Frameworks wrap `send` several times to watch the start; the pieces go to the server directly."""
+        await send_start({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with contextlib.aclosing(self.chunks) as chunks:
             async for chunk in chunks:
                 self._sending_since = time.monotonic()
