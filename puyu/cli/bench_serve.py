@@ -16,7 +16,7 @@ from puyu.configure import build
 from puyu.errors import ConfigError
 from puyu.files import write_text
 from puyu.load.report import describe, table, to_json
-from puyu.load.run import LoadConfig, Result, Row, load
+from puyu.load.run import LoadConfig, Result, Row, send, session_with
 from puyu.log import Progress, say
 
 USAGE = """usage: puyu bench serve --url URL [--key value ...] [--json FILE] [--plot FILE.svg]
@@ -81,11 +81,12 @@ def _file(options: Options, name: str) -> Path | None:
 
 async def _watched(config: LoadConfig) -> Result:
     """The run, with its progress."""
-    progress = Progress("requests", config.wanted, unit="req")
+    async with session_with(config) as session:
+        progress = Progress("requests", config.wanted, unit="req")
 
-    def told(row: Row) -> None:
-        progress.update(status=row.status)
+        def told(row: Row) -> None:
+            progress.update(status=row.status)
 
-    result = await load(config, told=told)
-    progress.close()
-    return result
+        result = await send(session, told=told)
+        progress.close()
+        return result

@@ -378,24 +378,23 @@ def _quiet(row: Row) -> None:
     """Nobody watches."""
 
 
-async def load(
-    config: LoadConfig,
-    *,
-    clock: Clock = time.perf_counter,
-    sleep: Sleep = asyncio.sleep,
-    told: Callable[[Row], None] = _quiet,
-) -> Result:
-    """Warm up, send, wait; `told` hears of each request as it ends."""
+async def load(config: LoadConfig, *, clock: Clock = time.perf_counter, sleep: Sleep = asyncio.sleep) -> Result:
+    """A whole run: prepare, warm up, send, wait."""
     async with session_with(config, clock=clock) as session:
-        warm, asks = await requests_of(session)
-        for ask in warm:
-            await session.run(Row(-1, ask.prompt_tokens, ask.max_tokens), ask)
-        cpu, began = time.process_time(), time.perf_counter()
-        rows = await drive(session, asks, sleep=sleep, told=told)
-        share = (time.process_time() - cpu) / max(time.perf_counter() - began, 1e-9)
-        seconds = max((row.sent + row.ended for row in rows), default=0.0)
-        notes = [*session.notes, *remarks(rows, config)]
-        return Result(rows, seconds, session.model, session.context, session.ruler.is_exact, notes, share)
+        return await send(session, sleep=sleep)
+
+
+async def send(session: Session, *, sleep: Sleep = asyncio.sleep, told: Callable[[Row], None] = _quiet) -> Result:
+    """Warm up, send, wait; `told` hears of each request as it ends."""
+    warm, asks = await requests_of(session)
+    for ask in warm:
+        await session.run(Row(-1, ask.prompt_tokens, ask.max_tokens), ask)
+    cpu, began = time.process_time(), time.perf_counter()
+    rows = await drive(session, asks, sleep=sleep, told=told)
+    share = (time.process_time() - cpu) / max(time.perf_counter() - began, 1e-9)
+    seconds = max((row.sent + row.ended for row in rows), default=0.0)
+    notes = [*session.notes, *remarks(rows, session.config)]
+    return Result(rows, seconds, session.model, session.context, session.ruler.is_exact, notes, share)
 
 
 def remarks(rows: list[Row], config: LoadConfig) -> list[str]:

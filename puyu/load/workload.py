@@ -11,6 +11,7 @@ them. Prompts are common words in random order: no two begin alike, unless that 
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ SHORTEST, LONGEST_PROMPT, LONGEST_PAIR = 4, 1024, 2048
 # logarithm's mean and deviation; after the cuts above the means are 213 and 205 tokens, close to those of ShareGPT
 PROMPT_SHAPE, OUTPUT_SHAPE = (math.log(150), 1.4), (math.log(140), 0.9)
 TOKENS_A_WORD, LETTERS_A_TOKEN = 4 / 3, 4.0
+
+ASKED_AT_ONCE = 16
 
 FIRST = "the"
 WORDS = tuple((Path(__file__).parent / "words.txt").read_text(encoding="ascii").split())
@@ -79,12 +82,16 @@ class Ruler:
 
     @classmethod
     async def learn(cls, counted: Count) -> Ruler:
-        """One question a word, or an estimate where the server does not count tokens."""
+        """One question a word, some at a time, or an estimate where the server does not count tokens."""
         first = await counted(FIRST)
         if first is None:
             return cls()
-        costs = {word: float((await counted(f"{FIRST} {word}") or first + 1) - first) for word in WORDS}
-        return cls(float(first), {word: max(cost, 1.0) for word, cost in costs.items()}, True)
+        lengths: list[int | None] = []
+        for start in range(0, len(WORDS), ASKED_AT_ONCE):
+            some = WORDS[start : start + ASKED_AT_ONCE]
+            lengths += await asyncio.gather(*(counted(f"{FIRST} {word}") for word in some))
+        costs = [max(1.0, float((length or first + 1) - first)) for length in lengths]
+        return cls(float(first), dict(zip(WORDS, costs, strict=True)), True)
 
     def text(self, rng: random.Random, tokens: int) -> tuple[str, int]:
         """Words of about `tokens` tokens, never more unless one word is; and how many they are."""
