@@ -80,13 +80,15 @@ def _file(options: Options, name: str) -> Path | None:
 
 
 async def _watched(config: LoadConfig) -> Result:
-    """The run, with its progress."""
+    """The run, with its progress where the number of requests is known."""
     async with session_with(config) as session:
-        progress = Progress("requests", config.wanted, unit="req")
+        progress = Progress("requests", config.wanted, unit="req") if config.wanted else None
 
         def told(row: Row) -> None:
-            progress.update(status=row.status)
+            if progress is not None:
+                progress.update(status=row.status)
 
         result = await send(session, told=told)
-        progress.close()
+        if progress is not None:
+            progress.close()
         return result

@@ -14,8 +14,8 @@ from puyu.chain.charts import Axis, Point, nice_ticks, short, svg
 from puyu.load.report import describe, percentile, rates, samples, summary
 from puyu.load.run import LoadConfig, Result, Row
 
-WIDTH, PANEL, LEFT, RIGHT, HEAD, GAP = 640.0, 190.0, 58.0, 22.0, 64.0, 62.0
-POINTS, BINS = 300, 60
+WIDTH, PANEL, LEFT, RIGHT, HEAD, GAP = 640.0, 190.0, 58.0, 22.0, 82.0, 62.0
+POINTS, BINS = 300, 40
 MARKED = {"median": 0.5, "p99": 0.99}
 
 STYLE = """<style>
@@ -60,16 +60,19 @@ def drawing(result: Result, config: LoadConfig) -> str:
         _output(result, tops[2]),
     ]
     head = _text("big", LEFT - 40, 28, f"{result.model} at {config.url}")
-    head += _text("", LEFT - 40, 48, f"{describe(config)}: {rates(summary(result, config))}")
+    head += _text("", LEFT - 40, 48, describe(config)) + _text("", LEFT - 40, 66, rates(summary(result, config)))
     body = STYLE + head + "".join(panels)
     return svg(WIDTH, HEAD + len(panels) * (PANEL + GAP), body, label="a run of puyu bench serve") + "\n"
 
 
 def _distribution(seconds: Sequence[float], top: float, *, title: str, color: int) -> str:
     """Share of values that are at most so large."""
-    ordered = sorted(max(1000 * value, 1e-3) for value in seconds)
+    ordered = sorted(1000 * value for value in seconds)
     if not ordered:
         return _text("title", LEFT, top - 12, f"{title}: no values")
+    # pieces that came together have a gap of 0, which a logarithmic axis cannot show
+    floor = max(percentile(ordered, 0.5) / 100, 1e-3)
+    ordered = [max(value, floor) for value in ordered]
     across = _scale(ordered[0], ordered[-1])
     up = Axis(0.0, 1.0, top + PANEL, top, (0.0, 0.25, 0.5, 0.75, 1.0))
     parts = [_frame(across, up, title=f"{title}, ms", percent=True)]
@@ -78,19 +81,20 @@ def _distribution(seconds: Sequence[float], top: float, *, title: str, color: in
         value = percentile(ordered, share)
         x, y = across.at(value), up.at(share)
         parts.append(f'<circle class="d{color}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>')
-        side = "end" if x > WIDTH - 160 else "start"
-        place = x - 8 if side == "end" else x + 8
-        parts.append(_text(f"mark d{color}", place, y + 16, f"{name} {value:,.1f} ms", anchor=side))
+        # the curve leaves room at its lower right and at its upper left
+        right = x < WIDTH - 160
+        place, level, anchor = (x + 8, y + 16, "start") if right else (x - 8, y - 7, "end")
+        parts.append(_text(f"mark d{color}", place, level, f"{name} {value:,.1f} ms", anchor=anchor))
     return "".join(parts)
 
 
 def cumulative(ordered: Sequence[float]) -> Iterator[Point]:
-    """Points of the distribution function: evenly spaced, and every one of the largest."""
-    total = len(ordered)
-    stride = max(1, total // POINTS)
-    for index in range(total):
-        if index % stride == 0 or index >= total - 20:
-            yield ordered[index], (index + 1) / total
+    """Points of the distribution function, which meets every `percentile`: evenly spaced, and all of the largest."""
+    last = len(ordered) - 1
+    stride = max(1, last // POINTS)
+    for index in range(last + 1):
+        if index % stride == 0 or index >= last - 20:
+            yield ordered[index], index / last if last else 1.0
 
 
 def _scale(low: float, high: float) -> Scale:

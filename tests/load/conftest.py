@@ -25,7 +25,7 @@ class Asked:
 
 @dataclass
 class Scripted:
-    """The server's side: what was asked, and how many were being answered at once."""
+    """The server's side: what was asked, and how many texts were being written at once."""
 
     url: str
     asked: list[Asked] = field(default_factory=list)
@@ -66,12 +66,12 @@ async def scripted(script: Script) -> AsyncIterator[Scripted]:
         try:
             while (asked := await read_request(reader)) is not None:
                 found.asked.append(asked)
-                found.busy += 1
+                found.busy += asked.path.endswith("completions")
                 found.most_busy = max(found.most_busy, found.busy)
                 try:
                     await script(asked, write)
                 finally:
-                    found.busy -= 1
+                    found.busy -= asked.path.endswith("completions")
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
         finally:

@@ -110,8 +110,8 @@ def test_the_drawing_is_an_svg_with_all_panels() -> None:
 
 def test_what_is_drawn() -> None:
     points = list(cumulative([1.0, 2.0, 3.0, 4.0]))
-    assert points == [(1.0, 0.25), (2.0, 0.5), (3.0, 0.75), (4.0, 1.0)]
+    assert points == [(1.0, 0.0), (2.0, 1 / 3), (3.0, 2 / 3), (4.0, 1.0)] and list(cumulative([7.0])) == [(7.0, 1.0)]
     many = list(cumulative([float(value) for value in range(10_000)]))
-    assert len(many) < 400 and many[-1] == (9999.0, 1.0) and (9990.0, 0.9991) in many
+    assert len(many) < 400 and many[-1] == (9999.0, 1.0) and (9990.0, 9990 / 9999) in many
     bins, counted = output_over_time([RUN.rows[0], RUN.rows[3]], 5.0)
     assert counted and sum(value for _, value in bins) * 5.0 / len(bins) == pytest.approx(4 + 2)
