@@ -174,7 +174,7 @@ def xllama(python: Path, file: Path) -> Iterator[Server]:
 
 
 def fire(url: str, **options: Any) -> Result:
-    """One run of the load generator; prompts are as long for all servers, as the bench's tokenizer has a token a byte."""
+    """One run of the load generator; the bench's tokenizer has a token a byte, so lengths are the same for all."""
     from puyu.load.run import LoadConfig, Session, send
 
     async def main() -> Result:
