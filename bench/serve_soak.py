@@ -5,8 +5,8 @@
 The 317M shape, int4, on the CPU; `max_running` 8, so that of 108 clients that ask without pause, 100 wait. Each asks
 by chance for a chat or a completion, as a stream or whole, leaves in the middle, or sends what must be refused; every
 answer must be one that the request allows. 200 more connections are opened and stay silent. Resident memory is read
-every second; every two seconds one more client sends a short request, which queues as all do (the API has no
-priorities), and its time is taken. serve.4a: median memory of the last quarter over that of the second (the first one
+every second; every two seconds one more client sends a short request whose priority puts it before all that wait, and
+its time is taken. serve.4a: median memory of the last quarter over that of the second (the first one
 fills caches and pools). serve.4b: median time of the short requests, last quarter over second. At the end, descriptors,
 blocks and requests must be back where they were, or there is no result.
 """
@@ -33,6 +33,7 @@ import servers
 IDLE, WAITING, RUNNING = 200, 100, 8
 READ_EVERY, PROBE_EVERY, SETTLE = 1.0, 2.0, 30.0
 FULL_MINUTES = 30.0
+SHORT = {"prompt": "short", "max_tokens": 4, "ignore_eos": True, "priority": 1}
 
 
 class Left(Exception):
@@ -127,7 +128,7 @@ class Soak:
         """Short requests, one after another."""
         while self.goes_on:
             at = time.monotonic()
-            status, data = await self.exchange("/v1/completions", {"prompt": "short", "max_tokens": 4})
+            status, data = await self.exchange("/v1/completions", SHORT)
             self.note("short", good=status == 200, what=(status, data[:200]))
             self.short.append((at - began, time.monotonic() - at))
             await asyncio.sleep(max(0.0, at + PROBE_EVERY - time.monotonic()))
@@ -145,8 +146,7 @@ class Soak:
     async def metrics(self) -> dict[str, float]:
         """The server's own gauges."""
         _, page = await self.endpoint.ask("GET", "/metrics")
-        rows = [line.split() for line in page.splitlines() if line.startswith("puyu:")]
-        return {row[0].removeprefix("puyu:"): float(row[1]) for row in rows if len(row) == 2}
+        return servers.gauges(page)
 
 
 def _completion(rng: random.Random) -> dict[str, Any]:

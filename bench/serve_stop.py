@@ -21,6 +21,9 @@ import cpu_shape
 import harness
 import servers
 
+from puyu.load.run import LoadConfig, Row, Session
+from puyu.load.workload import Ask
+
 LIMITS, ROUNDS, LONG = (0, 1, 3), 5, 3000
 TOLD = ("ok", "error event", "refused 503")
 
@@ -42,23 +45,23 @@ def start(folder: Path) -> float:
 
 async def stop_under_load(server: servers.Server, streams: int) -> tuple[float, Counter[str]]:
     """Seconds from SIGTERM to the end of the process, and how the clients' answers ended."""
-    from puyu.load.run import LoadConfig, Row, Session
-    from puyu.load.workload import Ask
 
     session = Session(LoadConfig(url=server.url), clock=time.perf_counter)
     rows = [Row(index, servers.PROMPT, LONG) for index in range(streams)]
     asks = [Ask(ask.prompt, ask.prompt_tokens, LONG) for ask in servers.prompts(0, streams)]
     tasks = [asyncio.create_task(session.run(row, ask)) for row, ask in zip(rows, asks, strict=True)]
-    while not await _running(session, streams):
-        await asyncio.sleep(0.05)
+    while await _taken(session) < streams and not any(task.done() for task in tasks):
+        await asyncio.sleep(0.02)
     seconds = await asyncio.to_thread(server.stop)
     await asyncio.gather(*tasks)
     return seconds, Counter(row.status for row in rows)
 
 
-async def _running(session: object, streams: int) -> bool:
-    _, page = await session.endpoint.ask("GET", "/metrics")  # type: ignore[attr-defined]
-    return f"puyu:num_requests_running {streams}\n" in page
+async def _taken(session: Session) -> float:
+    """Requests that run or wait."""
+    _, page = await session.endpoint.ask("GET", "/metrics")
+    found = servers.gauges(page)
+    return found["num_requests_running"] + found["num_requests_waiting"]
 
 
 def overtime(folder: Path, limit: int) -> tuple[float, Counter[str]]:

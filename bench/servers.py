@@ -215,6 +215,16 @@ def checked(result: Result) -> Result:
     return result
 
 
+def gauges(page: str) -> dict[str, float]:
+    """The values of /metrics by name, without prefix; those that differ in labels only are added."""
+    found: dict[str, float] = {}
+    for line in page.splitlines():
+        if not line.startswith("#") and " " in line:
+            name = line.partition("{")[0].split()[0].rpartition(":")[2]
+            found[name] = found.get(name, 0.0) + float(line.rsplit(None, 1)[1])
+    return found
+
+
 def output_rate(result: Result) -> float:
     """Output tokens a second."""
     return sum(row.output_tokens or 0 for row in checked(result).rows) / result.seconds
