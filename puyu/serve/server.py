@@ -47,7 +47,9 @@ START_SECONDS = 600.0
 def bind(config: ServeConfig) -> socket.socket:
     """A listening socket; ResourceError names the flag that helps."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family)
+    # by name: asyncio sends small pieces at once (TCP_NODELAY) only where a socket says that it is TCP, and without
+    # that every answer on a kept connection waits 40 ms for the client's acknowledgment
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 import socket
@@ -119,6 +120,24 @@ def test_a_port_in_use_names_the_flag() -> None:
         with pytest.raises(ResourceError) as caught:
             bind(ServeConfig(port=port))
     assert f"port {port} of 127.0.0.1 is in use" in str(caught.value) and "--port" in caught.value.remedy
+
+
+def test_pieces_are_sent_at_once() -> None:
+    async def main() -> int:
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            taken = writer.get_extra_info("socket")
+            accepted.set_result(taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = bind(ServeConfig(port=0))
+        async with await asyncio.start_server(serve, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await accepted
+
+    assert asyncio.run(main()) == 1
 
 
 def test_an_address_of_another_machine() -> None:
