@@ -36,6 +36,8 @@ class ServeConfig(Config):
     """Requests that may wait; one more is answered 429 with Retry-After."""
     cache_tokens: int = Field(default=0, ge=0)
     """Tokens that the key/value cache holds; 0 takes what fits."""
+    cache_fraction: float = Field(default=0.3, gt=0, le=0.95)
+    """Share of the free memory that the cache may take when cache_tokens is 0; replicas of a machine divide it."""
     cache_dtype: Literal["auto", "int8", "int4"] = "auto"
     """How keys and values are kept: as the model computes them, or as codes."""
     context: int = Field(default=0, ge=0)
@@ -50,6 +52,15 @@ class ServeConfig(Config):
     """Largest request body in MB; a larger one is answered 413."""
     drain_seconds: int = Field(default=30, ge=0)
     """How long requests under way may go on after SIGTERM."""
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Engine processes behind one address."""
+    engine: Literal["local", "ray"] = "local"
+    """Where replicas run: local (children of this process) or ray (a Ray cluster, RAY_ADDRESS or a new local one)."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a router stands before the model."""
+        return self.replicas > 1 or self.engine == "ray"
 
     @property
     def is_local(self) -> bool:
