@@ -338,16 +338,17 @@ class RouterServer(uvicorn.Server):
 def run(config: ServeConfig, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C; returns after draining, when every replica has ended."""
     key = secrets.token_urlsafe(32)
-    asyncio.run(_serve(config, listener, launch=_launch(config, key), key=key))
+    with _launching(config, key) as launch:
+        asyncio.run(_serve(config, listener, launch=launch, key=key))
     say("stopped")
 
 
-def _launch(config: ServeConfig, key: str) -> Launch:
+def _launching(config: ServeConfig, key: str) -> contextlib.AbstractContextManager[Launch]:
     if config.engine == "local":
-        return launcher(config, key=key)
-    from puyu.serve import cluster
+        return contextlib.nullcontext(launcher(config, key=key))
+    from puyu.serve.cluster import on_ray
 
-    return cluster.launcher(config, key=key)
+    return on_ray(config, key=key)
 
 
 async def _serve(config: ServeConfig, listener: socket.socket, *, launch: Launch, key: str) -> None:
