@@ -116,7 +116,9 @@ def _place() -> tuple[str, str]:
 
 
 def _ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports to its makers; read when Ray is imported
+    # Read when Ray is imported: no reports to its makers, and no line of a log left out.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     try:
         import ray
     except ImportError as error:

@@ -59,7 +59,7 @@ class Patience:
     failures: int = 3
     first_pause: float = 0.5
     longest_pause: float = 30.0
-    stop: float = 3.0
+    stop: float = 1.0
 
 
 class Replica:
@@ -105,11 +105,13 @@ class Replica:
             writer.transport.abort()
 
     async def keep(self) -> None:
-        """Start it, and again whenever it has ended; runs until cancelled."""
+        """Start it, and again whenever it has ended; runs until cancelled, or until the first start has failed."""
         pause = self._patience.first_pause
         while True:
             began = time.monotonic()
             why = await self._live()
+            if self.ready.exception() is not None:
+                return
             self.deaths += 1
             if time.monotonic() - began > 2 * self._patience.longest_pause:
                 pause = self._patience.first_pause
