@@ -79,12 +79,12 @@ class TrainingError(PuyuError):
 
 
 class RequestError(PuyuError):
-    """A request that cannot be accepted; `param` names the field (OpenAI error body)."""
+    """A request that cannot be accepted; `param` names the field, `code` the case (OpenAI error body)."""
 
     exit_code = 8
 
-    def __init__(self, message: str, *, param: str | None = None, remedy: str = "") -> None:
-        self.param = param
+    def __init__(self, message: str, *, param: str | None = None, remedy: str = "", code: str | None = None) -> None:
+        self.param, self.code = param, code
         super().__init__(message, remedy=remedy)
 
 

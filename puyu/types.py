@@ -251,21 +251,43 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds from submission: until the request began to be computed, until its first token, until its end."""
+
+    began: float
+    first_token: float
+    ended: float
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request."""
+    """Token counts of one request, and its times where they are known."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    times: Times | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether tools are called: as the model likes, never, or at least one."""
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    names: tuple[str, ...] = ()
+    """The only tools that may be called; empty is all."""
+    parallel: bool = True
+    """Whether an answer may hold more than one call."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Messages (rendered with the chat template) or plain text (for base models)."""
+    """Messages (rendered with the chat template), plain text after <s>, or the very ids (for base models)."""
 
-    prompt: str | tuple[Message, ...]
+    prompt: str | tuple[Message, ...] | tuple[int, ...]
     params: SamplingParams = SamplingParams()
     tools: tuple[ToolSpec, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
     priority: int = 0
     """Higher goes first; equal ones in the order of arrival."""
     timeout: float | None = None
@@ -274,6 +296,13 @@ class GenerateRequest:
     """Seconds that the request may wait before it begins."""
     adapter: str = ""
     """Name of a LoRA adapter that the engine has loaded; empty is the model itself."""
+    template: Mapping[str, Any] = field(default_factory=dict)
+    """More variables for a chat template that is not ours: documents, enable_thinking and the like."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is a conversation."""
+        return not isinstance(self.prompt, str) and not any(isinstance(item, int) for item in self.prompt)
 
 
 TopLogprobs = tuple[tuple[int, float], ...]
@@ -307,15 +336,33 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class CallPart:
+    """A piece of a tool call as it is written. The first of a call has its name; later ones more of the arguments."""
+
+    index: int
+    """Which call of the answer."""
+    arguments: str = ""
+    name: str = ""
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """One step of a stream. The last one has a finish reason and the usage."""
 
     text: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    """All calls of the answer, with its finish reason."""
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     index: int = 0
     """Which of several answers the piece belongs to."""
+    call_parts: tuple[CallPart, ...] = ()
+    """Tool calls as they are written; together they are `tool_calls`."""
+    token_ids: tuple[int, ...] = ()
+    """The tokens of this step, where log-probabilities were asked for; what they spell may come later."""
+    logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[TopLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

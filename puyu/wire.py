@@ -52,11 +52,12 @@ def request_body(request: GenerateRequest, model: str, *, stream: bool = False) 
             "type": "json_schema",
             "json_schema": {"name": "answer", "schema": _schema(request.params.guide)},
         }
-    if isinstance(request.prompt, str):
+    if not request.is_chat:
         if request.params.logprobs:
             body["logprobs"] = 1
-        return "/v1/completions", body | {"prompt": request.prompt}
-    body["messages"] = [message.to_openai() for message in request.prompt]
+        prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
+        return "/v1/completions", body | {"prompt": prompt}
+    body["messages"] = [item.to_openai() for item in request.prompt if isinstance(item, Message)]
     if request.tools:
         body["tools"] = [tool.to_openai() for tool in request.tools]
     if request.params.logprobs:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -24,7 +25,7 @@ from puyu.engine.request import Request, Running
 from puyu.errors import RequestError
 from puyu.model.heads import ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.types import Completion, FinishReason, GenerateRequest
+from puyu.types import Completion, Delta, FinishReason, GenerateRequest
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +50,22 @@ class Driver:
         self._flights: dict[str, Flight | BeamFlight | Pooled] = {}
         self._groups: dict[str, list[str]] = {}
         """First id -> all ids of what was asked for with one call."""
+        self.on_pumped: Callable[[], None] = lambda: None
+        """Called when all callbacks of a step have been made."""
+        self._last_step = time.monotonic()
 
     def submit(
         self,
         request: GenerateRequest,
         *,
         done: Callable[[Completion], None],
-        text: Callable[[int, str], None] | None = None,
+        show: Callable[[Delta], None] | None = None,
     ) -> str:
         """Validate and queue; returns the request's id. RequestError leaves no trace.
 
-        `text` is told pieces of each answer's text, by its index.
+        `show` is told the pieces of each answer as they come, but not its end.
         """
-        return self.queue(request, self.front.prepare(request), done=done, text=text)
+        return self.queue(request, self.front.prepare(request), done=done, show=show)
 
     def queue(
         self,
@@ -69,13 +73,13 @@ class Driver:
         prepared: Sequence[Request],
         *,
         done: Callable[[Completion], None],
-        text: Callable[[int, str], None] | None = None,
+        show: Callable[[Delta], None] | None = None,
     ) -> str:
         """Queue what `Front.prepare` made of a request; any thread may prepare."""
-        chat = not isinstance(request.prompt, str)
+        chat = request.is_chat
         if request.params.beam_width:
-            return self._queue([(prepared[0], self._beams(prepared[0], chat=chat, done=done, text=text))])
-        answers = Answers(request.params, len(prepared), done, text, first_id=prepared[0].id)
+            return self._queue([(prepared[0], self._beams(prepared[0], chat=chat, done=done, show=show))])
+        answers = Answers(request.params, len(prepared), done, show, first_id=prepared[0].id)
         readers = [Reader(item, self.tokenizer, chat=chat) for item in prepared]
         flights = [Flight(reader, index, answers) for index, reader in enumerate(readers)]
         return self._queue(list(zip(prepared, flights, strict=True)))
@@ -93,6 +97,18 @@ class Driver:
         return bool(self._inbox) or self.engine.has_work
 
     @property
+    def stalled_for(self) -> float:
+        """Seconds since the last step, while there is work; 0 when there is none."""
+        return time.monotonic() - self._last_step if self.has_work else 0.0
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens of requests that have not begun."""
+        queued = [item[0] for item in list(self._inbox) if not isinstance(item, str)]
+        waiting = [running.request for running in list(self.engine.scheduler.waiting)]
+        return sum(len(request.prompt_ids) for request in (*queued, *waiting))
+
+    @property
     def only_waits(self) -> bool:
         """Whether requests wait for the engine to wake up."""
         return self.engine.is_asleep and bool(self._flights)
@@ -101,9 +117,11 @@ class Driver:
         """One step and its callbacks; False when nothing is left to do. What a callback raises is raised here, when
         all others have been told."""
         with self.lock, contextlib.ExitStack() as told:
+            told.callback(self.on_pumped)
             self._empty_inbox()
             for event in reversed(self.engine.step()):
                 told.callback(self._tell, event)
+        self._last_step = time.monotonic()
         return self.has_work
 
     def end_all(self, reason: FinishReason) -> None:
@@ -112,6 +130,7 @@ class Driver:
             self._empty_inbox()
             for request_id in list(self._flights):
                 self._end(request_id, reason)
+            self.on_pumped()
 
     def uses(self, adapter: str) -> bool:
         """Whether a request that waits or runs needs this adapter."""
@@ -124,6 +143,8 @@ class Driver:
 
     def _queue(self, items: Prepared) -> str:
         first = items[0][0].id
+        if not self.has_work:
+            self._last_step = time.monotonic()
         if len(items) > 1:
             self._groups[first] = [request.id for request, _ in items]
         self._inbox.extend(items)  # last: from here on, another thread may run them to their end
@@ -167,7 +188,7 @@ class Driver:
         if flight is None:
             return  # a stop string has ended it with an earlier token of this very step
         if isinstance(flight, Flight) and event.token is not None:
-            flight.push(event.token)
+            flight.push(event.running, event.token)
         if event.finish_reason is not None:
             self._land(event.running)
         elif isinstance(flight, Flight) and (flight.reader.stopped or flight.is_broken):
@@ -191,10 +212,10 @@ class Driver:
         *,
         chat: bool,
         done: Callable[[Completion], None],
-        text: Callable[[int, str], None] | None,
+        show: Callable[[Delta], None] | None,
     ) -> BeamFlight:
         search = BeamSearch(request.params, stop_ids=request.stop_ids, max_tokens=request.max_tokens)
-        return BeamFlight(request, search, lambda: Reader(request, self.tokenizer, chat=chat), done, text)
+        return BeamFlight(request, search, lambda: Reader(request, self.tokenizer, chat=chat), done, show)
 
     def _beams_of(self, request_id: str) -> BeamFlight | None:
         flights = {flight for flight in self._flights.values() if isinstance(flight, BeamFlight)}

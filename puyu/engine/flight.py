@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from puyu.engine.beam import BeamSearch, Finished
-from puyu.engine.front import Reader
+from puyu.engine.front import Piece, Reader
 from puyu.engine.request import Request, Running
-from puyu.types import Completion, FinishReason, Message, SamplingParams, Usage
+from puyu.types import CallPart, Completion, Delta, FinishReason, Message, SamplingParams, Times, Usage
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+_NOTHING = Piece()
 
 
 @dataclass(eq=False, slots=True)
@@ -27,7 +29,7 @@ class Answers:
     params: SamplingParams
     count: int
     done: Callable[[Completion], None]
-    text: Callable[[int, str], None] | None = None
+    show: Callable[[Delta], None] | None = None
     found: dict[int, Completion] = field(default_factory=dict)
     first_id: str = ""
 
@@ -38,7 +40,7 @@ class Answers:
     @property
     def is_streamed(self) -> bool:
         """Whether pieces are shown as they come: not while it is open which answers will be given."""
-        return self.text is not None and self.params.best_of <= self.params.n
+        return self.show is not None and self.params.best_of <= self.params.n
 
     def add(self, index: int, completion: Completion) -> None:
         """Take one answer; the last one sets off `done`."""
@@ -49,9 +51,9 @@ class Answers:
         if self.params.best_of > self.params.n:
             ordered = sorted(ordered, key=_worst_last)[: self.params.n]
             ordered[0] = replace(ordered[0], prompt_logprobs=self.found[0].prompt_logprobs)
-            for index, answer in enumerate(ordered):
-                if self.text is not None and answer.text:
-                    self.text(index, answer.text)
+            for index, answer in enumerate(ordered if self.show is not None else ()):
+                assert self.show is not None
+                self.show(whole_delta(index, answer, logprobs=self.params.logprobs))
         if not self.params.logprobs:
             ordered = [replace(answer, logprobs=()) for answer in ordered]
         self.done(joined(ordered, usage=_sum(answer.usage for answer in self.found.values())))
@@ -66,17 +68,27 @@ class Flight:
     answers: Answers
     is_broken: bool = False
     """Whether reading its tokens has failed: that costs this request, and no other of the step."""
+    queued: float = field(default_factory=time.monotonic)
+    first_token: float = 0.0
 
-    def push(self, token: int) -> None:
+    def push(self, running: Running, token: int) -> None:
         """Read a token at once where its text is needed: shown, or searched for a stop string."""
-        if self._is_watched:
-            self._show(self._read(lambda: self.reader.push(token), ""))
+        if not self.first_token:
+            self.first_token = time.monotonic()
+        if not self._is_watched:
+            return
+        was_stopped = self.reader.stopped
+        piece = self._read(lambda: self.reader.push(token), _NOTHING)
+        if self.answers.is_streamed:
+            self._show(piece, None if was_stopped else running)
 
     def land(self, running: Running) -> None:
         """Build the completion and hand it over; a request nobody watched is read here in one go."""
         if not self._is_watched:
-            self._read(lambda: "".join([self.reader.push(token) for token in running.generated]), "")
-        self._show(self._read(self.reader.close, ""))
+            self._read(lambda: self.reader.push_all(running.generated), _NOTHING)
+        piece = self._read(self.reader.close, _NOTHING)
+        if self.answers.is_streamed:
+            self._show(piece, None)
         completion = self._read(lambda: self._finished(running), None)
         self.answers.add(self.index, completion or _unread(running, self.reader.text))
 
@@ -85,7 +97,14 @@ class Flight:
         assert reason is not None
         if self.reader.stopped and reason == "length":
             reason = "stop"
-        return self.reader.completion(running, reason=reason)
+        completion = self.reader.completion(running, reason=reason)
+        return replace(completion, usage=replace(completion.usage, times=self._times(running)))
+
+    def _times(self, running: Running) -> Times:
+        """Of a request that never began, all are the time of its end."""
+        ended = time.monotonic() - self.queued
+        began = running.began - self.queued if running.began else ended
+        return Times(began, self.first_token - self.queued if self.first_token else ended, ended)
 
     def _read(self, read: Callable[[], T], otherwise: T) -> T:
         if self.is_broken:
@@ -101,10 +120,23 @@ class Flight:
     def _is_watched(self) -> bool:
         return self.answers.is_streamed or bool(self.answers.params.stop)
 
-    def _show(self, piece: str) -> None:
-        if piece and self.answers.is_streamed:
-            assert self.answers.text is not None
-            self.answers.text(self.index, piece)
+    def _show(self, piece: Piece, sampled: Running | None) -> None:
+        """Tell a piece, and with it the newest token of `sampled` where its log-probability is wanted."""
+        assert self.answers.show is not None
+        if sampled is not None and sampled.request.params.logprobs:
+            at = self.reader.num_read - 1
+            self.answers.show(
+                Delta(
+                    piece.text,
+                    index=self.index,
+                    call_parts=piece.calls,
+                    token_ids=(sampled.generated[at],),
+                    logprobs=(sampled.logprobs[at],),
+                    top_logprobs=tuple(sampled.top_logprobs[at : at + 1]),
+                )
+            )
+        elif piece.text or piece.calls:
+            self.answers.show(Delta(piece.text, index=self.index, call_parts=piece.calls))
 
 
 @dataclass(eq=False, slots=True)
@@ -126,7 +158,7 @@ class BeamFlight:
     search: BeamSearch
     reader: Callable[[], Reader]
     done: Callable[[Completion], None]
-    text: Callable[[int, str], None] | None = None
+    show: Callable[[Delta], None] | None = None
     round: list[Request] = field(default_factory=list)
     got: dict[str, Running] = field(default_factory=dict)
     num_cached: int | None = None
@@ -163,9 +195,9 @@ class BeamFlight:
 
     def _hand_over(self) -> None:
         found = [self._completion(item) for item in self.search.best(self.request.params.n)]
-        for index, answer in enumerate(found):
-            if self.text is not None and answer.text:
-                self.text(index, answer.text)
+        for index, answer in enumerate(found if self.show is not None else ()):
+            assert self.show is not None
+            self.show(whole_delta(index, answer, logprobs=False))
         self.done(joined(found, usage=_sum(answer.usage for answer in found)))
 
     def _completion(self, item: Finished) -> Completion:
@@ -178,6 +210,21 @@ class BeamFlight:
         reader.close()
         running.logprobs = list(item.beam.logprobs)
         return reader.completion(running, reason=item.reason)
+
+
+def whole_delta(index: int, answer: Completion, *, logprobs: bool) -> Delta:
+    """A whole answer as one piece, for those that are chosen at the end."""
+    calls = tuple(CallPart(at, call.arguments, call.name, call.id) for at, call in enumerate(answer.message.tool_calls))
+    if not logprobs:
+        return Delta(answer.text, index=index, call_parts=calls)
+    return Delta(
+        answer.text,
+        index=index,
+        call_parts=calls,
+        token_ids=answer.token_ids,
+        logprobs=answer.logprobs,
+        top_logprobs=answer.top_logprobs,
+    )
 
 
 def _unread(running: Running, text: str) -> Completion:
@@ -194,7 +241,12 @@ def joined(answers: list[Completion], *, usage: Usage) -> Completion:
 def _sum(usages: Iterator[Usage]) -> Usage:
     """One prompt, all generated tokens."""
     parts = list(usages)
-    return Usage(parts[0].prompt_tokens, sum(part.completion_tokens for part in parts), parts[0].cached_tokens)
+    times = [part.times for part in parts if part.times is not None]
+    first = min(times, key=lambda item: item.first_token, default=None)
+    if first is not None:
+        first = replace(first, ended=max(item.ended for item in times))
+    tokens = sum(part.completion_tokens for part in parts)
+    return replace(parts[0], completion_tokens=tokens, times=first)
 
 
 def _worst_last(answer: Completion) -> tuple[bool, float]:

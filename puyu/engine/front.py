@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from puyu.engine.constrain import Compiler
 from puyu.engine.request import Request, Running
@@ -24,6 +24,7 @@ from puyu.files import hash_json
 from puyu.tokenizer.chat import parse, render_prompt
 from puyu.tokenizer.tokenizer import StreamDecoder, Tokenizer
 from puyu.types import (
+    CallPart,
     Completion,
     FinishReason,
     GenerateRequest,
@@ -68,7 +69,7 @@ class Front:
         _check_limits(request)
         self.check_adapter(request.adapter)
         ids = self.prompt_ids(request)
-        room = self._room(len(ids), field="prompt" if isinstance(request.prompt, str) else "messages")
+        room = self._room(len(ids), field="messages" if request.is_chat else "prompt")
         first = Request(
             id=self.new_id(),
             prompt_ids=tuple(ids),
@@ -95,7 +96,7 @@ class Front:
             raise RequestError("the input is empty", param="input")
         if len(ids) > self.context:
             message = f"the input has {len(ids)} tokens, more than the context of {self.context}"
-            raise RequestError(message, param="input", remedy="shorten it")
+            raise RequestError(message, param="input", remedy="shorten it", code="context_length_exceeded")
         pool: Any = pooling
         return Request(self.new_id(), tuple(ids), 0, adapter=adapter, pool=pool)
 
@@ -116,6 +117,7 @@ class Front:
                 f"the prompt has {count} tokens, which leaves no room to answer in a context of {self.context}",
                 param=field,
                 remedy="shorten the prompt, or start the engine with a larger cache if the model allows it",
+                code="context_length_exceeded",
             )
         return room
 
@@ -133,15 +135,25 @@ class Front:
         return tuple(dict.fromkeys(rows))
 
     def prompt_ids(self, request: GenerateRequest) -> list[int]:
-        """Messages through the chat template; plain text after <s>, as a base model was trained."""
+        """Messages through the chat template; plain text after <s>, as a base model was trained; ids as they are."""
         if isinstance(request.prompt, str):
             return self.text_ids(request.prompt)
-        _check_messages(request.prompt)
+        if not request.is_chat:
+            return self._checked_ids(request.prompt)
+        messages: Any = request.prompt
+        _check_messages(messages)
         try:
-            return render_prompt(request.prompt, request.tools, self.tokenizer)
+            return render_prompt(messages, request.tools, self.tokenizer, options=request.template)
         except InputError as error:
             remedy = error.remedy or "give the prompt as plain text"
             raise RequestError(error.message, param="messages", remedy=remedy) from error
+
+    def _checked_ids(self, ids: Sequence[Any]) -> list[int]:
+        wrong = next((id for id in ids if not _is_id(id, self.tokenizer.vocab_size)), None)
+        if wrong is not None:
+            message = f"{wrong!r} is no id of the vocabulary of {self.tokenizer.vocab_size}"
+            raise RequestError(message, param="prompt")
+        return list(ids)
 
     def text_ids(self, text: str) -> list[int]:
         """<s>, where the tokenizer has one, and the text; what looks like a marker is plain text."""
@@ -267,6 +279,13 @@ def as_messages(messages: str | Sequence[Message | dict[str, Any]]) -> tuple[Mes
         raise RequestError(error.message, param="messages", remedy=error.remedy) from error
 
 
+class Piece(NamedTuple):
+    """What a token brings: text that may be shown, and pieces of tool calls."""
+
+    text: str = ""
+    calls: tuple[CallPart, ...] = ()
+
+
 class Reader:
     """Generated ids one by one -> text that may be shown; all pieces together are the text of the completion."""
 
@@ -277,29 +296,34 @@ class Reader:
         self._decoder = StreamDecoder(tokenizer, skip_special=True)
         self._held = ""
         self._in_call = False
-        self._num_read = 0
+        self.num_read = 0
 
-    def push(self, token: int) -> str:
-        """The text that this token completes; sets `stopped` when a stop string is found."""
-        self._num_read += not self.stopped
+    def push(self, token: int) -> Piece:
+        """What this token completes; sets `stopped` when a stop string is found."""
+        self.num_read += not self.stopped
         if self.stopped or token in self.request.stop_ids or self._is_call(token):
-            return ""
+            return Piece()
         self._held += self._decoder.push(token)
-        return self._release()
+        return Piece(self._release())
 
-    def close(self) -> str:
-        """The text that was held back; a character that the end has torn is dropped."""
+    def push_all(self, tokens: Sequence[int]) -> Piece:
+        """What they complete together."""
+        pieces = [self.push(token) for token in tokens]
+        return Piece("".join(piece.text for piece in pieces), tuple(call for piece in pieces for call in piece.calls))
+
+    def close(self) -> Piece:
+        """What was held back; a character that the end has torn is dropped."""
         if self.stopped:
-            return ""
+            return Piece()
         self._held += self._decoder.flush().rstrip("\ufffd")
         shown = self._release()
         rest, self._held = self._held, ""
         self.text += rest
-        return shown + rest
+        return Piece(shown + rest)
 
     def completion(self, running: Running, *, reason: FinishReason) -> Completion:
         """What came back, after `close`. Tokens behind a stop string, which drafts may have brought, do not count."""
-        count = self._num_read if self.stopped else running.num_generated
+        count = self.num_read if self.stopped else running.num_generated
         ids = running.generated[:count]
         calls = self._calls(ids) if self.chat else ()
         return Completion(

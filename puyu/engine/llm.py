@@ -221,11 +221,8 @@ class LLM:
     def _stream(self, request: GenerateRequest) -> Iterator[Delta]:
         items: SimpleQueue[Delta | Completion] = SimpleQueue()
 
-        def text(index: int, piece: str) -> None:
-            items.put(Delta(piece, index=index))
-
         self._require_awake()
-        request_id, ended = self.driver.submit(request, done=items.put, text=text), False
+        request_id, ended = self.driver.submit(request, done=items.put, show=items.put), False
         try:
             while not ended:
                 self._require_awake()
@@ -264,6 +261,11 @@ class LLM:
 
     def reward(self, conversations: Sequence[Conversation | Sequence[Message]]) -> list[float]:
         """The score of each conversation, which ends with the answer that is judged. Needs a reward checkpoint."""
+        rows = self.reward_ids(conversations)
+        return [row[0] for row in self._pooled([self.driver.front.prepare_pool(ids, pooling="last") for ids in rows])]
+
+    def reward_ids(self, conversations: Sequence[Conversation | Sequence[Message]]) -> list[list[int]]:
+        """What a reward model reads of each conversation."""
         if not isinstance(self.model, ScalarModel):
             message = "this is a language model, it gives no rewards"
             raise RequestError(message, param="model", remedy="load a checkpoint of `puyu reward`")
@@ -271,8 +273,7 @@ class LLM:
         if not isinstance(reward_id, int):
             raise CheckpointError("config.json has no reward_token_id", remedy="train it with `puyu reward`")
         whole = [item if isinstance(item, Conversation) else Conversation(tuple(item)) for item in conversations]
-        rows = [[*render(item, self.tokenizer).ids, reward_id] for item in whole]
-        return [row[0] for row in self._pooled([self.driver.front.prepare_pool(ids, pooling="last") for ids in rows])]
+        return [[*render(item, self.tokenizer).ids, reward_id] for item in whole]
 
     def _pooled(self, requests: Sequence[Request]) -> list[list[float]]:
         found: list[Running] = self._run([partial(self.driver.submit_pool, request) for request in requests])
@@ -314,6 +315,11 @@ class LLM:
                 raise RequestError(f"requests under way use the adapter {name!r}", param="adapter", remedy="wait")
             self._adapters().unload(name)
             self.driver.engine.scheduler.pool.reset()  # another adapter may get the name
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that requests may use."""
+        return self._bank.names if self._bank is not None else ()
 
     def _adapters(self) -> AdapterBank:
         if self._bank is None:

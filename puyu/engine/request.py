@@ -87,6 +87,8 @@ class Running:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
+    began: float = 0.0
+    """When it was first admitted, in seconds of `time.monotonic`."""
     keys: list[bytes] = field(default_factory=list)
     """Content keys of the full blocks, computed once; a function of `tokens` and the adapter alone."""
     drafts: list[int] = field(default_factory=list)

@@ -11,6 +11,7 @@ tokens ride along where there is room. Knows no tensors, no text and no sampling
 
 from __future__ import annotations
 
+import time
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ class Scheduler:
         running.blocks = found + self.pool.allocate(self.pool.blocks_for(len(running.tokens)) - len(found))
         running.num_computed = running.num_drafted = len(found) * self.pool.block_size
         if running.num_preemptions == 0:
-            running.num_cached = running.num_computed
+            running.num_cached, running.began = running.num_computed, time.monotonic()
         running.status = Status.RUNNING
         self.waiting.remove(running)
         insort(self.running, running, key=_rank)

@@ -74,11 +74,13 @@ def chain(body: Any) -> list[int]:
 
 
 def _parts(body: Mapping[str, Any]) -> Iterator[str]:
-    """What the model reads, in order: messages, or the text (or ids, or texts) of a completion."""
-    messages = body.get("messages")
+    """What the model reads, in order: messages, items of a response, or the text (or ids, or texts) of a completion."""
+    messages = body.get("messages", body.get("input"))
+    if (instructions := body.get("instructions")) is not None:
+        yield json.dumps(instructions)
     if isinstance(messages, list):
         yield from (_text(message) for message in messages)
-    elif (prompt := body.get("prompt")) is not None:
+    elif (prompt := body.get("prompt", messages)) is not None:
         yield prompt if isinstance(prompt, str) else json.dumps(prompt)
 
 

@@ -1,146 +1,55 @@
-"""The routes: OpenAI's chat, completions and models; scoring, tokens, health, metrics. A thin user of the engine.
+"""The routes of one model: OpenAI's chat, completions, responses, embeddings and models; rerank, rewards, likelihoods,
+tokens, health, metrics. A thin user of the engine.
 
     app = build_app(LLM("runs/nano/ppo"), ServeConfig())
 
 Every request ends in a stated way: an answer with its finish reason, a refusal that names the field (400), 429 when
 the queue is full, 503 when the engine has stopped. A client that goes away aborts its request within one step.
-Logs hold ids, counts and times, never text.
+Logs hold ids, counts and times; text only where `log_text` asks for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from typing import Any, TypeVar
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
+from starlette.middleware.cors import CORSMiddleware
 
 from puyu.engine.llm import LLM
-from puyu.errors import InputError, PuyuError, RequestError, ResourceError
+from puyu.engine.loop import Asked
+from puyu.errors import InputError, RequestError, ResourceError
+from puyu.log import logger
+from puyu.serve.answers import Echo, Head, Writer, chat_answer, text_answer
+from puyu.serve.chat import ChatBody, read_messages
+from puyu.serve.completions import CompletionBody, DetokenizeBody, ScoreBody, TokenizeBody
 from puyu.serve.config import ServeConfig
-from puyu.serve.guard import Guard
-from puyu.serve.metrics import Metrics, Watch
-from puyu.serve.protocol import (
-    Body,
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    ScoreBody,
-    TokenizeBody,
-    error_body,
-    explain,
-    read_messages,
-)
-from puyu.serve.stream import BROKEN, Head, chat_answer, events, text_answer
-from puyu.types import Completion, Delta, GenerateRequest, SamplingParams, Usage
+from puyu.serve.control import BODIES, add_control
+from puyu.serve.guard import SPENT, Guard
+from puyu.serve.http import EventResponse, Gone, Refused, until_gone
+from puyu.serve.keys import KeyRing
+from puyu.serve.protocol import error_body, explain
+from puyu.serve.responses import ResponsesBody, ResponseWriter, whole_response
+from puyu.serve.service import Service, refuse_broken
+from puyu.serve.vectors import EmbeddingBody, RerankBody, RewardBody, embedding_answer, rerank_answer, reward_answer
+from puyu.types import Delta, GenerateRequest, SamplingParams
 
 PAIRS_AT_ONCE = 64
-T = TypeVar("T")
 
 
-class Refused(PuyuError):
-    """An answer other than 400 that the server gives on purpose."""
+class AnyWriter(Protocol):
+    """What turns batches of deltas into events."""
 
-    def __init__(self, status: int, body: dict[str, Any], *, retry_after: int | None = None) -> None:
-        super().__init__(body["error"]["message"])
-        self.status, self.body, self.retry_after = status, body, retry_after
-
-
-class Gone(PuyuError):
-    """The client went away; nobody reads the answer."""
-
-
-class Service:
-    """One model behind the routes: admission, running, counting."""
-
-    def __init__(self, llm: LLM, config: ServeConfig, defaults: SamplingParams) -> None:
-        self.llm, self.defaults = llm, defaults
-        self.name = config.served_name or llm.name
-        self.limit = llm.driver.engine.config.max_running + config.max_queue
-        self.metrics = Metrics()
-        self.created = int(time.time())
-        self.in_flight = 0
-
-    def check(self, body: Body) -> None:
-        """Refuse another model's name, and everything when the engine has stopped."""
-        if not self.llm.loop.is_alive:
-            raise Refused(503, error_body("the engine has stopped or is stopping", kind="server_error"))
-        if body.model is not None and body.model != self.name:
-            message = f"there is no model {body.model!r} here; this server has {self.name!r}"
-            raise Refused(404, error_body(message, kind="invalid_request_error", param="model", code="model_not_found"))
-
-    @contextlib.contextmanager
-    def seat(self) -> Iterator[None]:
-        """A place among the requests that run or wait; 429 when all are taken."""
-        if self.in_flight >= self.limit:
-            body = error_body("too many requests are waiting", kind="rate_limit_error", code="rate_limit_exceeded")
-            raise Refused(429, body, retry_after=1)
-        self.in_flight += 1
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-
-    async def generate(self, request: GenerateRequest) -> Completion:
-        """One request to its end; 500 when the engine failed on it."""
-        with self.seat(), self._watched() as watch:
-            completion = await self.llm.generate(request)
-            watch.ended(completion.finish_reason, completion.usage)
-        if completion.finish_reason in BROKEN:
-            status = {"abort": 503, "timeout": 504}.get(completion.finish_reason, 500)
-            raise Refused(status, error_body(BROKEN[completion.finish_reason], kind="server_error"))
-        return completion
-
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        """Deltas of one request; leaving early aborts it."""
-        with self.seat(), self._watched() as watch:
-            async with contextlib.aclosing(self.llm.loop.stream(request)) as deltas:
-                async for delta in deltas:
-                    watch.began_to_answer()
-                    if delta.finish_reason is not None:
-                        watch.ended(delta.finish_reason, delta.usage or Usage())
-                    yield delta
-
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[Watch]:
-        """Count a request however it ends; one that is left before its end counts as aborted."""
-        watch = Watch(self.metrics)
-        try:
-            yield watch
-        except (asyncio.CancelledError, GeneratorExit):
-            watch.ended("abort", Usage())
-            raise
-
-    def prompt_texts(self, prompt: str | Sequence[str] | Sequence[int]) -> list[str]:
-        """Texts of a completion's prompt. Ids are taken where their text gives the same ids again."""
-        if isinstance(prompt, str):
-            return [prompt]
-        if not prompt:
-            raise RequestError("the prompt is empty", param="prompt")
-        texts = [item for item in prompt if isinstance(item, str)]
-        if texts:
-            return texts
-        ids = [item for item in prompt if isinstance(item, int)]
-        self.check_ids(ids, param="prompt")
-        tokenizer = self.llm.tokenizer
-        bare = ids[1:] if ids[0] == tokenizer.bos_id else ids
-        text = tokenizer.decode(bare)
-        if tokenizer.encode(text) != bare:
-            remedy = "send the text instead; special tokens inside a prompt are not accepted"
-            raise RequestError("these ids are not those of their text", param="prompt", remedy=remedy)
-        return [text]
-
-    def check_ids(self, ids: Sequence[int], *, param: str) -> None:
-        """RequestError for an id outside the vocabulary."""
-        bad = next((id for id in ids if not 0 <= id < self.llm.tokenizer.vocab_size), None)
-        if bad is not None:
-            raise RequestError(f"id {bad} is not in the vocabulary of {self.llm.tokenizer.vocab_size}", param=param)
+    def open(self) -> bytes: ...
+    def push(self, deltas: Sequence[Delta]) -> bytes: ...
+    def close(self) -> bytes: ...
 
 
 def build_app(llm: LLM, config: ServeConfig, *, defaults: SamplingParams | None = None) -> FastAPI:
@@ -155,162 +64,224 @@ def build_app(llm: LLM, config: ServeConfig, *, defaults: SamplingParams | None 
     # The documentation pages of FastAPI load scripts from the network; the schema itself stays at /openapi.json.
     app = FastAPI(title="Puyu", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.service = service
-    max_body = int(config.max_body_mb * 1e6)
-    app.add_middleware(Guard, api_key=config.api_key, max_body=max_body, local_only=config.is_local)
+    app.add_middleware(
+        Guard,
+        keys=key_ring(config),
+        max_body=int(config.max_body_mb * 1e6),
+        local_only=config.is_local,
+        body_seconds=config.body_seconds,
+    )
+    if config.cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
     _add_errors(app, service)
     _add_generation(app, service)
+    _add_vectors(app, service)
     _add_tokens(app, service)
     _add_care(app, service)
+    add_control(app, service)
     return app
 
 
+def key_ring(config: ServeConfig) -> KeyRing:
+    """All keys of a configuration."""
+    return KeyRing.of(config.keys_file, api_key=config.api_key, control_key=config.control_key)
+
+
+# ---- generation ----
+
+
 def _add_generation(app: FastAPI, service: Service) -> None:
+    context, tokenizer = service.llm.driver.engine.context, service.llm.tokenizer
+
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody, http: Request) -> Response:
         """Answer a conversation."""
-        service.check(body)
-        request = body.to_request(service.defaults, context=service.llm.driver.engine.context)
-        head = Head(service.name, chat=True)
+        adapter = service.check(body.model)
+        _log_text(service, http, body)
+        asked = await service.prepare([body.to_request(service.defaults, context=context)], adapter)
+        head = Head(adapter or service.name, chat=True)
         if body.stream:
-            return await _streamed(service, request, head, http, include_usage=body.include_usage)
-        completion = await until_gone(http, service.generate(request))
-        return JSONResponse(chat_answer(head, completion, service.llm.tokenizer))
+            writer = Writer(head, tokenizer, answers=asked[0].num_answers, include_usage=body.include_usage)
+            return await _streamed(service, asked, writer, http)
+        (completion,) = await until_gone(http, service.generate(asked))
+        _spend(http, completion.usage.prompt_tokens + completion.usage.completion_tokens)
+        return JSONResponse(chat_answer(head, completion, tokenizer))
+
+    @app.post("/v1/responses")
+    async def respond(body: ResponsesBody, http: Request) -> Response:
+        """Answer items, in the form of OpenAI's newer API; nothing is stored."""
+        adapter = service.check(body.model)
+        _log_text(service, http, body)
+        asked = await service.prepare([body.to_request(service.defaults, context=context)], adapter)
+        name = adapter or service.name
+        if body.stream:
+            return await _streamed(service, asked, ResponseWriter(name, body), http)
+        (completion,) = await until_gone(http, service.generate(asked))
+        _spend(http, completion.usage.prompt_tokens + completion.usage.completion_tokens)
+        return JSONResponse(whole_response(name, body, completion))
 
     @app.post("/v1/completions")
     async def complete(body: CompletionBody, http: Request) -> Response:
         """Continue plain text."""
-        service.check(body)
-        requests = body.to_requests(service.prompt_texts(body.prompt), service.defaults)
-        head = Head(service.name, chat=False)
+        adapter = service.check(body.model)
+        _log_text(service, http, body)
+        asked = await service.prepare(body.to_requests(service.defaults), adapter)
+        head = Head(adapter or service.name, chat=False)
         if body.stream:
-            return await _streamed(service, requests[0], head, http, include_usage=body.include_usage)
-        completions = await until_gone(http, all_or_none([service.generate(request) for request in requests]))
-        return JSONResponse(text_answer(head, completions, service.llm.tokenizer))
+            answers = sum(item.num_answers for item in asked)
+            writer = Writer(head, tokenizer, answers=answers, include_usage=body.include_usage)
+            return await _streamed(service, asked, writer, http)
+        completions = await until_gone(http, service.generate(asked))
+        echoes = [Echo(item.parts[0].prompt_ids, silent=body.max_tokens == 0) for item in asked] if body.echo else []
+        answer = text_answer(head, completions, tokenizer, echoes=echoes)
+        _spend(http, answer["usage"]["total_tokens"])
+        return JSONResponse(answer)
+
+
+async def _streamed(service: Service, asked: Sequence[Asked], writer: AnyWriter, http: Request) -> Response:
+    """Wait for the first deltas, so that a refusal is still an HTTP status, then stream."""
+    batches = service.stream(asked)
+    try:
+        first = await until_gone(http, anext(batches))
+        if all(delta.finish_reason is not None for delta in first):
+            refuse_broken(first[0].finish_reason or "")
+    except BaseException:
+        await batches.aclose()
+        raise
+    chunks = _chunks(first, batches, writer, http)
+    return EventResponse(chunks, slow_seconds=service.config.slow_seconds, cut=service.cut)
+
+
+async def _chunks(
+    first: Sequence[Delta], batches: AsyncGenerator[list[Delta], None], writer: AnyWriter, http: Request
+) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(batches):
+        yield writer.open() + writer.push(first)
+        _spend_all(http, first)
+        async for batch in batches:
+            _spend_all(http, batch)
+            if data := writer.push(batch):
+                yield data
+        yield writer.close()
+
+
+def _spend(http: Request, tokens: int) -> None:
+    """Leave what a request has cost for the guard, which knows whose it is."""
+    http.scope[SPENT] = http.scope.get(SPENT, 0) + tokens
+
+
+def _spend_all(http: Request, deltas: Sequence[Delta]) -> None:
+    for delta in deltas:
+        if delta.usage is not None:
+            _spend(http, delta.usage.prompt_tokens + delta.usage.completion_tokens)
+
+
+def _log_text(service: Service, http: Request, body: BaseModel) -> None:
+    if service.config.log_text:
+        text = json.dumps(body.model_dump(exclude_unset=True), ensure_ascii=False, default=str)
+        logger.info("request %s asks: %s", http.scope.get("puyu.request", "-"), text)
+
+
+# ---- vectors, tokens ----
+
+
+def _add_vectors(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/embeddings")
+    async def embed(body: EmbeddingBody, http: Request) -> Response:
+        """One vector for each text."""
+        adapter = service.check(body.model)
+        body.check_size(service.llm.model.config.hidden_size)
+        work = service.vectors(body.inputs(), adapter, pooling=body.pooling or "mean")
+        vectors = await until_gone(http, work)
+        _spend(http, sum(vector.num_tokens for vector in vectors))
+        return JSONResponse(embedding_answer(adapter or service.name, body, vectors))
+
+    @app.post("/v1/rerank")
+    async def rerank(body: RerankBody, http: Request) -> Response:
+        """Documents by their nearness to a query."""
+        adapter = service.check(body.model)
+        work = service.vectors([body.query, *body.documents], adapter, param="documents")
+        vectors = await until_gone(http, work)
+        _spend(http, sum(vector.num_tokens for vector in vectors))
+        return JSONResponse(rerank_answer(adapter or service.name, body, vectors))
+
+    @app.post("/v1/reward")
+    async def reward(body: RewardBody, http: Request) -> Response:
+        """A reward model's score of each conversation."""
+        service.check(body.model)
+        vectors = await until_gone(http, service.rewards(service.llm.reward_ids(body.messages())))
+        _spend(http, sum(vector.num_tokens for vector in vectors))
+        return JSONResponse(reward_answer(service.name, vectors))
 
     @app.post("/score")
     async def score(body: ScoreBody, http: Request) -> Response:
         """Log-likelihoods, a few pairs at a time so that generation goes on in between."""
-        service.check(body)
+        service.check(body.model)
         pairs = body.to_pairs()
 
         async def work() -> list[dict[str, Any]]:
             rows = []
-            with service.seat():
+            with service.seats(1):
                 for start in range(0, len(pairs), PAIRS_AT_ONCE):
                     rows += await service.llm.score(pairs[start : start + PAIRS_AT_ONCE])
+            _spend(http, sum(row.num_tokens for row in rows))
             names = ("logprob", "num_tokens", "num_bytes", "is_greedy")
             return [{name: getattr(row, name) for name in names} for row in rows]
 
         return JSONResponse({"model": service.name, "scores": await until_gone(http, work())})
 
 
-async def _streamed(
-    service: Service, request: GenerateRequest, head: Head, http: Request, *, include_usage: bool
-) -> Response:
-    """Wait for the first delta, so that a refusal is still an HTTP status, then stream."""
-    deltas = service.stream(request)
-    first = await until_gone(http, anext(deltas))
-    return EventResponse(events(head, _after(first, deltas), include_usage=include_usage))
-
-
-async def _after(first: Delta, rest: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
-    async with contextlib.aclosing(rest):
-        yield first
-        async for delta in rest:
-            yield delta
-
-
-class EventResponse(Response):
-    """Server-sent events. Watches for the client's leaving while it writes: then the work is cancelled at once."""
-
-    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        del self.headers["content-length"]
-        self.chunks = chunks
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def write() -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async with contextlib.aclosing(self.chunks) as chunks:
-                async for chunk in chunks:
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-
-        with contextlib.suppress(Gone):
-            await race(write(), receive)
-
-
-async def until_gone(http: Request, work: Awaitable[T]) -> T:
-    """The work's result; when the client leaves first, the work is cancelled and Gone is raised."""
-    return await race(work, http.receive)
-
-
-async def race(work: Awaitable[T], receive: Callable[[], Any]) -> T:
-    """See `until_gone`; whatever happens, both sides have ended on return."""
-
-    async def leaving() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            continue
-
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(leaving())
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Gone("the client went away")
-        return task.result()
-    finally:
-        for side in (task, watch):
-            side.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
-
-
-async def all_or_none(works: Sequence[Awaitable[T]]) -> list[T]:
-    """All results in order; the first failure cancels the rest and is raised."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 def _add_tokens(app: FastAPI, service: Service) -> None:
+    front, tokenizer = service.llm.driver.front, service.llm.tokenizer
+
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> Response:
         """Ids of a text, or of a chat as the model gets it."""
-        service.check(body)
+        service.check(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise RequestError("give either prompt or messages", param="prompt")
         if body.messages is not None:
-            ids = service.llm.prompt_ids(GenerateRequest(read_messages(body.messages), tools=body.specs))
-        elif body.add_special_tokens:
-            ids = service.llm.driver.front.text_ids(body.prompt or "")
+            request = GenerateRequest(read_messages(body.messages), tools=body.specs)
+            ids = await asyncio.to_thread(front.prompt_ids, request)
         else:
-            ids = service.llm.tokenizer.encode(body.prompt or "")
+            encode = front.text_ids if body.add_special_tokens else tokenizer.encode
+            ids = await asyncio.to_thread(encode, body.prompt or "")
         context = service.llm.driver.engine.context
         return JSONResponse({"count": len(ids), "max_model_len": context, "tokens": ids})
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> Response:
         """Text of ids."""
-        service.check(body)
-        service.check_ids(body.tokens, param="tokens")
-        return JSONResponse({"prompt": service.llm.tokenizer.decode(body.tokens)})
+        service.check(body.model)
+        bad = next((id for id in body.tokens if not 0 <= id < tokenizer.vocab_size), None)
+        if bad is not None:
+            raise RequestError(f"id {bad} is not in the vocabulary of {tokenizer.vocab_size}", param="tokens")
+        return JSONResponse({"prompt": tokenizer.decode(body.tokens)})
+
+
+# ---- care ----
 
 
 def _add_care(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> Response:
-        """The one model."""
-        row = {"id": service.name, "object": "model", "created": service.created, "owned_by": "puyu"}
-        row["max_model_len"] = service.llm.driver.engine.context
-        return JSONResponse({"object": "list", "data": [row]})
+        """The model, and its adapters."""
+        return JSONResponse({"object": "list", "data": [_model_row(service, name) for name in names()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        """One of them."""
+        service.check(name)
+        return JSONResponse(_model_row(service, name))
+
+    def names() -> list[str]:
+        return [service.name, *service.llm.adapters]
 
     @app.get("/health")
     async def health() -> Response:
         """200 while requests are accepted."""
-        alive = service.llm.loop.is_alive
-        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+        trouble = service.trouble
+        return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -319,12 +290,23 @@ def _add_care(app: FastAPI, service: Service) -> None:
         return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
 
 
-_BODIES: dict[str, type[Body]] = {
+def _model_row(service: Service, name: str) -> dict[str, Any]:
+    parent = None if name == service.name else service.name
+    row = {"id": name, "object": "model", "created": service.created, "owned_by": "puyu"}
+    return row | {"max_model_len": service.llm.driver.engine.context, "parent": parent}
+
+
+_BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
+    "/v1/responses": ResponsesBody,
+    "/v1/embeddings": EmbeddingBody,
+    "/v1/rerank": RerankBody,
+    "/v1/reward": RewardBody,
     "/score": ScoreBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+    **BODIES,
 }
 
 
@@ -343,7 +325,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(RequestError)
     async def refused(http: Request, error: RequestError) -> Response:
-        return answer(400, error_body(str(error), kind="invalid_request_error", param=error.param))
+        return answer(400, error_body(str(error), kind="invalid_request_error", param=error.param, code=error.code))
 
     @app.exception_handler(InputError)
     async def unusable(http: Request, error: InputError) -> Response:

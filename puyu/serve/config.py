@@ -22,10 +22,22 @@ class ServeConfig(Config):
     """Port to listen on; 0 takes a free one."""
     api_key: str = ""
     """Bearer token that requests must carry; better set as the environment variable PUYU_API_KEY."""
+    keys_file: str = ""
+    """File of hashed API keys with limits, written by `puyu keys`."""
+    control_key: str = ""
+    """Bearer token of the routes under /control/, which are not there without one; better set as PUYU_CONTROL_KEY."""
     open: bool = False
     """Listen beyond this machine without a key."""
     served_name: str = ""
     """Name of the model in the API; empty takes the folder's name."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """LoRA adapters (peft directories) by the names under which requests ask for them."""
+    tls_cert: str = ""
+    """Certificate file (PEM); with tls_key, the server speaks https."""
+    tls_key: str = ""
+    """Private key file of the certificate."""
+    cors_origins: tuple[str, ...] = ()
+    """Web origins whose pages may use the server from a browser; none by default."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: str = "auto"
@@ -34,6 +46,18 @@ class ServeConfig(Config):
     """Requests that run at the same time."""
     max_queue: int = Field(default=256, ge=0)
     """Requests that may wait; one more is answered 429 with Retry-After."""
+    max_queue_tokens: int = Field(default=262_144, ge=1)
+    """Prompt tokens that may wait; more are answered 429."""
+    queue_seconds: float = Field(default=0.0, ge=0)
+    """Longest time that a request may wait before it begins, then 504; 0 is no limit."""
+    answer_seconds: float = Field(default=0.0, ge=0)
+    """Longest time of a request in all, then 504; 0 is no limit."""
+    slow_seconds: float = Field(default=30.0, gt=0)
+    """How long a client may take nothing of its stream before it is cut off."""
+    body_seconds: float = Field(default=60.0, gt=0)
+    """How long a request may take to arrive."""
+    stall_seconds: float = Field(default=300.0, gt=0)
+    """How long one step of the engine may take before /health says 503."""
     cache_tokens: int = Field(default=0, ge=0)
     """Tokens that the key/value cache holds; 0 takes what fits."""
     cache_fraction: float = Field(default=0.3, gt=0, le=0.95)
@@ -50,6 +74,8 @@ class ServeConfig(Config):
     """Tokens to guess ahead; without a draft model they are looked up in the text itself."""
     max_body_mb: float = Field(default=8.0, gt=0)
     """Largest request body in MB; a larger one is answered 413."""
+    log_text: bool = False
+    """Whether the log holds what people ask; never without being told."""
     drain_seconds: int = Field(default=30, ge=0)
     """How long requests under way may go on after SIGTERM."""
     replicas: int = Field(default=1, ge=1, le=64)
@@ -74,8 +100,10 @@ class ServeConfig(Config):
 
     def check_open(self) -> None:
         """ConfigError for a server that strangers could use by mistake."""
-        if not self.is_local and not self.api_key and not self.open:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("tls_cert and tls_key belong together", remedy="give both files, or neither")
+        if not self.is_local and not (self.api_key or self.keys_file) and not self.open:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines, and no api_key is set",
-                remedy="set PUYU_API_KEY or --api-key, or say --open true, or keep --host 127.0.0.1",
+                remedy="set PUYU_API_KEY, --api-key or --keys-file, or say --open true, or keep --host 127.0.0.1",
             )

@@ -1,33 +1,73 @@
 """uvicorn with a stop that tells the engine: refuse new requests, let those under way finish for a while, end the rest.
 
-A stream that is ended so gets an error event and `[DONE]`, never a torn body.
+A stream that is ended so gets an error event and `[DONE]`, never a torn body. A second signal ends at once. When the
+engine's thread has died, the server ends too, and says so by its exit code, so that a supervisor can start it again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from puyu.engine.llm import LLM
+from puyu.serve.config import ServeConfig
+from puyu.serve.patience import patient
 
-GRACE_SECONDS = 5
+GRACE_SECONDS = 0.5
+"""After the engine has ended all requests: for their last bytes."""
 
 
 class DrainingServer(uvicorn.Server):
     """Serves one application over one engine."""
 
-    def __init__(self, app: FastAPI, llm: LLM, *, drain_seconds: int) -> None:
-        # uvicorn's own limit is only for connections that do not end after their request has.
-        grace = drain_seconds + GRACE_SECONDS
-        options = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=grace)
+    def __init__(self, app: FastAPI, llm: LLM, config: ServeConfig) -> None:
+        options = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            server_header=False,
+            ssl_certfile=config.tls_cert or None,
+            ssl_keyfile=config.tls_key or None,
+        )
+        options.load()
+        options.http_protocol_class = patient(options.http_protocol_class, seconds=config.body_seconds)
         super().__init__(options)
-        self.llm, self.drain_seconds = llm, drain_seconds
+        self.llm, self.drain_seconds = llm, config.drain_seconds
+        app.state.service.cut = self.cut
+
+    def cut(self, scope: Any) -> None:
+        """Close the connection of an ASGI scope without waiting for its reader."""
+        for connection in list(self.server_state.connections):
+            if getattr(connection, "client", None) == scope["client"]:
+                getattr(connection, "transport").abort()  # noqa: B009 - uvicorn's protocols share no base class
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second does not."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        return await super().on_tick(counter) or self.llm.loop.failure is not None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called once, after SIGTERM, Ctrl-C or `should_exit`."""
+        """Called once, after a signal, `should_exit`, or the engine's death."""
         closing = asyncio.create_task(asyncio.to_thread(self.llm.loop.close, drain=self.drain_seconds))
-        await super().shutdown(sockets)
+        ended = asyncio.create_task(super().shutdown(sockets))
+        while not closing.done():
+            if self.force_exit:
+                self.llm.loop.hurry()
+            await asyncio.wait({closing}, timeout=0.05)
+        await asyncio.wait({ended}, timeout=GRACE_SECONDS)
+        if not ended.done():  # what is left are connections that do not end by themselves
+            self.force_exit = True
+            for connection in list(self.server_state.connections):
+                getattr(connection, "transport").abort()  # noqa: B009
+        await ended
         await closing

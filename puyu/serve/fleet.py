@@ -17,14 +17,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
+from urllib.parse import unquote
 
 from puyu.errors import ResourceError
 from puyu.log import say
 from puyu.serve.affinity import Affinity
+from puyu.serve.guard import CONTROL
 from puyu.serve.upstream import Address, Answer, Question, Torn, Unreached, exchange
 
 HEALTH = Question(b"GET", b"/health", [])
@@ -49,6 +52,11 @@ class Process(Protocol):
 Launch = Callable[[int], Awaitable[Process]]
 
 
+def control_key(key: str) -> str:
+    """The inner key of a replica's control routes, which must not be that of the others."""
+    return f"{key}-control" if key else ""
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long to wait for what, in seconds."""
@@ -62,17 +70,37 @@ class Patience:
     stop: float = 1.0
 
 
+class Settled:
+    """What has been asked of all replicas and still counts, for those that start later. `lock` keeps the order."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.questions: dict[str, Question] = {}
+
+    def add(self, question: Question) -> None:
+        """Remember a control request that was done; the newest of a kind is enough."""
+        path = question.target.decode("latin-1").partition("?")[0].removeprefix(CONTROL)
+        kind, _, name = path.partition("/")
+        if question.method == b"GET" or kind == "reset_prefix_cache":
+            return
+        if kind == "adapters":
+            kind += "/" + (unquote(name) or json.loads(question.body)["name"])
+        kind = "sleep" if kind == "wake" else kind
+        self.questions.pop(kind, None)
+        self.questions[kind] = question
+
+
 class Replica:
     """One place in the fleet and whatever process fills it at the moment."""
 
     serials = itertools.count(1)
 
-    def __init__(self, index: int, launch: Launch, *, key: str, patience: Patience) -> None:
+    def __init__(self, index: int, launch: Launch, *, key: str, patience: Patience, settled: Settled) -> None:
         self.index, self.serial, self.in_flight, self.deaths = index, 0, 0, 0
         self.state: State = "down"
         self.address: Address = ("", 0)
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._launch, self._key, self._patience = launch, key, patience
+        self._launch, self._key, self._patience, self._settled = launch, key, patience, settled
         self._writers: set[asyncio.StreamWriter] = set()
         self._look = asyncio.Event()
 
@@ -85,9 +113,10 @@ class Replica:
             mine.append(writer)
             self._writers.add(writer)
 
+        key = control_key(self._key) if question.target.startswith(CONTROL.encode()) else self._key
         self.in_flight += 1
         try:
-            async with exchange(self.address, question, key=self._key, opened=opened) as answer:
+            async with exchange(self.address, question, key=key, opened=opened) as answer:
                 yield answer
         finally:
             self.in_flight -= 1
@@ -157,6 +186,10 @@ class Replica:
             if time.monotonic() > deadline:
                 return f"did not answer within {self._patience.start:g} s of its start"
             await asyncio.sleep(0.05)
+        async with self._settled.lock:
+            if not await self._catches_up():
+                return "could not be brought to the state of the others"
+            self.state = "up"
         failures = 0
         while failures < self._patience.failures:
             self.state = "up" if failures == 0 else "doubted"
@@ -167,6 +200,18 @@ class Replica:
             self._look.clear()
             failures = 0 if await self._is_healthy() else failures + 1
         return "did not answer /health"
+
+    async def _catches_up(self) -> bool:
+        """Do what the others have been told; what this one refuses has lost its meaning (an adapter that is gone)."""
+        for question in self._settled.questions.values():
+            try:
+                async with self.ask(question) as answer:
+                    done = answer.status < 500
+            except (Unreached, Torn):
+                done = False
+            if not done:
+                return False
+        return True
 
     async def _is_healthy(self) -> bool:
         try:
@@ -182,7 +227,9 @@ class Fleet:
 
     def __init__(self, size: int, launch: Launch, *, key: str = "", patience: Patience | None = None) -> None:
         self._patience = patience or Patience()
-        self.replicas = [Replica(index, launch, key=key, patience=self._patience) for index in range(size)]
+        self.settled = Settled()
+        shared: dict[str, Any] = {"key": key, "patience": self._patience, "settled": self.settled}
+        self.replicas = [Replica(index, launch, **shared) for index in range(size)]
         self.affinity = Affinity()
         self._keepers: list[asyncio.Task[None]] = []
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from puyu.log import say
 from puyu.serve.config import ServeConfig
-from puyu.serve.fleet import Launch
+from puyu.serve.fleet import Launch, control_key
 from puyu.serve.server import bind, child_command, child_environment, child_input
 from puyu.serve.upstream import Address
 
@@ -96,9 +96,11 @@ async def start(config: ServeConfig, own: Mapping[str, str], *, name: str) -> Lo
 
 
 def replica_config(config: ServeConfig, *, key: str, host: str, sharers: int) -> ServeConfig:
-    """A replica's own config: any port, the inner key, its share of the memory."""
-    changes = {"host": host, "port": 0, "api_key": key, "replicas": 1, "engine": "local"}
-    return config.model_copy(update={**changes, "cache_fraction": config.cache_fraction / sharers})
+    """A replica's own config: any port, the inner keys, its share of the memory; the router keeps the door."""
+    place = {"host": host, "port": 0, "replicas": 1, "engine": "local"}
+    door = {"api_key": key, "control_key": control_key(key), "keys_file": "", "tls_cert": "", "tls_key": ""}
+    share = {"cors_origins": (), "cache_fraction": config.cache_fraction / sharers}
+    return config.model_copy(update={**place, **door, **share})
 
 
 def environment(config: ServeConfig, *, index: int) -> dict[str, str]:

@@ -1,9 +1,9 @@
-"""OpenAI's request bodies as strict models, and what they mean to the engine.
+"""What all request bodies share: strict models, sampling fields, OpenAI's error object. Knows no route.
 
 A field that is unknown, of the wrong type, or not supported is refused by name (400); nothing is ignored that
 would change the answer. `SamplingParams` ranges are the engine front's to check. Reference:
 platform.openai.com/docs/api-reference; extensions (top_k, min_p, repetition_penalty, min_tokens, ignore_eos,
-stop_token_ids) have vLLM's names.
+stop_token_ids, bad_words, priority, structured_outputs) have vLLM's names, `timeout` and `queue_timeout` are ours.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from puyu.errors import InputError, RequestError
-from puyu.types import GenerateRequest, Guide, Message, SamplingParams, ToolSpec
+from puyu.errors import RequestError
+from puyu.types import GenerateRequest, Guide, SamplingParams
 
-MAX_PAIRS = 4096
 MAX_DEPTH = 64
 SEED = Field(default=None, ge=-(2**63), lt=2**63)
 
 
-class Body(BaseModel):
-    """Base of every body: no coercion, no unknown field, no text that is not valid Unicode."""
+class Part(BaseModel):
+    """Base of what stands inside bodies: no coercion, no unknown field."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Body(Part):
+    """Base of every body: also no text that is not valid Unicode, and no endless nesting."""
 
     model: str | None = None
 
@@ -60,40 +63,67 @@ def _is_unicode(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class StreamOptions(Part):
     include_usage: bool = False
     include_obfuscation: bool = False
+    """Accepted and without effect: nothing is padded."""
+
+
+class StructuredOutputs(Part):
+    """vLLM's field for forms beyond JSON Schema: exactly one of these."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def guide(self) -> Guide:
+        """RequestError unless exactly one form is given."""
+        given = {
+            "json_schema": self.json_,
+            "regex": self.regex,
+            "choice": None if self.choice is None else tuple(self.choice),
+            "grammar": self.grammar,
+        }
+        asked: list[Any] = [(kind, value) for kind, value in given.items() if value is not None]
+        if len(asked) != 1:
+            message = "structured_outputs holds exactly one of json, regex, choice, grammar"
+            raise RequestError(message, param="structured_outputs")
+        return Guide(*asked[0])
 
 
 class Sampling(Body):
-    """What chat and completions share. `neutral`: fields that are not supported, with values that say nothing."""
+    """What all generation shares. `neutral`: fields that are not supported, with values that say nothing."""
 
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "n": (1,),
-        "service_tier": ("auto", "default"),
-    }
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"service_tier": ("auto", "default")}
 
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    n: int | None = None
     seed: int | None = SEED
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    min_tokens: int | None = None
-    n: Any = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
     service_tier: Any = None
+    # extensions
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    length_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    beam_width: int | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
+    timeout: float | None = None
+    queue_timeout: float | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -108,25 +138,33 @@ class Sampling(Body):
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options")
 
-    def params(self, defaults: SamplingParams, *, max_tokens: int, logprobs: bool) -> SamplingParams:
-        """What was given, over the server's defaults."""
-        given: dict[str, Any] = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": 0 if self.top_k == -1 else self.top_k,
-            "seed": self.seed,
-            "ignore_eos": self.ignore_eos,
-            "stop": None if self.stop is None else _texts(self.stop),
-            "stop_token_ids": None if self.stop_token_ids is None else tuple(self.stop_token_ids),
-            "min_p": self.min_p,
-            "repetition_penalty": self.repetition_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-            "logit_bias": None if self.logit_bias is None else _bias(self.logit_bias),
-            "min_tokens": self.min_tokens,
-        }
-        values = {name: value for name, value in given.items() if value is not None}
-        return replace(defaults, max_tokens=max_tokens, logprobs=logprobs, **values)
+    def params(self, defaults: SamplingParams, *, max_tokens: int, top_logprobs: int | None) -> SamplingParams:
+        """What was given, over the server's defaults. `top_logprobs` None asks for no log-probabilities."""
+        given = {name: getattr(self, name) for name in _PLAIN if getattr(self, name) is not None}
+        if self.top_k is not None:
+            given["top_k"] = 0 if self.top_k == -1 else self.top_k
+        if self.stop is not None:
+            given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.stop_token_ids is not None:
+            given["stop_token_ids"] = tuple(self.stop_token_ids)
+        if self.bad_words is not None:
+            given["bad_words"] = tuple(self.bad_words)
+        if self.logit_bias is not None:
+            given["logit_bias"] = _bias(self.logit_bias)
+        if self.structured_outputs is not None:
+            given["guide"] = self.structured_outputs.guide()
+        given |= {"logprobs": top_logprobs is not None, "top_logprobs": top_logprobs or 0, "max_tokens": max_tokens}
+        return replace(defaults, **given)
+
+    def limited(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with this body's priority and limits of time."""
+        return replace(request, priority=self.priority or 0, timeout=self.timeout, queue_timeout=self.queue_timeout)
+
+
+_PLAIN = (
+    *("temperature", "top_p", "seed", "ignore_eos", "min_p", "repetition_penalty", "frequency_penalty"),
+    *("presence_penalty", "length_penalty", "min_tokens", "n", "beam_width"),
+)
 
 
 def _same(value: Any, item: Any) -> bool:
@@ -135,179 +173,17 @@ def _same(value: Any, item: Any) -> bool:
 
 def _bias(value: Mapping[str, float]) -> dict[int, float]:
     """Token ids come as text, since JSON knows no other keys."""
-    wrong = next((key for key in value if not (key.isascii() and key.isdigit())), None)
+    wrong = next((key for key in value if not (key.isascii() and key.isdigit() and len(key) < 16)), None)
     if wrong is not None:
         raise RequestError(f"logit_bias has the key {wrong!r}, which is no token id", param="logit_bias")
     return {int(key): bias for key, bias in value.items()}
 
 
-def _texts(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-class ChatMessage(BaseModel):
-    """One turn; what OpenAI's own answers carry beside it may come back and is not read."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    tool_call_id: str | None = None
-    refusal: Any = None
-    annotations: Any = None
-    audio: Any = None
-    reasoning_content: Any = None
-
-
-class FunctionSpec(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    name: str = Field(min_length=1, max_length=128)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class ToolBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    type: str = "function"
-    function: FunctionSpec
-
-
-class ChatBody(Sampling):
-    """POST /v1/chat/completions."""
-
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **Sampling.neutral,
-        "top_logprobs": (0,),
-        "parallel_tool_calls": (True,),
-        "modalities": (["text"],),
-        "reasoning_effort": ("none",),
-        "store": (False,),
-        "tool_choice": ("auto", "none"),
-    }
-
-    messages: list[ChatMessage]
-    tools: list[ToolBody] | None = None
-    tool_choice: Any = None
-    max_completion_tokens: int | None = None
-    logprobs: bool | None = None
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    top_logprobs: Any = None
-    parallel_tool_calls: Any = None
-    response_format: Any = None
-    modalities: Any = None
-    reasoning_effort: Any = None
-    store: Any = None
-
-    def to_request(self, defaults: SamplingParams, *, context: int) -> GenerateRequest:
-        """RequestError names the field that cannot be used. Without a limit the answer may fill the context."""
-        self.check_supported()
-        if self.stream and self.logprobs:
-            raise RequestError("logprobs are not available in a stream", param="logprobs")
-        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        if self.max_completion_tokens is not None and limit is not None and limit < 1:
-            raise RequestError(f"max_completion_tokens must be at least 1, got {limit}", param="max_completion_tokens")
-        max_tokens = context if limit is None else limit
-        params = self.params(defaults, max_tokens=max_tokens, logprobs=bool(self.logprobs))
-        params = replace(params, guide=_guide(self.response_format))
-        tools = self.tools if self.tool_choice != "none" else None
-        return GenerateRequest(read_messages(self.messages), params, tuple(_spec(tool) for tool in tools or ()))
-
-
-def _guide(form: Any) -> Guide | None:
-    """OpenAI's `response_format`; any JSON object is a schema too."""
-    kind = form.get("type") if isinstance(form, Mapping) else None
-    if form is None or kind == "text":
-        return None
-    if kind == "json_object":
-        return Guide("json_schema", {"type": "object"})
-    schema = form.get("json_schema") if kind == "json_schema" else None
-    if isinstance(schema, Mapping) and isinstance(schema.get("schema"), Mapping):
-        return Guide("json_schema", schema["schema"])
-    remedy = "use {'type': 'json_schema', 'json_schema': {'name': ..., 'schema': {...}}}, json_object or text"
-    raise RequestError(f"response_format {kind!r} cannot be read", param="response_format", remedy=remedy)
-
-
-def read_messages(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
-    """Messages of the house; RequestError names the place."""
-    turns = []
-    for index, message in enumerate(messages):
-        try:
-            turns.append(Message.from_openai(message.model_dump()))
-        except InputError as error:
-            raise RequestError(error.message, param=f"messages[{index}]", remedy=error.remedy) from error
-    return tuple(turns)
-
-
-def _spec(tool: ToolBody) -> ToolSpec:
-    function = tool.function
-    parameters = function.parameters or {"type": "object", "properties": {}}
-    return ToolSpec(function.name, function.description or "", parameters)
-
-
-class CompletionBody(Sampling):
-    """POST /v1/completions. `prompt` is a text, several texts, or the ids of one text."""
-
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **Sampling.neutral,
-        "best_of": (1,),
-        "suffix": ("",),
-        "logprobs": (0, 1),
-        "echo": (False,),
-    }
-
-    prompt: str | list[str] | list[int]
-    logprobs: Any = None
-    echo: Any = None
-    best_of: Any = None
-    suffix: Any = None
-
-    def to_requests(self, prompts: Sequence[str], defaults: SamplingParams) -> list[GenerateRequest]:
-        """One request for each prompt."""
-        self.check_supported()
-        if self.stream and (self.logprobs is not None or len(prompts) > 1):
-            wrong = "logprobs" if self.logprobs is not None else "prompt"
-            raise RequestError(f"a stream has one prompt and no logprobs, see {wrong}", param=wrong)
-        max_tokens = 16 if self.max_tokens is None else self.max_tokens
-        params = self.params(defaults, max_tokens=max_tokens, logprobs=self.logprobs is not None)
-        return [GenerateRequest(prompt, params) for prompt in prompts]
-
-
-class ScoreBody(Body):
-    """POST /score: log-likelihood of each (context, continuation)."""
-
-    pairs: list[list[str]] = Field(max_length=MAX_PAIRS)
-
-    def to_pairs(self) -> list[tuple[str, str]]:
-        for index, pair in enumerate(self.pairs):
-            if len(pair) != 2:
-                raise RequestError("a pair is [context, continuation]", param=f"pairs[{index}]")
-        return [(context, continuation) for context, continuation in self.pairs]
-
-
-class TokenizeBody(Body):
-    """POST /tokenize: ids of a text, or of a rendered chat."""
-
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    tools: list[ToolBody] | None = None
-    add_special_tokens: bool = True
-
-    @property
-    def specs(self) -> tuple[ToolSpec, ...]:
-        return tuple(_spec(tool) for tool in self.tools or ())
-
-
-class DetokenizeBody(Body):
-    """POST /detokenize: the text of ids."""
-
-    tokens: list[int]
+def json_guide(schema: Any, *, param: str) -> Guide:
+    """A JSON Schema as a guide; anything but an object is refused."""
+    if not isinstance(schema, Mapping):
+        raise RequestError("a JSON Schema is an object", param=param)
+    return Guide("json_schema", schema)
 
 
 # -- errors ----------------------------------------------------------------------------------------------------

@@ -1,18 +1,18 @@
 """Many replicas behind one address: requests are forwarded, and sent again when a replica fails before it answered.
 
-    run(ServeConfig(model="runs/nano/ppo", replicas=4), listener)
+    app = Router(fleet)          # ASGI; `routed.py` makes a server of it
 
 What a client sees when a replica dies, hangs or is full:
 
 - nothing, while its answer had not begun: another replica answers. A whole answer begins when all of it has come, a
   stream with its first event.
-- in a stream that had begun, an error event and `[DONE]`; events are never cut in the middle.
+- in a stream that had begun, an error event, and `[DONE]` where the route has one; no event is cut in the middle.
 - 429 with Retry-After when every replica has refused it as full; 503 with Retry-After when no replica is up.
 - 500 for a request under way at MOST_FALLS deaths of replicas: it may be what kills them, so no third one is tried.
 
-The key, the host check and the limit on bodies (`guard.py`) stand here; replicas listen on loopback behind a key that
-only this process knows. `/health` and `/metrics` are the router's own, every other path is forwarded as it is. Chunks
-of a stream pass unread. The process loads no model and imports no torch.
+`/health` and `/metrics` are the router's own; what goes to `/control/` goes to every replica, and to those that start
+later; every other path is forwarded as it is. Chunks of a stream pass unread. Replicas tell what a request has cost
+(`guard.py`), so that the limits of keys hold here, too. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,26 +20,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import secrets
-import socket
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import h11
-import uvicorn
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from puyu.log import say
+from puyu.log import logger
 from puyu.serve.affinity import chain
-from puyu.serve.config import ServeConfig
-from puyu.serve.fleet import Fleet, Launch, Replica
-from puyu.serve.guard import Guard
-from puyu.serve.leaving import Gone, race
-from puyu.serve.local import launcher
+from puyu.serve.fleet import Fleet, Replica
+from puyu.serve.guard import CONTROL, SPENT, SPENT_HEADER, SPENT_LINE
+from puyu.serve.http import Gone, race
 from puyu.serve.merge import merge
 from puyu.serve.protocol import error_body
 from puyu.serve.upstream import Answer, Headers, Question, Torn, Unreached
@@ -48,9 +42,9 @@ MOST_FALLS = 2
 MOST_TRIES = 16
 BUSY = (429, 503)
 RETRY_SECONDS = 1
-GRACE_SECONDS = 1
 METRICS_SECONDS = 2.0
 DONE = b"data: [DONE]\n\n"
+PROMPTED = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses"})
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 JSON = (b"content-type", b"application/json")
 
@@ -83,12 +77,33 @@ class Course:
     refusal: Reply | None = None
 
 
-class Router:
-    """The ASGI application in front of a fleet."""
+class Outlet:
+    """The way back to one client; knows for how long it has taken nothing."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self.fleet, self.counts = fleet, Counts()
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.scope, self._send, self._since = scope, send, 0.0
+
+    async def __call__(self, message: Message) -> None:
+        self._since = time.monotonic()
+        await self._send(message)
+        self._since = 0.0
+
+    def waited(self) -> float:
+        return time.monotonic() - self._since if self._since else 0.0
+
+    def spend(self, tokens: bytes) -> None:
+        """Leave for the guard what the request has cost."""
+        if tokens.isdigit():
+            self.scope[SPENT] = int(tokens)
+
+
+class Router:
+    """The ASGI application in front of a fleet. `cut` closes the connection of a scope; the server sets it."""
+
+    def __init__(self, fleet: Fleet, *, slow_seconds: float = 30.0) -> None:
+        self.fleet, self.slow_seconds, self.counts = fleet, slow_seconds, Counts()
         self.is_draining = self.is_over = False
+        self.cut: Callable[[Scope], None] = lambda scope: None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert scope["type"] == "http"
@@ -100,25 +115,41 @@ class Router:
             with contextlib.suppress(Gone):
                 await self._forward(scope, receive, send)
 
+    def end(self) -> None:
+        """Answer everything that is under way with the error that says so."""
+        self.is_draining = self.is_over = True
+        self.fleet.cut()
+
     # -- forwarding -------------------------------------------------------------------------------------------
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            question = Question(*_line(scope), list(scope["headers"]), await read_body(receive))
+            headers = [*scope["headers"], (SPENT_HEADER, b"tell")]
+            question = Question(*_line(scope), headers, await read_body(receive))
         except HTTPException as error:
             kind = "invalid_request_error"
             await send_reply(send, self._refusal(error.status_code, error.detail, kind=kind))
+            return
+        outlet = Outlet(scope, send)
+        if scope["path"].startswith(CONTROL):
+            work = self._everywhere(question, outlet)
         else:
-            await race(self._answer(question, hashes_of(scope["path"], question.body), send), receive)
+            work = self._answer(question, hashes_of(scope["path"], question.body), outlet)
+        await race(work, receive, watch=lambda: self._cut_if_slow(outlet))
 
-    async def _answer(self, question: Question, hashes: list[int], send: Send) -> None:
+    def _cut_if_slow(self, outlet: Outlet) -> None:
+        if outlet.waited() > self.slow_seconds:
+            logger.warning("a client took nothing for %g s and was cut off", self.slow_seconds)
+            self.cut(outlet.scope)
+
+    async def _answer(self, question: Question, hashes: list[int], outlet: Outlet) -> None:
         """Try replicas until one has answered or there is a reason to give up."""
         course = Course()
         while (replica := self._next(hashes, course)) is not None:
             serial = replica.serial
             course.tried.add(serial)
             try:
-                reply = await self._ask(replica, question, send)
+                reply = await self._ask(replica, question, outlet)
             except Unreached:
                 replica.doubt(serial)
                 self.counts.again["unreached"] += 1
@@ -136,7 +167,7 @@ class Router:
                     replica.doubt(serial)
                 self.counts.again[str(reply.status)] += 1
                 course.refusal = reply
-        await send_reply(send, self._verdict(course))
+        await send_reply(outlet, self._verdict(course))
 
     def _next(self, hashes: list[int], course: Course) -> Replica | None:
         if self.is_draining and not course.tried:
@@ -145,49 +176,79 @@ class Router:
             return None
         return self.fleet.choose(hashes, without=course.tried)
 
-    async def _ask(self, replica: Replica, question: Question, send: Send) -> Reply | None:
+    async def _ask(self, replica: Replica, question: Question, outlet: Outlet) -> Reply | None:
         """Forward once. None: the client has its answer. A Reply: this replica is full or stops, others may not be."""
         async with replica.ask(question) as answer:
             self.counts.forwarded[replica.index] += 1
             headers = [*answer.headers, (b"puyu-replica", b"%d" % replica.index)]
             if answer.is_stream and answer.status == 200:
-                await self._stream(answer, headers, send)
+                await self._stream(answer, headers, question, outlet)
                 return None
-            reply = Reply(answer.status, headers, await answer.read())
+            reply = await _whole(answer, headers, outlet)
         if reply.status in BUSY:
             return reply
-        await send_reply(send, reply)
+        await send_reply(outlet, reply)
         return None
 
-    async def _stream(self, answer: Answer, headers: Headers, send: Send) -> None:
+    async def _stream(self, answer: Answer, headers: Headers, question: Question, outlet: Outlet) -> None:
         """Pass events on from the first one; when the replica fails after it, say so in the stream and end it."""
-        has_begun, is_whole = False, False
+        count, is_whole = 0, False
         try:
             async for events in whole_events(answer):
-                if not has_begun:
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
-                    has_begun = True
-                await send({"type": "http.response.body", "body": events, "more_body": True})
-                is_whole = events.endswith(DONE)
+                if SPENT_LINE in events:
+                    events, _, spent = events.rpartition(SPENT_LINE)
+                    outlet.spend(spent.strip())
+                    is_whole = True
+                is_whole = is_whole or events.endswith(DONE)
+                if not events:
+                    continue
+                if not count:
+                    await outlet({"type": "http.response.start", "status": 200, "headers": headers})
+                count += max(events.count(b"\n\n"), 1)
+                await outlet({"type": "http.response.body", "body": events, "more_body": True})
         except Torn:
-            if not has_begun:
+            if not count:
                 raise
             if not is_whole:
                 self.counts.broken_streams += 1
-                await send({"type": "http.response.body", "body": self._broken() + DONE, "more_body": True})
-        if not has_begun:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
+                await outlet({"type": "http.response.body", "body": self._broken(question, count), "more_body": True})
+        if not count:
+            await outlet({"type": "http.response.start", "status": 200, "headers": headers})
+        await outlet({"type": "http.response.body", "body": b""})
+
+    async def _everywhere(self, question: Question, outlet: Outlet) -> None:
+        """A control route: every replica does it, those that start later as well; the first refusal is the answer."""
+        async with self.fleet.settled.lock:
+            replicas = self.fleet.up()
+            replies = await asyncio.gather(*(self._control(replica, question) for replica in replicas))
+            refusal = next((reply for reply in replies if reply is not None and reply.status != 200), None)
+            done = {r.index: json.loads(reply.body) for r, reply in zip(replicas, replies, strict=True) if reply}
+            if refusal is None and done:
+                self.fleet.settled.add(question)
+        if refusal is not None or not done:
+            await send_reply(outlet, refusal or self._verdict(Course()))
+        else:
+            await send_reply(outlet, Reply(200, [JSON], json.dumps({"replicas": done}).encode()))
+
+    async def _control(self, replica: Replica, question: Question) -> Reply | None:
+        serial = replica.serial
+        try:
+            async with replica.ask(question) as answer:
+                return Reply(answer.status, answer.headers, await answer.read())
+        except (Unreached, Torn):
+            replica.doubt(serial)
+            return None
 
     # -- refusals ---------------------------------------------------------------------------------------------
 
-    def _broken(self) -> bytes:
+    def _broken(self, question: Question, count: int) -> bytes:
+        """The end of a stream of so many events, in the words of its route."""
         why = "the server is stopping" if self.is_over else "the replica that answered has failed"
-        return (
-            b"data: "
-            + json.dumps(error_body(f"{why}; the answer is incomplete", kind="server_error")).encode()
-            + b"\n\n"
-        )
+        message = f"{why}; the answer is incomplete"
+        if question.target.startswith(b"/v1/responses"):
+            error = {"type": "error", "code": "server_error", "message": message, "param": None}
+            return b"event: error\ndata: %s\n\n" % json.dumps(error | {"sequence_number": count}).encode()
+        return b"data: %s\n\n" % json.dumps(error_body(message, kind="server_error")).encode() + DONE
 
     def _verdict(self, course: Course) -> Reply:
         """Why no replica has answered."""
@@ -271,12 +332,19 @@ async def read_body(receive: Receive) -> bytes:
 
 def hashes_of(path: str, body: bytes) -> list[int]:
     """What the choice of a replica goes by; a body that cannot be read is for the replica to refuse."""
-    if path not in ("/v1/chat/completions", "/v1/completions"):
+    if path not in PROMPTED:
         return []
     try:
         return chain(json.loads(body))
     except (ValueError, RecursionError):
         return []
+
+
+async def _whole(answer: Answer, headers: Headers, outlet: Outlet) -> Reply:
+    """All of an answer that is no stream; what it has cost stays here."""
+    outlet.spend(answer.header(SPENT_HEADER))
+    headers = [(name, value) for name, value in headers if name != SPENT_HEADER]
+    return Reply(answer.status, headers, await answer.read())
 
 
 async def whole_events(answer: Answer) -> AsyncIterator[bytes]:
@@ -301,66 +369,3 @@ async def send_reply(send: Send, reply: Reply) -> None:
         headers = [*headers, (b"content-length", b"%d" % len(reply.body))]
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": reply.body})
-
-
-# -- the process -----------------------------------------------------------------------------------------------
-
-
-def guarded(router: Router, config: ServeConfig) -> ASGIApp:
-    """The router behind the checks of `guard.py`."""
-    limit = int(config.max_body_mb * 1e6)
-    return Guard(router, api_key=config.api_key, max_body=limit, local_only=config.is_local)
-
-
-class RouterServer(uvicorn.Server):
-    """uvicorn with a stop that lets requests finish for `drain_seconds` and then ends them with a stated error."""
-
-    def __init__(self, router: Router, config: ServeConfig) -> None:
-        grace = config.drain_seconds + GRACE_SECONDS
-        app = guarded(router, config)
-        options: dict[str, Any] = {"log_config": None, "access_log": False, "lifespan": "off", "ws": "none"}
-        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=grace, **options))
-        self.router, self.drain_seconds = router, config.drain_seconds
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called once, after SIGTERM, Ctrl-C or `should_exit`."""
-        self.router.is_draining = True
-        ending = asyncio.create_task(self._end())
-        await super().shutdown(sockets)
-        ending.cancel()
-
-    async def _end(self) -> None:
-        await asyncio.sleep(self.drain_seconds)
-        self.router.is_over = True
-        self.router.fleet.cut()
-
-
-def run(config: ServeConfig, listener: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C; returns after draining, when every replica has ended."""
-    key = secrets.token_urlsafe(32)
-    with _launching(config, key) as launch:
-        asyncio.run(_serve(config, listener, launch=launch, key=key))
-    say("stopped")
-
-
-def _launching(config: ServeConfig, key: str) -> contextlib.AbstractContextManager[Launch]:
-    if config.engine == "local":
-        return contextlib.nullcontext(launcher(config, key=key))
-    from puyu.serve.cluster import on_ray
-
-    return on_ray(config, key=key)
-
-
-async def _serve(config: ServeConfig, listener: socket.socket, *, launch: Launch, key: str) -> None:
-    from puyu.serve.server import address, outlive_signals
-
-    url, name = address(listener), config.served_name or Path(config.model).name
-    say(f"loading {config.model} in {config.replicas} replicas ...")
-    fleet = Fleet(config.replicas, launch, key=key)
-    try:
-        await fleet.start()
-        say(f"serving {name} at {url}   (OpenAI clients: base_url={url}/v1)   Ctrl-C stops")
-        outlive_signals()
-        await RouterServer(Router(fleet), config).serve(sockets=[listener])
-    finally:
-        await fleet.stop()

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import httpx
 
@@ -69,30 +69,33 @@ def _bind_error(config: ServeConfig, error: OSError) -> ResourceError:
     return ResourceError(f"cannot listen on {config.host}: {error}", remedy=remedy)
 
 
-def address(listener: socket.socket) -> str:
+def address(listener: socket.socket, *, scheme: str = "http") -> str:
     """The base URL of a listening socket; one that listens everywhere is reached by loopback."""
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def run(config: ServeConfig, *, listener: socket.socket | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; returns after draining."""
-    config = config.model_copy(update={"api_key": config.api_key or os.environ.get("PUYU_API_KEY", "")})
+    config = _with_secrets(config)
     config.check_open()
     _require_web()
     with contextlib.closing(listener or bind(config)) as listening:
-        url = address(listening)
+        url = address(listening, scheme="https" if config.tls_cert else "http")
         if config.is_routed:
-            from puyu.serve.router import run as run_router
+            from puyu.serve.routed import run as run_routed
 
-            run_router(config, listening)
+            run_routed(config, listening, url)
             return
         say(f"loading {config.model} ...")
         server, name = _load(config)
         say(f"serving {name} at {url}   (OpenAI clients: base_url={url}/v1)   Ctrl-C stops")
         outlive_signals()
         server.run(sockets=[listening])
+        if server.llm.loop.failure is not None:
+            message = f"the engine has stopped: {server.llm.loop.failure!r}"
+            raise ResourceError(message, remedy="start it again; its log says more")
         say("stopped")
 
 
@@ -100,6 +103,12 @@ def outlive_signals() -> None:
     """uvicorn drains on these signals and then raises them again; by then the work is done."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _already_handled)
+
+
+def _with_secrets(config: ServeConfig) -> ServeConfig:
+    """Keys from the environment, where the configuration has none."""
+    found = {"api_key": os.environ.get("PUYU_API_KEY", ""), "control_key": os.environ.get("PUYU_CONTROL_KEY", "")}
+    return config.model_copy(update={name: getattr(config, name) or value for name, value in found.items()})
 
 
 def _already_handled(number: int, frame: FrameType | None) -> None:
@@ -126,10 +135,11 @@ def _load(config: ServeConfig) -> tuple[DrainingServer, str]:
     shared = EngineConfig.model_fields.keys() & ServeConfig.model_fields.keys()
     engine = EngineConfig(**{name: getattr(config, name) for name in shared})
     draft = config.draft_model or None
-    llm = LLM(folder, device=config.device, dtype=config.dtype, config=engine, draft_model=draft)
+    places: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
+    llm = LLM(folder, **places, config=engine, draft_model=draft, adapters=config.adapters)
     llm.name = Path(config.model).name
     app = build_app(llm, config, defaults=read_defaults(folder))
-    return DrainingServer(app, llm, drain_seconds=config.drain_seconds), app.state.service.name
+    return DrainingServer(app, llm, config), app.state.service.name
 
 
 def read_defaults(folder: Path) -> SamplingParams:

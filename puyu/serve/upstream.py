@@ -27,7 +27,7 @@ OF_THE_CONNECTION = frozenset(
     {b"connection", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"proxy-connection", b"expect"}
 )
 ASKED_ANEW = OF_THE_CONNECTION | {b"host", b"content-length", b"authorization"}
-ANSWERED_ANEW = OF_THE_CONNECTION | {b"date", b"server"}
+ANSWERED_ANEW = OF_THE_CONNECTION | {b"date", b"server", b"x-request-id"}
 
 Address = tuple[str, int]
 Headers = list[tuple[bytes, bytes]]

@@ -116,10 +116,10 @@ def read(
     reader = Reader(request, tokenizer, chat=chat)
     pieces = []
     for id in ids:
-        pieces.append(reader.push(id))
+        pieces.append(reader.push(id).text)
         if reader.stopped:
             break
-    return [*pieces, reader.close()], reader
+    return [*pieces, reader.close().text], reader
 
 
 def written(ids: list[int]) -> Running:

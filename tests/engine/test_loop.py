@@ -10,7 +10,7 @@ import pytest
 from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.driver import Driver
 from puyu.engine.loop import AsyncEngine
-from puyu.errors import RequestError, ResourceError
+from puyu.errors import ResourceError
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import GenerateRequest, SamplingParams
 from tests.engine.conftest import tiny_model
@@ -80,7 +80,7 @@ def test_close_ends_what_is_under_way_and_refuses_the_rest(driver: Driver) -> No
         await asyncio.to_thread(engine.close, drain=0)
         deltas = [delta async for delta in stream]
         assert deltas[-1].finish_reason == "abort"
-        with pytest.raises(RequestError, match="shutting down"):
+        with pytest.raises(ResourceError, match="shutting down"):
             await engine.generate(LONG)
         engine.close()  # twice is once
 

@@ -94,7 +94,7 @@ def served(llm: LLM, **options: Any) -> Iterator[str]:
     config = ServeConfig(port=0, **options)
     listener = bind(config)
     app = build_app(llm, config)
-    server = DrainingServer(app, llm, drain_seconds=config.drain_seconds)
+    server = DrainingServer(app, llm, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

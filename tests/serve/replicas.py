@@ -13,7 +13,8 @@ import httpx
 
 from puyu.serve.config import ServeConfig
 from puyu.serve.fleet import Fleet, Patience
-from puyu.serve.router import Router, RouterServer
+from puyu.serve.routed import RouterServer
+from puyu.serve.router import Router
 from puyu.serve.server import address, bind
 from puyu.serve.upstream import Address
 

@@ -53,7 +53,16 @@ def http(url: str) -> Any:
         ("chat/completions", {"stop": [""]}, "stop"),
         ("chat/completions", {"stop": [1]}, "stop"),
         ("chat/completions", {"stop_token_ids": [10**9]}, "stop_token_ids"),
-        ("chat/completions", {"n": 2}, "n"),
+        ("chat/completions", {"n": 0}, "n"),
+        ("chat/completions", {"n": 129}, "n"),
+        ("chat/completions", {"best_of": 2}, "best_of"),
+        ("chat/completions", {"timeout": 0}, "timeout"),
+        ("chat/completions", {"queue_timeout": -1}, "queue_timeout"),
+        ("chat/completions", {"priority": 2**40}, "priority"),
+        ("chat/completions", {"structured_outputs": {}}, "structured_outputs"),
+        ("chat/completions", {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ("chat/completions", {"structured_outputs": {"regex": "("}}, "guide"),
+        ("chat/completions", {"structured_outputs": {"xml": "a"}}, "structured_outputs"),
         ("chat/completions", {"n": True}, "n"),
         ("chat/completions", {"response_format": {"type": "xml"}}, "response_format"),
         ("chat/completions", {"response_format": {"type": "json_schema"}}, "response_format"),
@@ -62,10 +71,15 @@ def http(url: str) -> Any:
         ("chat/completions", {"logit_bias": {"x": 1}}, "logit_bias"),
         ("chat/completions", {"logit_bias": {"999999999": 1}}, "logit_bias"),
         ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
-        ("chat/completions", {"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ("chat/completions", {"tool_choice": "calculator"}, "tool_choice"),
+        ("chat/completions", {"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ("chat/completions", {"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ("chat/completions", {"parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ("chat/completions", {"top_logprobs": 3}, "top_logprobs"),
+        ("chat/completions", {"top_logprobs": 999, "logprobs": True}, "top_logprobs"),
+        ("chat/completions", {"store": True}, "store"),
+        ("chat/completions", {"modalities": ["audio"]}, "modalities"),
         ("chat/completions", {"frequency_penalty": 500}, "frequency_penalty"),
-        ("chat/completions", {"logprobs": True, "stream": True}, "logprobs"),
         ("chat/completions", {"stream_options": {"include_usage": True}}, "stream_options"),
         ("chat/completions", {"stream": True, "stream_options": {"x": 1}}, "stream_options"),
         ("chat/completions", {"mesages": []}, "mesages"),
@@ -82,15 +96,37 @@ def http(url: str) -> Any:
         ("completions", {"prompt": []}, "prompt"),
         ("completions", {"prompt": [10**6]}, "prompt"),
         ("completions", {"prompt": "word " * 3000}, "prompt"),
-        ("completions", {"echo": True}, "echo"),
-        ("completions", {"logprobs": 5}, "logprobs"),
-        ("completions", {"prompt": ["a", "b"], "stream": True}, "prompt"),
-        ("completions", {"best_of": 3}, "best_of"),
+        ("completions", {"prompt": [[]]}, "prompt"),
+        ("completions", {"prompt": ["a"] * 2000}, "prompt"),
+        ("completions", {"prompt": ["a"] * 1000}, "n"),
+        ("completions", {"echo": True, "stream": True}, "echo"),
+        ("completions", {"logprobs": -1}, "logprobs"),
+        ("completions", {"logprobs": 500}, "top_logprobs"),
+        ("completions", {"best_of": 3, "stream": True}, "best_of"),
+        ("completions", {"best_of": 1, "n": 2}, "best_of"),
+        ("completions", {"suffix": "end"}, "suffix"),
+        ("completions", {"max_tokens": 0}, "max_tokens"),
+        ("embeddings", {"input": []}, "input"),
+        ("embeddings", {"input": [10**7]}, "prompt"),
+        ("embeddings", {"input": "a", "dimensions": 3}, "dimensions"),
+        ("embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
+        ("embeddings", {"input": "word " * 3000}, "input"),
+        ("rerank", {"query": "", "documents": ["a"]}, "query"),
+        ("rerank", {"query": "a", "documents": []}, "documents"),
+        ("reward", {"conversations": []}, "conversations"),
+        ("responses", {"input": "a", "store": True}, "store"),
+        ("responses", {"input": "a", "previous_response_id": "resp_1"}, "previous_response_id"),
+        ("responses", {"input": "a", "background": True}, "background"),
+        ("responses", {"input": [{"type": "image_generation_call"}]}, "input[0]"),
+        ("responses", {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0]"),
+        ("responses", {"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].name"),
+        ("responses", {"input": "a", "max_output_tokens": 0}, "max_output_tokens"),
     ],
 )  # fmt: skip
 def test_refused_by_name(http: httpx.Client, path: str, change: dict[str, Any], param: str) -> None:
-    base = CHAT if path.startswith("chat") else TEXT
+    base = {"chat/completions": CHAT, "completions": TEXT}.get(path, {"model": NAME})
     answer = http.post(f"/v1/{path}", json=base | change)
+    assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
     assert error["type"] == "invalid_request_error" and set(error) == {"message", "type", "param", "code"}
@@ -189,10 +225,10 @@ def test_tokens_there_and_back(http: httpx.Client, tokenizer: Tokenizer) -> None
 
 def test_a_prompt_of_ids_equals_its_text(http: httpx.Client) -> None:
     ids = http.post("/tokenize", json={"prompt": "one two"}).json()["tokens"]
-    answers = [http.post("/v1/completions", json=TEXT | {"prompt": p}).json() for p in ("one two", ids, ids[1:])]
+    answers = [http.post("/v1/completions", json=TEXT | {"prompt": p}).json() for p in ("one two", ids)]
     assert len({json.dumps(answer["choices"]) for answer in answers}) == 1
-    special = http.post("/v1/completions", json=TEXT | {"prompt": [ids[1], 2, ids[1]]})
-    assert special.status_code == 400 and "special tokens" in special.json()["error"]["message"]
+    several = http.post("/v1/completions", json=TEXT | {"prompt": [ids, ids[:2]]}).json()["choices"]
+    assert [row["index"] for row in several] == [0, 1] and several[0] == answers[0]["choices"][0]
 
 
 def test_health_and_metrics(http: httpx.Client) -> None:
@@ -202,17 +238,20 @@ def test_health_and_metrics(http: httpx.Client) -> None:
     http.post("/v1/chat/completions", json=CHAT | {"max_tokens": -1})
     list(Client(str(http.base_url)).stream_chat([WHO], params=SamplingParams(max_tokens=3)))
     after = _metrics(http.get("/metrics").text)
-    assert after["puyu:generation_tokens_total"] == before["puyu:generation_tokens_total"] + 6
-    name = 'puyu:request_success_total{finished_reason="length"}'
+    assert after["vllm:generation_tokens_total"] == before["vllm:generation_tokens_total"] + 6
+    name = 'vllm:request_success_total{finished_reason="length"}'
     assert after[name] == before.get(name, 0) + 2
     assert after['puyu:request_refused_total{status="400"}'] > before.get('puyu:request_refused_total{status="400"}', 0)
-    assert after["puyu:time_to_first_token_seconds_count"] == before["puyu:time_to_first_token_seconds_count"] + 1
-    assert after["puyu:num_requests_running"] == 0
+    assert after["vllm:time_to_first_token_seconds_count"] == before["vllm:time_to_first_token_seconds_count"] + 2
+    assert after["vllm:num_requests_running"] == 0
 
 
 def _metrics(page: str) -> dict[str, float]:
+    """Without the labels that all rows have."""
     rows = [line.rsplit(" ", 1) for line in page.splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, value in rows}
+    own = f'model_name="{NAME}",engine="0"'
+    assert all(own in name for name, _ in rows)
+    return {name.replace(own + ",", "").replace("{" + own + "}", ""): float(value) for name, value in rows}
 
 
 # -- our client and agent through the wire ---------------------------------------------------------------------
@@ -286,7 +325,7 @@ def test_a_client_that_leaves_frees_its_blocks(lone: LLM, stream: bool, waiting:
         assert lone.stats().num_free_blocks == total
         assert lone.stats().num_generated_tokens - generated < 800
         page = _metrics(httpx.get(f"{url}/metrics").text)
-        assert page['puyu:request_success_total{finished_reason="abort"}'] == 1 + waiting
+        assert page['vllm:request_success_total{finished_reason="abort"}'] == 1 + waiting
 
 
 def test_a_full_queue_is_429_with_retry_after(lone: LLM) -> None:
@@ -339,12 +378,20 @@ def test_body_limit_host_and_no_cors(lone: LLM) -> None:
         assert preflight.status_code == 405
 
 
-def test_logs_hold_no_text(lone: LLM, caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_hold_no_text_unless_asked(
+    lone: LLM, model: CausalLM, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    again = LLM.from_model(model, tokenizer, config=EngineConfig(cache_tokens=512), name=NAME)
     with caplog.at_level(logging.DEBUG, logger="puyu"), served(lone) as url:
         httpx.post(f"{url}/v1/completions", json=TEXT | {"prompt": "my secret diary"})
         httpx.post(f"{url}/v1/completions", json=TEXT | {"prompt": "my secret diary", "max_tokens": -1})
         httpx.post(f"{url}/v1/completions", json=TEXT | {"prompt": "my secret diary " * 900})
-    assert "request ended" in caplog.text and "diary" not in caplog.text
+    lines = [line for line in caplog.text.splitlines() if "POST /v1/completions" in line]
+    assert len(lines) == 3 and "diary" not in caplog.text
+    with caplog.at_level(logging.INFO, logger="puyu"), served(again, log_text=True) as url:
+        answer = httpx.post(f"{url}/v1/completions", json=TEXT | {"prompt": "my secret diary"})
+    asked = next(line for line in caplog.text.splitlines() if "diary" in line)
+    assert answer.headers["x-request-id"] in asked
 
 
 def test_a_stopped_engine_is_503(model: CausalLM, tokenizer: Tokenizer) -> None:

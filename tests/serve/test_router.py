@@ -23,7 +23,8 @@ from puyu.errors import ResourceError
 from puyu.serve.config import ServeConfig
 from puyu.serve.fleet import Fleet
 from puyu.serve.local import LocalProcess, environment, launcher, replica_config
-from puyu.serve.router import Router, RouterServer
+from puyu.serve.routed import RouterServer
+from puyu.serve.router import Router
 from puyu.serve.server import address, bind, running_server
 from puyu.types import SamplingParams
 from tests.serve.conftest import NAME, wait_until
@@ -265,7 +266,7 @@ def test_a_fleet_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 
 def test_the_router_needs_no_torch() -> None:
-    code = "import sys; sys.modules['torch'] = None; import puyu.serve.router, puyu.serve.cluster"
+    code = "import sys; sys.modules['torch'] = None; import puyu.serve.routed, puyu.serve.cluster"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Coroutine
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,7 @@ import pytest
 
 from puyu.errors import ResourceError
 from puyu.serve.fleet import Fleet, Patience
+from puyu.serve.keys import new_key
 from puyu.serve.merge import merge
 from tests.serve.replicas import QUICK, STREAM, WHOLE, Fake, chunk, event, silent, staged, torn, until, whole
 
@@ -307,3 +309,77 @@ def test_pages_are_merged_under_one_heading() -> None:
         '# TYPE a counter\na{replica="0"} 1\na{replica="1"} 7\n'
         '# TYPE b histogram\nb_bucket{le="+Inf",replica="0"} 3\nb_sum{replica="0"} 0.5\n'
     )
+
+
+# -- keys, control routes, slow readers ------------------------------------------------------------------------
+
+
+@in_loop
+async def test_limits_of_a_key_hold_with_what_replicas_tell(tmp_path: Path) -> None:
+    key = new_key(tmp_path / "keys.yaml", "one", tokens_per_minute=50)
+    spent = chunk(event("a")) + chunk(b"data: [DONE]\n\n") + chunk(b": spent 60\n\n") + b"0\r\n\r\n"
+
+    async def stream(writer: asyncio.StreamWriter, body: bytes) -> None:
+        writer.write(STREAM + spent)
+
+    for script, expected in ((stream, event("a") + b"data: [DONE]\n\n"), (whole({}, puyu_spent="60"), b"{}")):
+        async with staged(script, keys_file=str(tmp_path / "keys.yaml")) as stage:
+            stage.http.headers["authorization"] = f"Bearer {key}"
+            answer = await ask(stage.http)
+            assert answer.content == expected and "puyu-spent" not in answer.headers
+            assert len(answer.headers.get_list("x-request-id")) == 1
+            limited = await ask(stage.http)
+            assert limited.status_code == 429 and int(limited.headers["retry-after"]) > 1
+            assert b"puyu-spent: tell" in stage.lives[0][0].asked[0].lower()
+
+
+@in_loop
+async def test_control_goes_everywhere_and_to_those_that_start_later() -> None:
+    state = whole({"asleep": False})
+    async with staged(state, state, control_key="boss") as stage:
+        assert (await stage.http.post("/control/wake")).status_code == 401
+        stage.http.headers["authorization"] = "Bearer boss"
+        for path, body in [
+            ("weights", {"path": "a"}), ("adapters", {"name": "x", "path": "p"}), ("sleep", {"level": 1}),
+            ("weights", {"path": "b"}), ("reset_prefix_cache", {}), ("wake", {}),
+        ]:  # fmt: skip
+            answer = await stage.http.post(f"/control/{path}", json=body)
+            assert answer.json() == {"replicas": {"0": {"asleep": False}, "1": {"asleep": False}}}
+        assert (await stage.http.get("/control/state")).status_code == 200
+        await stage.http.delete("/control/adapters/x")
+        assert stage.asked() == [8, 8]
+        assert all(b"bearer inner-control\r\n" in head.lower() for head in stage.lives[0][0].asked)
+        stage.lives[1][0].die()
+        await until(lambda: len(stage.lives[1]) == 2 and stage.fleet.replicas[1].state == "up")
+        lines = [head.split(b" HTTP")[0] for head in stage.lives[1][1].asked]
+        assert lines == [b"POST /control/weights", b"POST /control/wake", b"DELETE /control/adapters/x"]
+        assert b'"b"' in stage.lives[1][1].asked[0]
+    async with staged(whole({"error": "no"}, 400), state, control_key="boss") as stage:
+        answer = await stage.http.post("/control/weights", headers={"Authorization": "Bearer boss"})
+        assert answer.status_code == 400 and not stage.fleet.settled.questions
+
+
+@in_loop
+async def test_a_responses_stream_breaks_in_its_own_words() -> None:
+    async with staged(torn(STREAM, chunk(b"event: response.created\ndata: {}\n\n"))) as stage:
+        text = (await stage.http.post("/v1/responses", json={"input": "Hi"})).text
+        assert text.startswith("event: response.created\ndata: {}\n\nevent: error\ndata: ") and "[DONE]" not in text
+        error = json.loads(text.rstrip().rpartition("data: ")[2])
+        assert (error["type"], error["code"], error["sequence_number"]) == ("error", "server_error", 1)
+
+
+@in_loop
+async def test_a_client_that_takes_nothing_is_cut_off() -> None:
+    async def flood(writer: asyncio.StreamWriter, body: bytes) -> None:
+        writer.write(STREAM)
+        while True:
+            writer.write(chunk(event("x" * 60_000)))
+            await writer.drain()
+
+    async with staged(flood) as stage:
+        stage.router.slow_seconds = 0.2
+        _, writer = await asyncio.open_connection("127.0.0.1", stage.http.base_url.port, limit=1024)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n{}")
+        await until(lambda: stage.asked() == [1])
+        await until(lambda: stage.fleet.replicas[0].in_flight == 0)
+        writer.transport.abort()

@@ -1,0 +1,49 @@
+"""Connections that begin a request and do not go on: closed after a while, so that they cannot fill the server.
+
+uvicorn closes connections that are idle after an answer. A connection that never sends a whole request head is not
+idle to it; here it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+
+def patient(base: Any, *, seconds: float) -> Any:
+    """A subclass of one of uvicorn's HTTP protocols that waits for a request's head no longer than `seconds`."""
+
+    class Patient(base):  # type: ignore[misc]
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._timer = self.loop.call_later(seconds, self._give_up)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._is_waiting and self._timer is None:
+                self._timer = self.loop.call_later(seconds, self._give_up)
+            elif not self._is_waiting:
+                self._cancel()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._cancel()
+            super().connection_lost(exc)
+
+        def _cancel(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+        @property
+        def _is_waiting(self) -> bool:
+            """Whether no request is under way."""
+            return self.cycle is None or self.cycle.response_complete
+
+        def _give_up(self) -> None:
+            self._timer = None
+            if self._is_waiting and not self.transport.is_closing():
+                self.transport.close()
+
+    return Patient
