@@ -14,13 +14,11 @@ import asyncio
 import contextlib
 import secrets
 import socket
+import time
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import uvicorn
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Scope
+from starlette.types import ASGIApp
 
 from puyu.log import say
 from puyu.serve.config import ServeConfig
@@ -28,7 +26,7 @@ from puyu.serve.fleet import Fleet, Launch
 from puyu.serve.guard import Guard
 from puyu.serve.keys import KeyRing
 from puyu.serve.local import launcher
-from puyu.serve.patience import patient
+from puyu.serve.patience import PatientServer
 from puyu.serve.router import Router
 
 GRACE_SECONDS = 0.5
@@ -54,45 +52,25 @@ def guarded(router: Router, config: ServeConfig) -> ASGIApp:
     return app
 
 
-class RouterServer(uvicorn.Server):
-    """uvicorn with a stop that lets requests finish for `drain_seconds`, or until a second signal."""
+class RouterServer(PatientServer):
+    """Lets requests finish for `drain_seconds`, or until a second signal."""
 
     def __init__(self, router: Router, config: ServeConfig) -> None:
-        settings: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
-        files: dict[str, Any] = {"ssl_certfile": config.tls_cert or None, "ssl_keyfile": config.tls_key or None}
-        options = uvicorn.Config(guarded(router, config), lifespan="off", ws="none", **settings, **files)
-        options.load()
-        options.http_protocol_class = patient(options.http_protocol_class, seconds=config.body_seconds)
-        super().__init__(options)
+        super().__init__(guarded(router, config), config, lifespan="off")
         self.router, self.drain_seconds = router, config.drain_seconds
-        self._again = asyncio.Event()
         router.cut = self.cut
-
-    def cut(self, scope: Scope) -> None:
-        """Close the connection of an ASGI scope without waiting for its reader."""
-        for connection in list(self.server_state.connections):
-            if getattr(connection, "client", None) == scope["client"]:
-                getattr(connection, "transport").abort()  # noqa: B009 - uvicorn's protocols share no base class
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second does not."""
-        if self.should_exit:
-            self._again.set()
-        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called once, after a signal or `should_exit`."""
         self.router.is_draining = True
         ended = asyncio.create_task(super().shutdown(sockets))
-        again = asyncio.create_task(self._again.wait())
-        await asyncio.wait({ended, again}, timeout=self.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
-        again.cancel()
+        until = time.monotonic() + self.drain_seconds
+        while not (ended.done() or self.force_exit) and time.monotonic() < until:
+            await asyncio.wait({ended}, timeout=0.05)
         self.router.end()
         await asyncio.wait({ended}, timeout=GRACE_SECONDS)
         if not ended.done():  # what is left are clients that do not read
-            self.force_exit = True
-            for connection in list(self.server_state.connections):
-                getattr(connection, "transport").abort()  # noqa: B009
+            self.cut_all()
         await ended
 
 
