@@ -153,7 +153,7 @@ class Replica:
         self.state = "starting"
         try:
             process = await self._launch(self.index)
-        except ResourceError as error:
+        except (ResourceError, OSError) as error:
             return self._ended(f"could not be started: {error}", "")
         self.address = process.address
         self.serial = next(Replica.serials)
@@ -236,7 +236,12 @@ class Fleet:
     async def start(self) -> None:
         """Return when every replica is up; ResourceError when one of them ends before. `stop` must follow."""
         self._keepers = [asyncio.create_task(replica.keep()) for replica in self.replicas]
-        await asyncio.gather(*(replica.ready for replica in self.replicas))
+        ready = asyncio.gather(*(replica.ready for replica in self.replicas))
+        await asyncio.wait([ready, *self._keepers], return_when=asyncio.FIRST_COMPLETED)
+        for keeper in self._keepers:
+            if keeper.done():
+                keeper.result()  # a mistake of ours shall not leave us waiting
+        await ready
 
     async def stop(self) -> None:
         """End every process; none is started again."""

@@ -10,26 +10,20 @@ A name's samples stand together under one TYPE line, as the format demands. Pure
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 
 def merge(pages: Mapping[str, str]) -> str:
     """One page out of `pages` (replica -> text)."""
     families: dict[str, list[str]] = {}
-    for replica, page in pages.items():
-        for heading, sample in _samples(page):
-            families.setdefault(heading, []).append(labeled(sample, replica))
-    return "".join("\n".join([heading, *rows]) + "\n" for heading, rows in families.items())
-
-
-def _samples(page: str) -> Iterator[tuple[str, str]]:
-    """(TYPE line, sample) of every sample."""
     heading = ""
-    for line in page.splitlines():
-        if line.startswith("# TYPE"):
-            heading = line
-        elif line and not line.startswith("#"):
-            yield heading, line
+    for replica, page in pages.items():
+        for line in page.splitlines():
+            if line.startswith("# TYPE"):
+                heading = line
+            elif line and not line.startswith("#"):
+                families.setdefault(heading, []).append(labeled(line, replica))
+    return "".join("\n".join([heading, *rows]) + "\n" for heading, rows in families.items())
 
 
 def labeled(sample: str, replica: str) -> str:
