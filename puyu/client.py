@@ -22,7 +22,18 @@ import httpx
 
 from puyu.errors import ConfigError, RequestError, ResourceError
 from puyu.types import Completion, Delta, GenerateRequest, Message, SamplingParams, Scored, ToolSpec
-from puyu.wire import SseDecoder, StreamReader, read_completion, read_echo, read_models, read_scores, request_body
+from puyu.wire import (
+    SseDecoder,
+    StreamReader,
+    read_completion,
+    read_echo,
+    read_models,
+    read_ranking,
+    read_rewards,
+    read_scores,
+    read_vectors,
+    request_body,
+)
 
 Chat = str | Sequence[Message | Mapping[str, Any]]
 """A user's text, messages, or OpenAI's dicts."""
@@ -84,7 +95,8 @@ class Client:
             async for event in events:
                 for delta in reader.push(event):
                     yield delta
-        yield reader.finish()
+        for delta in reader.finish():
+            yield delta
 
     async def score(self, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
         """Log-likelihood of each continuation: by `/score`, or where that is unknown by `echo` with logprobs."""
@@ -95,6 +107,16 @@ class Client:
             if not isinstance(error, UnknownRoute):
                 raise
         return list(await asyncio.gather(*(self._score_by_echo(*pair) for pair in pairs)))
+
+    async def embed(self, texts: Sequence[str]) -> list[list[float]]:
+        """One vector for each text, of length 1; makes the client an `Embedder`."""
+        return read_vectors(
+            await self._ask("POST", "/v1/embeddings", {"model": await self._name(), "input": list(texts)})
+        )
+
+    async def rewards(self, conversations: Sequence[Chat]) -> list[float]:
+        """What a reward model thinks of each conversation's last answer."""
+        return read_rewards(await self._ask("POST", "/v1/reward", self._reward_body(await self._name(), conversations)))
 
     async def _score_by_echo(self, context: str, continuation: str) -> Scored:
         body = {"model": self.model, "prompt": context + continuation, "max_tokens": 1, "temperature": 0.0}
@@ -133,7 +155,25 @@ class Client:
         reader = StreamReader()
         for event in self._events_now(path, body):
             yield from reader.push(event)
-        yield reader.finish()
+        yield from reader.finish()
+
+    def embed_all(self, texts: Sequence[str]) -> list[list[float]]:
+        """Like `embed`."""
+        return read_vectors(self._ask_now("POST", "/v1/embeddings", {"model": self._name_now(), "input": list(texts)}))
+
+    def reward(self, conversations: Sequence[Chat]) -> list[float]:
+        """Like `rewards`."""
+        return read_rewards(self._ask_now("POST", "/v1/reward", self._reward_body(self._name_now(), conversations)))
+
+    def rerank(self, query: str, documents: Sequence[str], *, top_n: int | None = None) -> list[tuple[int, float]]:
+        """(place of the document, relevance), the most relevant first."""
+        body: dict[str, Any] = {"model": self._name_now(), "query": query, "documents": list(documents)}
+        body |= {"return_documents": False} | ({"top_n": top_n} if top_n is not None else {})
+        return read_ranking(self._ask_now("POST", "/v1/rerank", body))
+
+    def _reward_body(self, name: str, conversations: Sequence[Chat]) -> dict[str, Any]:
+        rows = [[message.to_openai() for message in _messages(item)] for item in conversations]
+        return {"model": name, "conversations": rows}
 
     def models(self) -> list[str]:
         """Names that the server offers."""
@@ -275,10 +315,14 @@ def _params(params: SamplingParams | None, changes: Mapping[str, Any]) -> Sampli
     return replace(params or SamplingParams(), **changes)
 
 
-def _request(messages: Chat, tools: Sequence[ToolSpec | Mapping[str, Any]], params: SamplingParams) -> GenerateRequest:
+def _messages(messages: Chat) -> tuple[Message, ...]:
     if isinstance(messages, str):
         messages = (Message("user", messages),)
-    turns = tuple(turn if isinstance(turn, Message) else Message.from_openai(turn) for turn in messages)
+    return tuple(turn if isinstance(turn, Message) else Message.from_openai(turn) for turn in messages)
+
+
+def _request(messages: Chat, tools: Sequence[ToolSpec | Mapping[str, Any]], params: SamplingParams) -> GenerateRequest:
+    turns = _messages(messages)
     specs = tuple(spec if isinstance(spec, ToolSpec) else ToolSpec.from_openai(spec) for spec in tools)
     return GenerateRequest(turns, params, specs)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from puyu.errors import RequestError, ResourceError
 from puyu.types import (
+    CallPart,
     Completion,
     Delta,
     FinishReason,
@@ -25,6 +26,7 @@ from puyu.types import (
     SamplingParams,
     Scored,
     ToolCall,
+    ToolChoice,
     Usage,
 )
 
@@ -42,71 +44,87 @@ FINISH: Mapping[str, FinishReason] = {
 
 
 def request_body(request: GenerateRequest, model: str, *, stream: bool = False) -> tuple[str, dict[str, Any]]:
-    """The path and the JSON body: chat for messages, completions for plain text."""
+    """The path and the JSON body: chat for messages, completions for plain text. An adapter is asked for as `model`."""
     _check_sendable(request)
-    body: dict[str, Any] = {"model": model, **_params_body(request.params)}
+    body: dict[str, Any] = {"model": request.adapter or model, **_params_body(request.params), **_limits_body(request)}
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
-    if request.params.guide is not None:
-        body["response_format"] = {
-            "type": "json_schema",
-            "json_schema": {"name": "answer", "schema": _schema(request.params.guide)},
-        }
     if not request.is_chat:
-        if request.params.logprobs:
-            body["logprobs"] = 1
         prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
-        return "/v1/completions", body | {"prompt": prompt}
+        return "/v1/completions", body | _text_body(request.params) | {"prompt": prompt}
     body["messages"] = [item.to_openai() for item in request.prompt if isinstance(item, Message)]
     if request.tools:
-        body["tools"] = [tool.to_openai() for tool in request.tools]
+        body |= {"tools": [tool.to_openai() for tool in request.tools], **_choice_body(request.tool_choice)}
     if request.params.logprobs:
         body["logprobs"] = True
+    if request.params.guide is not None:
+        body |= _guide_body(request.params.guide)
+    if request.template:
+        body["chat_template_kwargs"] = dict(request.template)
     return "/v1/chat/completions", body
 
 
 def _params_body(params: SamplingParams) -> dict[str, Any]:
     """OpenAI's fields always; fields that only some servers know, just where they differ from the default."""
     body: dict[str, Any] = {"max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": params.top_p}
-    if params.seed is not None:
-        body["seed"] = params.seed
-    if params.stop:
-        body["stop"] = list(params.stop)
-    if params.top_k:
-        body["top_k"] = params.top_k
-    if params.stop_token_ids:
-        body["stop_token_ids"] = list(params.stop_token_ids)
-    if params.ignore_eos:
-        body["ignore_eos"] = True
-    for name in ("min_p", "min_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-        if getattr(params, name) != getattr(_DEFAULT, name):
-            body[name] = getattr(params, name)
+    for name in _OPTIONAL_PARAMS:
+        value = getattr(params, name)
+        if value != getattr(_DEFAULT, name):
+            body[name] = list(value) if isinstance(value, tuple) else value
     if params.logit_bias:
         body["logit_bias"] = {str(id): bias for id, bias in params.logit_bias.items()}
     return body
 
 
+def _limits_body(request: GenerateRequest) -> dict[str, Any]:
+    given = {"priority": request.priority or None, "timeout": request.timeout, "queue_timeout": request.queue_timeout}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _text_body(params: SamplingParams) -> dict[str, Any]:
+    """What plain text has in other words than chat."""
+    body: dict[str, Any] = {"logprobs": 1} if params.logprobs else {}
+    if params.best_of:
+        body["best_of"] = params.best_of
+    return body | (_guide_body(params.guide, everywhere=True) if params.guide is not None else {})
+
+
+def _guide_body(guide: Guide, *, everywhere: bool = False) -> dict[str, Any]:
+    """OpenAI's word for a schema in a chat; vLLM's for other forms and places."""
+    value = json.loads(guide.value) if guide.kind == "json_schema" and isinstance(guide.value, str) else guide.value
+    if guide.kind == "json_schema" and not everywhere:
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": value}}}
+    kind = "json" if guide.kind == "json_schema" else guide.kind
+    return {"structured_outputs": {kind: list(value) if isinstance(value, tuple) else value}}
+
+
+def _choice_body(choice: ToolChoice) -> dict[str, Any]:
+    body: dict[str, Any] = {} if choice.parallel else {"parallel_tool_calls": False}
+    names = [{"type": "function", "function": {"name": name}} for name in choice.names]
+    if choice.mode == "required" and len(names) == 1:
+        return body | {"tool_choice": names[0]}
+    if names:
+        return body | {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": names}}}
+    return body if choice.mode == "auto" else body | {"tool_choice": choice.mode}
+
+
 _DEFAULT = SamplingParams()
-_LOCAL_PARAMS = ("top_logprobs", "prompt_logprobs", "bad_words", "n", "best_of", "beam_width")
-_LOCAL_LIMITS = ("priority", "timeout", "queue_timeout", "adapter")
+_OPTIONAL_PARAMS = (
+    *("seed", "stop", "top_k", "stop_token_ids", "ignore_eos", "min_p", "min_tokens", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "n", "bad_words", "beam_width", "length_penalty"),
+)
+_LOCAL_PARAMS = ("top_logprobs", "prompt_logprobs")
 
 
 def _check_sendable(request: GenerateRequest) -> None:
     """RequestError for what the wire has no word for: nothing that would change the answer is left out in silence."""
-    plain = GenerateRequest("")
     wrong = [name for name in _LOCAL_PARAMS if getattr(request.params, name) != getattr(_DEFAULT, name)]
-    wrong += [name for name in _LOCAL_LIMITS if getattr(request, name) != getattr(plain, name)]
-    guide = request.params.guide
-    if guide is not None and (guide.kind != "json_schema" or isinstance(request.prompt, str)):
-        wrong.append("guide")
+    if request.params.best_of and request.is_chat:
+        wrong.append("best_of")
     if wrong:
         raise RequestError(
             f"{wrong[0]} cannot be sent to a server", param=wrong[0], remedy="use an LLM in this process"
         )
-
-
-def _schema(guide: Guide) -> Any:
-    return json.loads(guide.value) if isinstance(guide.value, str) else guide.value
 
 
 # -- answers: what is read ------------------------------------------------------------------------------------
@@ -115,24 +133,28 @@ def _schema(guide: Guide) -> Any:
 def read_completion(answer: Any) -> Completion:
     """A whole answer of either route."""
     with _shape("an answer with 'choices'"):
-        choice = answer["choices"][0]
         usage = _read_usage(answer.get("usage"))
-        reason = _finish(choice.get("finish_reason"))
-        if "message" not in choice:
-            logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or ()
-            text = choice["text"]
-            return Completion(Message("assistant", text), reason, usage, logprobs=tuple(logprobs), raw_text=text)
-        message = Message.from_openai({**choice["message"], "role": "assistant"})
-        logprobs = (choice.get("logprobs") or {}).get("content") or ()
-        values = tuple(float(item["logprob"]) for item in logprobs)
-        return Completion(message, reason, usage, logprobs=values, raw_text=message.text)
+        first, *others = [_read_choice(choice, usage) for choice in answer["choices"]]
+        return replace(first, alternatives=tuple(others))
+
+
+def _read_choice(choice: Mapping[str, Any], usage: Usage) -> Completion:
+    reason = _finish(choice.get("finish_reason"))
+    if "message" not in choice:
+        logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or ()
+        text = choice["text"]
+        return Completion(Message("assistant", text), reason, usage, logprobs=tuple(logprobs), raw_text=text)
+    message = Message.from_openai({**choice["message"], "role": "assistant"})
+    logprobs = (choice.get("logprobs") or {}).get("content") or ()
+    values = tuple(float(item["logprob"]) for item in logprobs)
+    return Completion(message, reason, usage, logprobs=values, raw_text=message.text)
 
 
 @contextlib.contextmanager
 def _shape(wanted: str) -> Iterator[None]:
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         remedy = "check that the URL is that of an OpenAI-compatible server"
         raise ResourceError(f"the server's answer is not {wanted} ({error!r})", remedy=remedy) from error
 
@@ -159,6 +181,24 @@ def read_scores(answer: Any) -> list[Scored]:
             Scored(float(row["logprob"]), int(row["num_tokens"]), int(row["num_bytes"]), bool(row["is_greedy"]))
             for row in answer["scores"]
         ]
+
+
+def read_vectors(answer: Any) -> list[list[float]]:
+    """Embeddings in the order of their inputs."""
+    with _shape("a list of embeddings"):
+        rows = sorted(answer["data"], key=lambda row: int(row["index"]))
+        return [[float(value) for value in row["embedding"]] for row in rows]
+
+
+def read_rewards(answer: Any) -> list[float]:
+    with _shape("a list of rewards"):
+        return [float(row["score"]) for row in sorted(answer["data"], key=lambda row: int(row["index"]))]
+
+
+def read_ranking(answer: Any) -> list[tuple[int, float]]:
+    """(place of the document, relevance), the most relevant first."""
+    with _shape("a ranking"):
+        return [(int(row["index"]), float(row["relevance_score"])) for row in answer["results"]]
 
 
 def read_echo(answer: Any, context: str, continuation: str) -> Scored:
@@ -204,10 +244,11 @@ def _sse_event(line: bytes) -> dict[str, Any] | None:
 
 @dataclass(slots=True)
 class StreamReader:
-    """Chunks of a stream -> Deltas. Tool calls are gathered and given whole, in call order, at the end."""
+    """Chunks of a stream -> Deltas. Tool calls are given as they come, and whole, in call order, at the end."""
 
-    calls: dict[int, ToolCall] = field(default_factory=dict)
-    reason: FinishReason | None = None
+    calls: dict[tuple[int, int], ToolCall] = field(default_factory=dict)
+    """By answer and place in it."""
+    reasons: dict[int, FinishReason] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
 
     def push(self, event: Mapping[str, Any]) -> Iterator[Delta]:
@@ -215,32 +256,39 @@ class StreamReader:
             raise _stream_error(event["error"])
         self.usage = _read_usage(event["usage"]) if event.get("usage") else self.usage
         for choice in event.get("choices") or ():
-            delta = choice.get("delta") or {}
-            for fragment in delta.get("tool_calls") or ():
-                self._gather(fragment)
+            index, delta = int(choice.get("index") or 0), choice.get("delta") or {}
+            parts = tuple(self._gather(index, fragment) for fragment in delta.get("tool_calls") or ())
             if choice.get("finish_reason"):
-                self.reason = _finish(choice["finish_reason"])
-            if text := delta.get("content") or choice.get("text"):
-                yield Delta(text)
+                self.reasons[index] = _finish(choice["finish_reason"])
+            text = delta.get("content") or choice.get("text") or ""
+            if text or parts:
+                yield Delta(text, index=index, call_parts=parts)
 
-    def _gather(self, fragment: Mapping[str, Any]) -> None:
+    def _gather(self, index: int, fragment: Mapping[str, Any]) -> CallPart:
         function = fragment.get("function") or {}
-        index = int(fragment.get("index") or 0)
-        known = self.calls.get(index, ToolCall("", ""))
-        self.calls[index] = replace(
-            known,
-            name=known.name + (function.get("name") or ""),
-            arguments=known.arguments + (function.get("arguments") or ""),
-            id=known.id or fragment.get("id") or "",
+        place = int(fragment.get("index") or 0)
+        part = CallPart(place, function.get("arguments") or "", function.get("name") or "", fragment.get("id") or "")
+        known = self.calls.get((index, place), ToolCall("", ""))
+        self.calls[index, place] = ToolCall(
+            known.name + part.name, known.arguments + part.arguments, known.id or part.id
         )
+        return part
 
-    def finish(self) -> Delta:
-        """The last delta; a stream that ended without a finish reason was cut."""
-        if self.reason is None:
+    def finish(self) -> list[Delta]:
+        """The end of each answer, the usage with the last; a stream that ended without a finish reason was cut."""
+        if not self.reasons:
             remedy = "ask again; look into the server's log"
             raise ResourceError("the stream ended before the answer was complete", remedy=remedy)
-        calls = tuple(self.calls[index] for index in sorted(self.calls))
-        return Delta(tool_calls=calls, finish_reason=self.reason, usage=self.usage)
+        ends = [
+            Delta(tool_calls=self._calls_of(index), finish_reason=self.reasons[index], index=index)
+            for index in sorted(self.reasons)
+        ]
+        return [*ends[:-1], replace(ends[-1], usage=self.usage)]
+
+    def _calls_of(self, index: int) -> tuple[ToolCall, ...]:
+        return tuple(
+            call for (answer, _), call in sorted(self.calls.items(), key=lambda item: item[0]) if answer == index
+        )
 
 
 def _stream_error(error: Any) -> RequestError | ResourceError:

@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -27,6 +27,7 @@ from puyu.types import (
     Message,
     SamplingParams,
     ToolCall,
+    ToolChoice,
     ToolSpec,
     Usage,
 )
@@ -329,16 +330,45 @@ def test_every_parameter_is_sent_or_refused_by_name() -> None:
     for value in (schema, json.dumps(schema)):
         body = request_body(GenerateRequest(talk, SamplingParams(guide=Guide("json_schema", value))), "m")[1]
         assert body["response_format"]["json_schema"]["schema"] == schema
-    local: list[tuple[GenerateRequest, str]] = [
-        (GenerateRequest(talk, SamplingParams(n=2)), "n"),
-        (GenerateRequest(talk, SamplingParams(beam_width=2)), "beam_width"),
-        (GenerateRequest(talk, SamplingParams(bad_words=("x",))), "bad_words"),
-        (GenerateRequest(talk, SamplingParams(guide=Guide("regex", "a"))), "guide"),
-        (GenerateRequest("Hi", SamplingParams(guide=Guide("json_schema", schema))), "guide"),
-        (GenerateRequest(talk, adapter="poet"), "adapter"),
-        (GenerateRequest(talk, timeout=3.0), "timeout"),
-    ]
-    for request, param in local:
-        with pytest.raises(RequestError) as caught:
-            request_body(request, "m")
-        assert caught.value.param == param
+    changed: dict[str, Any] = {
+        "max_tokens": 7, "temperature": 0.3, "top_p": 0.5, "top_k": 4, "seed": 1, "stop": ("x",),
+        "stop_token_ids": (3,), "ignore_eos": True, "logprobs": True, "top_logprobs": 2,
+        "prompt_logprobs": True, "min_p": 0.1, "min_tokens": 2,
+        "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.1, "logit_bias": {5: 1.0},
+        "bad_words": ("x",), "n": 2, "best_of": 3, "beam_width": 2, "length_penalty": 0.5, "guide": Guide("regex", "a"),
+    }  # fmt: skip
+    assert set(changed) == {field.name for field in fields(SamplingParams)}, "a new parameter needs its word"
+    limits: dict[str, Any] = {
+        "priority": 1, "timeout": 3.0, "queue_timeout": 2.0, "adapter": "poet", "template": {"enable_thinking": False},
+        "tools": (ToolSpec("f", ""),),
+    }  # fmt: skip
+    plain = request_body(GenerateRequest(talk), "m")[1]
+    for name, value in changed.items():
+        assert _sent_or_refused(GenerateRequest(talk, SamplingParams(**{name: value})), plain, name), name
+    for name, value in limits.items():
+        assert _sent_or_refused(GenerateRequest(talk, **{name: value}), plain, name), name
+    text = request_body(GenerateRequest("Hi", SamplingParams(guide=Guide("json_schema", schema), best_of=2)), "m")[1]
+    assert text["structured_outputs"] == {"json": schema} and text["best_of"] == 2
+    assert request_body(GenerateRequest((5, 6)), "m")[1]["prompt"] == [5, 6]
+
+
+def _sent_or_refused(request: GenerateRequest, plain: dict[str, Any], name: str) -> bool:
+    try:
+        return request_body(request, "m")[1] != plain
+    except RequestError as error:
+        return error.param == name
+
+
+@pytest.mark.parametrize(
+    ("choice", "sent"),
+    [
+        (ToolChoice(), {}),
+        (ToolChoice("none"), {"tool_choice": "none"}),
+        (ToolChoice("required", parallel=False), {"tool_choice": "required", "parallel_tool_calls": False}),
+        (ToolChoice("required", ("f",)), {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
+    ],
+)
+def test_tool_choices_are_sent(choice: ToolChoice, sent: dict[str, Any]) -> None:
+    request = GenerateRequest((Message("user", "Hi"),), tools=(ToolSpec("f", ""),), tool_choice=choice)
+    body = request_body(request, "m")[1]
+    assert {name: body[name] for name in ("tool_choice", "parallel_tool_calls") if name in body} == sent

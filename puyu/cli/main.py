@@ -48,6 +48,7 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb("export", "one GGUF file for llama.cpp", "puyu.cli.export"),
         Verb("generate", "answer every record of a file; resumable", "puyu.cli.generate"),
         Verb("serve", "OpenAI-compatible server", "puyu.cli.serve"),
+        Verb("keys", "API keys of a server: make, list, revoke", "puyu.cli.keys"),
         Verb("plan", "what serving a model will need: weights, KV cache, memory", "puyu.cli.plan"),
         Verb("bench", "quick numbers of the engine on this machine", "puyu.cli.bench"),
         Verb("agent", "answer one task with tools", "puyu.cli.agent"),

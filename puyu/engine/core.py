@@ -63,6 +63,8 @@ class EngineConfig(Config):
     context: int = Field(default=0, ge=0)
     """Tokens that one request may have; 0 is what the model was trained for. `LLM(path)` stretches the positions of a
     model for more (`ModelConfig.stretched`)."""
+    call_format: str = "auto"
+    """How the model writes tool calls: auto (what its chat template shows), internlm2, hermes, llama3, react, none."""
     allow_pickle: bool = False
     """Whether `LLM(path)` reads weights from pickle files where there are no safetensors."""
     overlap: bool = False

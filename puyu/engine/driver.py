@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from puyu.engine.beam import BeamSearch
 from puyu.engine.core import Engine, Event, Stats
 from puyu.engine.flight import Answers, BeamFlight, Flight, Pooled
-from puyu.engine.front import Front, Reader
+from puyu.engine.front import Front
 from puyu.engine.request import Request, Running
 from puyu.errors import RequestError
 from puyu.model.heads import ScalarModel
@@ -43,6 +43,7 @@ class Driver:
             context=engine.context,
             check_adapter=None if bank is None else bank.check,
             is_reward=isinstance(engine.model, ScalarModel),
+            call_format=engine.config.call_format,
         )
         self.lock = threading.RLock()
         """Held while the engine is stepped; hold it to run the model beside the steps."""
@@ -76,11 +77,10 @@ class Driver:
         show: Callable[[Delta], None] | None = None,
     ) -> str:
         """Queue what `Front.prepare` made of a request; any thread may prepare."""
-        chat = request.is_chat
         if request.params.beam_width:
-            return self._queue([(prepared[0], self._beams(prepared[0], chat=chat, done=done, show=show))])
+            return self._queue([(prepared[0], self._beams(request, prepared[0], done=done, show=show))])
         answers = Answers(request.params, len(prepared), done, show, first_id=prepared[0].id)
-        readers = [Reader(item, self.tokenizer, chat=chat) for item in prepared]
+        readers = [self.front.reader(request, item) for item in prepared]
         flights = [Flight(reader, index, answers) for index, reader in enumerate(readers)]
         return self._queue(list(zip(prepared, flights, strict=True)))
 
@@ -208,14 +208,14 @@ class Driver:
 
     def _beams(
         self,
+        asked: GenerateRequest,
         request: Request,
         *,
-        chat: bool,
         done: Callable[[Completion], None],
         show: Callable[[Delta], None] | None,
     ) -> BeamFlight:
         search = BeamSearch(request.params, stop_ids=request.stop_ids, max_tokens=request.max_tokens)
-        return BeamFlight(request, search, lambda: Reader(request, self.tokenizer, chat=chat), done, show)
+        return BeamFlight(request, search, lambda: self.front.reader(asked, request), done, show)
 
     def _beams_of(self, request_id: str) -> BeamFlight | None:
         flights = {flight for flight in self._flights.values() if isinstance(flight, BeamFlight)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from puyu.engine.beam import BeamSearch, Finished
-from puyu.engine.front import Piece, Reader
+from puyu.engine.reader import Piece, Reader
 from puyu.engine.request import Request, Running
 from puyu.types import CallPart, Completion, Delta, FinishReason, Message, SamplingParams, Times, Usage
 

@@ -1,8 +1,8 @@
-"""Between people and ids: messages and parameters -> `Request`; generated ids -> text, stops, tool calls, `Completion`.
+"""Between people and ids: messages and parameters -> `Request`, and how its answer will be read.
 
-Everything that can be wrong with a request is found here, before it is queued, and named by its field. Stop strings
-are matched on text, across token boundaries, and text that may turn out to be the beginning of one is held back.
-Knows no tensors and no scheduler; `LLM` and `serve` are two thin users of it.
+Everything that can be wrong with a request is found here, before it is queued, and named by its field. Answers are
+read by `reader.py`, tool calls by `calls/`. Knows no tensors and no scheduler; `LLM` and `serve` are two thin users of
+it.
 
     front = Front(tokenizer, context=2048)
     request = front.prepare(GenerateRequest((Message("user", "Hi"),)))
@@ -15,23 +15,20 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
+from puyu.engine.calls import pick_format
 from puyu.engine.constrain import Compiler
-from puyu.engine.request import Request, Running
+from puyu.engine.reader import Reader
+from puyu.engine.request import Request
 from puyu.errors import InputError, RequestError
-from puyu.files import hash_json
-from puyu.tokenizer.chat import parse, render_prompt
-from puyu.tokenizer.tokenizer import StreamDecoder, Tokenizer
+from puyu.tokenizer.chat import render_prompt
+from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import (
-    CallPart,
-    Completion,
-    FinishReason,
     GenerateRequest,
     Guide,
     Message,
     SamplingParams,
-    ToolCall,
 )
 
 MAX_STOPS, MAX_BAD_WORDS = 16, 256
@@ -50,11 +47,14 @@ class Front:
         context: int,
         check_adapter: Callable[[str], None] | None = None,
         is_reward: bool = False,
+        call_format: str = "auto",
     ) -> None:
         """`check_adapter` raises RequestError for a name that is not loaded; a reward model does not answer."""
+        self.calls = pick_format(tokenizer, call_format)
         self.tokenizer, self.context, self.is_reward = tokenizer, context, is_reward
         self.check_adapter = check_adapter or _no_adapter
         self._compiler = Compiler(tokenizer)
+        self._markers = {tokenizer.special_tokens[name]: name for name in self.calls.markers}
         self._numbers = itertools.count()
 
     def prepare(self, request: GenerateRequest) -> tuple[Request, ...]:
@@ -82,10 +82,32 @@ class Front:
             adapter=request.adapter,
             bad_words=self._bad_words(params.bad_words),
         )
-        if params.guide is not None:
-            first = replace(first, guide=self._compiler.compile(params.guide, stop_ids=first.stop_ids))
+        guide = self._guide(request)
+        if guide is not None:
+            first = replace(first, guide=self._compiler.compile(guide, stop_ids=first.stop_ids))
         count = 1 if params.beam_width else max(params.n, params.best_of)
         return (first, *(self._sibling(first, index) for index in range(1, count)))
+
+    def _guide(self, request: GenerateRequest) -> Guide | None:
+        """The form of the answer: what was asked for, or that of a tool call that is required."""
+        choice, guide = request.tool_choice, request.params.guide
+        if choice.mode != "required":
+            return guide
+        tools = [tool for tool in request.tools if not choice.names or tool.name in choice.names]
+        if not tools:
+            raise RequestError("a call is required, but there is no tool", param="tool_choice")
+        if guide is not None:
+            raise RequestError("a required call has a form of its own", param="tool_choice", remedy="use 'auto'")
+        return Guide("grammar", self.calls.grammar(tools, several=choice.parallel))
+
+    def reader(self, request: GenerateRequest, part: Request) -> Reader:
+        """What reads the answer. Calls are looked for where tools are offered; InternLM2's are special tokens, which
+        mean nothing else."""
+        offered = bool(request.tools) and request.tool_choice.mode != "none"
+        if not request.is_chat or not (offered or self.calls.name == "internlm2"):
+            return Reader(part, self.tokenizer)
+        calls = self.calls.reader(several=request.tool_choice.parallel)
+        return Reader(part, self.tokenizer, calls=calls, markers=self._markers)
 
     def prepare_pool(self, ids: Sequence[int], *, pooling: str, adapter: str = "") -> Request:
         """A request for the pooled hidden states of `ids`, or for their reward."""
@@ -142,8 +164,11 @@ class Front:
             return self._checked_ids(request.prompt)
         messages: Any = request.prompt
         _check_messages(messages)
+        tools = request.tools if request.tool_choice.mode != "none" else ()
+        if tools or any(message.tool_calls for message in messages):
+            messages, tools = self.calls.prompt(messages, tools)
         try:
-            return render_prompt(messages, request.tools, self.tokenizer, options=request.template)
+            return render_prompt(messages, tools, self.tokenizer, options=request.template)
         except InputError as error:
             remedy = error.remedy or "give the prompt as plain text"
             raise RequestError(error.message, param="messages", remedy=remedy) from error
@@ -277,97 +302,3 @@ def as_messages(messages: str | Sequence[Message | dict[str, Any]]) -> tuple[Mes
         return tuple(item if isinstance(item, Message) else Message.from_openai(item) for item in messages)
     except InputError as error:
         raise RequestError(error.message, param="messages", remedy=error.remedy) from error
-
-
-class Piece(NamedTuple):
-    """What a token brings: text that may be shown, and pieces of tool calls."""
-
-    text: str = ""
-    calls: tuple[CallPart, ...] = ()
-
-
-class Reader:
-    """Generated ids one by one -> text that may be shown; all pieces together are the text of the completion."""
-
-    def __init__(self, request: Request, tokenizer: Tokenizer, *, chat: bool) -> None:
-        self.request, self.tokenizer, self.chat = request, tokenizer, chat
-        self.text = ""
-        self.stopped = False
-        self._decoder = StreamDecoder(tokenizer, skip_special=True)
-        self._held = ""
-        self._in_call = False
-        self.num_read = 0
-
-    def push(self, token: int) -> Piece:
-        """What this token completes; sets `stopped` when a stop string is found."""
-        self.num_read += not self.stopped
-        if self.stopped or token in self.request.stop_ids or self._is_call(token):
-            return Piece()
-        self._held += self._decoder.push(token)
-        return Piece(self._release())
-
-    def push_all(self, tokens: Sequence[int]) -> Piece:
-        """What they complete together."""
-        pieces = [self.push(token) for token in tokens]
-        return Piece("".join(piece.text for piece in pieces), tuple(call for piece in pieces for call in piece.calls))
-
-    def close(self) -> Piece:
-        """What was held back; a character that the end has torn is dropped."""
-        if self.stopped:
-            return Piece()
-        self._held += self._decoder.flush().rstrip("\ufffd")
-        shown = self._release()
-        rest, self._held = self._held, ""
-        self.text += rest
-        return Piece(shown + rest)
-
-    def completion(self, running: Running, *, reason: FinishReason) -> Completion:
-        """What came back, after `close`. Tokens behind a stop string, which drafts may have brought, do not count."""
-        count = self.num_read if self.stopped else running.num_generated
-        ids = running.generated[:count]
-        calls = self._calls(ids) if self.chat else ()
-        return Completion(
-            message=Message("assistant", self.text, tool_calls=calls),
-            finish_reason="tool_calls" if calls and reason == "stop" else reason,
-            usage=replace(running.usage, completion_tokens=count),
-            token_ids=tuple(ids),
-            logprobs=tuple(running.logprobs[:count]),
-            raw_text=self.tokenizer.decode(ids),
-            top_logprobs=tuple(running.top_logprobs[:count]),
-            prompt_logprobs=tuple(running.prompt_logprobs),
-        )
-
-    def _is_call(self, token: int) -> bool:
-        """Whether the token belongs to a tool call, whose text is not part of the answer's."""
-        if not self.chat or self.tokenizer.action_start_id is None:
-            return False
-        if self._in_call:
-            self._in_call = token != self.tokenizer.action_end_id
-            return True
-        self._in_call = token == self.tokenizer.action_start_id
-        return self._in_call
-
-    def _release(self) -> str:
-        """Give out what can no longer become a stop string; cut at the first that is complete."""
-        found = [at for stop in self.request.params.stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            shown, self._held, self.stopped = self._held[: min(found)], "", True
-        else:
-            keep = _open_end(self._held, self.request.params.stop)
-            shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        self.text += shown
-        return shown
-
-    def _calls(self, ids: Sequence[int]) -> tuple[ToolCall, ...]:
-        """Tool calls with ids that depend on prompt and place only, so that equal runs give equal transcripts."""
-        if self.tokenizer.action_start_id not in ids:
-            return ()
-        calls = parse(ids, self.tokenizer).tool_calls
-        seed = hash_json([self.request.prompt_ids, list(ids)])
-        return tuple(replace(call, id=f"call_{seed[:16]}{index}") for index, call in enumerate(calls))
-
-
-def _open_end(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that some stop string begins with."""
-    longest = min(max((len(stop) - 1 for stop in stops), default=0), len(text))
-    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)

@@ -25,7 +25,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from puyu.engine.llm import LLM
 from puyu.engine.loop import Asked
-from puyu.errors import InputError, RequestError, ResourceError
+from puyu.errors import PuyuError, RequestError, ResourceError
 from puyu.log import logger
 from puyu.serve.answers import Echo, Head, Writer, chat_answer, text_answer
 from puyu.serve.chat import ChatBody, read_messages
@@ -327,8 +327,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     async def refused(http: Request, error: RequestError) -> Response:
         return answer(400, error_body(str(error), kind="invalid_request_error", param=error.param, code=error.code))
 
-    @app.exception_handler(InputError)
-    async def unusable(http: Request, error: InputError) -> Response:
+    @app.exception_handler(PuyuError)
+    async def unusable(http: Request, error: PuyuError) -> Response:
         return answer(400, error_body(str(error), kind="invalid_request_error"))
 
     @app.exception_handler(Refused)

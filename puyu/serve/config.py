@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -66,6 +67,8 @@ class ServeConfig(Config):
     """How keys and values are kept: as the model computes them, or as codes."""
     context: int = Field(default=0, ge=0)
     """Tokens that one request may have; 0 is what the model was trained for."""
+    call_format: str = "auto"
+    """How the model writes tool calls: auto (what its chat template shows), internlm2, hermes, llama3, react, none."""
     deterministic: bool = False
     """Whether an answer depends on nothing but its request; slower."""
     draft_model: str = ""
@@ -99,11 +102,22 @@ class ServeConfig(Config):
             return False
 
     def check_open(self) -> None:
-        """ConfigError for a server that strangers could use by mistake."""
+        """ConfigError for a server that strangers could use by mistake, and for files that are not there."""
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ConfigError("tls_cert and tls_key belong together", remedy="give both files, or neither")
-        if not self.is_local and not (self.api_key or self.keys_file) and not self.open:
+        for name in ("tls_cert", "tls_key"):
+            path = getattr(self, name)
+            if path and not Path(path).is_file():
+                raise ConfigError(f"{name}: there is no file {path}", remedy="give a PEM file")
+        if not self.is_local and not self.open and not self._has_key:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines, and no api_key is set",
                 remedy="set PUYU_API_KEY, --api-key or --keys-file, or say --open true, or keep --host 127.0.0.1",
             )
+
+    @property
+    def _has_key(self) -> bool:
+        """Whether somebody must know a key; a file of control keys alone leaves the other routes open."""
+        from puyu.serve.keys import KeyRing
+
+        return bool(self.api_key) or (bool(self.keys_file) and not KeyRing.of(self.keys_file).is_empty)

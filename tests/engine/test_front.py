@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from puyu.engine.front import Front, Reader, as_messages
+from puyu.engine.front import Front, as_messages
+from puyu.engine.reader import Reader
 from puyu.engine.request import Request, Running
 from puyu.errors import RequestError
 from puyu.tokenizer.chat import render, render_prompt
@@ -113,7 +114,9 @@ def read(
     tokenizer: Tokenizer, ids: list[int], *, stop: tuple[str, ...] = (), chat: bool = True
 ) -> tuple[list[str], Reader]:
     request = Request("r", (1,), 999, SamplingParams(stop=stop), frozenset(tokenizer.stop_ids))
-    reader = Reader(request, tokenizer, chat=chat)
+    front = Front(tokenizer, context=1000)
+    prompt = (Message("user", "?"),) if chat else "?"
+    reader = front.reader(GenerateRequest(prompt), request)
     pieces = []
     for id in ids:
         pieces.append(reader.push(id).text)

@@ -20,7 +20,7 @@ from puyu.errors import RequestError, ResourceError
 from puyu.model.heads import CausalLM
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.tools.calculate import calculator
-from puyu.types import GenerateRequest, SamplingParams
+from puyu.types import GenerateRequest, Guide, SamplingParams
 from tests.serve.conftest import NAME, SUM, WHO, served, wait_until
 
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 3}
@@ -269,6 +269,20 @@ def test_the_client_gives_what_the_engine_gives(url: str, llm: LLM) -> None:
     request = GenerateRequest((SUM,), SamplingParams(logprobs=True), (calculator.spec,))
     ours, theirs = llm.generate_all([request])[0], asyncio.run(client.generate(request))
     assert theirs.message == ours.message and theirs.logprobs == pytest.approx(ours.logprobs, abs=1e-4)
+    several = GenerateRequest((WHO,), SamplingParams(max_tokens=6, temperature=1.0, seed=2, n=3))
+    ours, theirs = llm.generate_all([several])[0], asyncio.run(client.generate(several))
+    assert [answer.text for answer in theirs.choices] == [answer.text for answer in ours.choices]
+    formed = GenerateRequest("one", SamplingParams(guide=Guide("choice", ("red", "blue"))), priority=1, timeout=30.0)
+    assert asyncio.run(client.generate(formed)).text == llm.generate_all([formed])[0].text in ("red", "blue")
+    by_ids = GenerateRequest(tuple(llm.driver.front.text_ids("one two")), SamplingParams(max_tokens=4))
+    assert asyncio.run(client.generate(by_ids)).text == client.complete("one two", max_tokens=4).text
+    assert client.embed_all(["one", "two"])[1] == pytest.approx(llm.embed(["one", "two"])[1], abs=1e-5)
+    assert asyncio.run(client.embed(["one"]))[0] == pytest.approx(llm.embed(["one"])[0], abs=1e-5)
+    ranking = client.rerank("one two", ["three", "one two", "浦语"])
+    assert ranking[0] == (1, pytest.approx(1.0)) and [score for _, score in ranking] == sorted(
+        (score for _, score in ranking), reverse=True
+    )
+    assert client.rerank("one two", ["three", "one two"], top_n=1)[0][0] == 1
     pairs = [("one", " two"), ("I am", " 浦语")] * 40
     assert [row.num_bytes for row in asyncio.run(client.score(pairs))] == [len(pair[1].encode()) for pair in pairs]
     assert asyncio.run(client.score(pairs[:1]))[0] == llm.score_all(pairs[:1])[0]
