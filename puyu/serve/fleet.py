@@ -237,7 +237,8 @@ class Fleet:
         """Return when every replica is up; ResourceError when one of them ends before. `stop` must follow."""
         self._keepers = [asyncio.create_task(replica.keep()) for replica in self.replicas]
         ready = asyncio.gather(*(replica.ready for replica in self.replicas))
-        await asyncio.wait([ready, *self._keepers], return_when=asyncio.FIRST_COMPLETED)
+        waiting: list[asyncio.Future[Any]] = [ready, *self._keepers]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for keeper in self._keepers:
             if keeper.done():
                 keeper.result()  # a mistake of ours shall not leave us waiting
