@@ -107,6 +107,7 @@ def test_answers_are_those_of_one_server(http: httpx.Client, url: str) -> None:
         ("/v1/chat/completions", who | {"temprature": 1}),
         ("/v1/completions", {"prompt": ["one", "two"], "max_tokens": 5, "logprobs": 1}),
         ("/v1/completions", {"prompt": "one " * 900}),
+        ("/v1/embeddings", {"input": ["one", "two"]}),
         ("/tokenize", {"prompt": "浦语"}),
         ("/nothing", {}),
     ]:
