@@ -7,7 +7,13 @@ idle to it; here it is.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
+
+import uvicorn
+from starlette.types import ASGIApp, Scope
+
+from puyu.serve.config import ServeConfig
 
 
 def patient(base: Any, *, seconds: float) -> Any:
@@ -47,3 +53,42 @@ def patient(base: Any, *, seconds: float) -> Any:
                 self.transport.close()
 
     return Patient
+
+
+class PatientServer(uvicorn.Server):
+    """uvicorn as this house sets it; how it stops, subclasses say. A second signal sets `force_exit`."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, *, lifespan: Literal["on", "off"]) -> None:
+        options = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan=lifespan,
+            ws="none",
+            server_header=False,
+            ssl_certfile=config.tls_cert or None,
+            ssl_keyfile=config.tls_key or None,
+        )
+        options.load()
+        options.http_protocol_class = patient(options.http_protocol_class, seconds=config.body_seconds)
+        super().__init__(options)
+
+    def cut(self, scope: Scope) -> None:
+        """Close the connection of an ASGI scope without waiting for its reader."""
+        self._abort(scope["client"])
+
+    def cut_all(self) -> None:
+        """Close all that is left: connections that do not end by themselves."""
+        self.force_exit = True
+        self._abort(None)
+
+    def _abort(self, client: Any) -> None:
+        for connection in list(self.server_state.connections):
+            if client is None or getattr(connection, "client", None) == client:
+                getattr(connection, "transport").abort()  # noqa: B009 - uvicorn's protocols share no base class
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second does not."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True

@@ -85,17 +85,26 @@ def run(config: ServeConfig, *, listener: socket.socket | None = None) -> None:
     _require_web()
     with contextlib.closing(listener or bind(config)) as listening:
         url = address(listening, scheme="https" if config.tls_cert else "http")
+        if config.is_routed:
+            from puyu.serve.routed import run as run_routed
+
+            run_routed(config, listening, url)
+            return
         say(f"loading {config.model} ...")
         server, name = _load(config)
         say(f"serving {name} at {url}   (OpenAI clients: base_url={url}/v1)   Ctrl-C stops")
-        # uvicorn drains on these signals and then raises them again; by then the work is done.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _already_handled)
+        outlive_signals()
         server.run(sockets=[listening])
         if server.llm.loop.failure is not None:
             message = f"the engine has stopped: {server.llm.loop.failure!r}"
             raise ResourceError(message, remedy="start it again; its log says more")
         say("stopped")
+
+
+def outlive_signals() -> None:
+    """uvicorn drains on these signals and then raises them again; by then the work is done."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _already_handled)
 
 
 def _with_secrets(config: ServeConfig) -> ServeConfig:
@@ -169,22 +178,34 @@ def running_server(config: ServeConfig, *, log: Path | None = None) -> Iterator[
 
 
 def _start(config: ServeConfig, listener: socket.socket, output: IO[bytes]) -> subprocess.Popen[bytes]:
-    """The config goes through stdin (a key must not stand in the process list), which stays open as a life line."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", "puyu.serve.server", str(listener.fileno())]
     child = subprocess.Popen(
-        command,
+        child_command(listener.fileno()),
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=subprocess.STDOUT,
         pass_fds=[listener.fileno()],
-        env={**os.environ, "PYTHONPATH": path},
+        env=child_environment(),
     )
     assert child.stdin is not None
-    child.stdin.write(json.dumps(dump(config)).encode() + b"\n")
+    child.stdin.write(child_input(config))
     child.stdin.flush()
     return child
+
+
+def child_command(descriptor: int) -> list[str]:
+    """Starts a server on an inherited listening socket."""
+    return [sys.executable, "-m", "puyu.serve.server", str(descriptor)]
+
+
+def child_environment() -> dict[str, str]:
+    """Ours, where the child also finds this package."""
+    root = str(Path(__file__).resolve().parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+
+
+def child_input(config: ServeConfig) -> bytes:
+    """What the child reads first: a key must not stand in the process list. Then its stdin is its life line."""
+    return json.dumps(dump(config)).encode() + b"\n"
 
 
 def _wait_until_up(child: subprocess.Popen[bytes], url: str, output: IO[bytes]) -> None:
