@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import signal
 import socket
@@ -24,14 +25,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import httpx
 
 from puyu.configure import build, dump
 from puyu.errors import DependencyError, ResourceError
 from puyu.files import read_json
-from puyu.log import say
+from puyu.log import logger, say
 from puyu.serve.config import ServeConfig
 from puyu.types import SamplingParams
 
@@ -90,6 +91,7 @@ def run(config: ServeConfig, *, listener: socket.socket | None = None) -> None:
 
             run_routed(config, listening, url)
             return
+        show_log()
         say(f"loading {config.model} ...")
         server, name = _load(config)
         say(f"serving {name} at {url}   (OpenAI clients: base_url={url}/v1)   Ctrl-C stops")
@@ -99,6 +101,24 @@ def run(config: ServeConfig, *, listener: socket.socket | None = None) -> None:
             message = f"the engine has stopped: {server.llm.loop.failure!r}"
             raise ResourceError(message, remedy="start it again; its log says more")
         say("stopped")
+
+
+def show_log() -> None:
+    """Requests and warnings on standard error, one line each, unless the process has a log of its own."""
+    if logger.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now. Unloading torch takes the interpreter a second, in which nothing is left to do."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def outlive_signals() -> None:
@@ -254,4 +274,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_child(int(sys.argv[1])))
+    leave(_child(int(sys.argv[1])))
