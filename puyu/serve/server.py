@@ -86,12 +86,12 @@ def run(config: ServeConfig, *, listener: socket.socket | None = None) -> None:
     _require_web()
     with contextlib.closing(listener or bind(config)) as listening:
         url = address(listening, scheme="https" if config.tls_cert else "http")
+        show_log()
         if config.is_routed:
             from puyu.serve.routed import run as run_routed
 
             run_routed(config, listening, url)
             return
-        show_log()
         say(f"loading {config.model} ...")
         server, name = _load(config)
         say(f"serving {name} at {url}   (OpenAI clients: base_url={url}/v1)   Ctrl-C stops")
