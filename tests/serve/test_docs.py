@@ -7,9 +7,6 @@ import itertools
 import os
 import re
 import shlex
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +21,7 @@ from puyu.cli.bench_serve import read_config
 from puyu.cli.main import main
 from puyu.cli.options import parse
 from puyu.configure import build
-from puyu.engine.core import EngineConfig, Event
+from puyu.engine.core import EngineConfig
 from puyu.engine.llm import LLM
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.init import init_weights
@@ -32,16 +29,14 @@ from puyu.serve.app import build_app
 from puyu.serve.chat import ChatBody
 from puyu.serve.completions import CompletionBody
 from puyu.serve.config import ServeConfig
-from puyu.serve.drain import DrainingServer
 from puyu.serve.metrics import Metrics
 from puyu.serve.responses import ResponsesBody
 from puyu.serve.router import Router
-from puyu.serve.server import address, bind
 from puyu.serve.vectors import EmbeddingBody
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import SamplingParams
 from tests.conftest import ROOT
-from tests.serve.conftest import NAME, served, wait_until
+from tests.serve.conftest import NAME, served
 
 TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 HOME = "http://127.0.0.1:8000"
@@ -99,6 +94,7 @@ def test_every_command_of_puyu_is_understood(
     """In the order of the page. Servers are not started: their settings are read and checked."""
     seen: list[ServeConfig] = []
     monkeypatch.setattr("puyu.serve.server.run", seen.append)
+    monkeypatch.setattr("puyu.serve.server.leave", int)
     monkeypatch.chdir(tmp_path)
     for name in ("cert.pem", "key.pem"):
         (tmp_path / name).touch()
@@ -152,37 +148,6 @@ def test_every_promise_has_its_test() -> None:
         assert path.is_file() and test in named_tests(path), name
     own = {f"test_promises.py::{name}" for name in named_tests(ROOT / "tests" / "serve" / "test_promises.py")}
     assert own <= set(named)
-
-
-def test_a_second_signal_ends_at_once(model: CausalLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = LLM.from_model(model, tokenizer, config=EngineConfig(cache_tokens=1024), name=NAME)
-    step = llm.driver.engine.step
-
-    def slow() -> list[Event]:
-        time.sleep(0.02)
-        return step()
-
-    monkeypatch.setattr(llm.driver.engine, "step", slow)
-    config = ServeConfig(port=0, drain_seconds=60)
-    answers: list[httpx.Response] = []
-    with bind(config) as listener:
-        server = DrainingServer(build_app(llm, config), llm, config)
-        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        serving.start()
-        body = {"prompt": "one", "max_tokens": 900, "ignore_eos": True, "stream": True}
-        url = f"{address(listener)}/v1/completions"
-        asking = threading.Thread(target=lambda: answers.append(httpx.post(url, json=body, timeout=60)))
-        asking.start()
-        wait_until(lambda: llm.stats().num_generated_tokens > 2)
-        server.handle_exit(signal.SIGTERM, None)
-        asking.join(0.5)
-        assert serving.is_alive() and asking.is_alive(), "the first one drains"
-        server.handle_exit(signal.SIGTERM, None)
-        serving.join(8)
-        assert not serving.is_alive()
-        asking.join(8)
-    assert llm.stats().num_generated_tokens < 900
-    assert "the server may be stopping" in answers[0].text and answers[0].text.endswith("data: [DONE]\n\n")
 
 
 # -- what is listed --------------------------------------------------------------------------------------------
