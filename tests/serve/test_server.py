@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import signal
 import socket
 import subprocess
@@ -217,11 +216,3 @@ def test_defaults_come_from_the_models_makers(tmp_path: Path) -> None:
     assert read_defaults(tmp_path) == SamplingParams(temperature=0.7, top_p=0.8, top_k=20)
     path.write_text('{"temperature": 0.7}')
     assert read_defaults(tmp_path) == SamplingParams()
-
-
-def test_the_python_of_the_documentation_runs(url: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = Path("docs/serve.md").read_text(encoding="utf-8")
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        here = code.replace("http://127.0.0.1:8000", url).replace("runs/nano/ppo", str(checkpoint))
-        exec(compile(here.replace('model="ppo"', f'model="{NAME}"'), "docs/serve.md", "exec"), {})
-        assert "I am 浦语." in capsys.readouterr().out
