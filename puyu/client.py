@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from puyu.errors import ConfigError, RequestError, ResourceError
-from puyu.types import Completion, Delta, GenerateRequest, Message, SamplingParams, Scored, ToolSpec
+from puyu.types import Completion, Delta, GenerateRequest, Message, SamplingParams, Scored, ToolChoice, ToolSpec
 from puyu.wire import (
     SseDecoder,
     StreamReader,
@@ -46,7 +47,8 @@ class Client:
     """Talks to one endpoint; safe to share between threads and between event loops.
 
     `url` is with or without `/v1`. `model` left empty takes the first one that the server lists. `api_key` is sent
-    as a bearer token and only where given: no key is read from the environment.
+    as a bearer token and only where given: no key is read from the environment. `ca_file` holds the certificates to
+    trust, where a server's own is not one that everybody trusts.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Client:
         api_key: str = "",
         timeout: float = 600.0,
         retries: int = 5,
+        ca_file: str = "",
     ) -> None:
         self.url = _base_url(url)
         self.model = model
@@ -67,6 +70,8 @@ class Client:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
         self._options: dict[str, Any] = {"headers": headers, "timeout": limits, "trust_env": not local}
+        if ca_file:
+            self._options["verify"] = ssl.create_default_context(cafile=ca_file)
         self._http = httpx.Client(base_url=self.url, **self._options)
         self._loops: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
 
@@ -130,11 +135,12 @@ class Client:
         messages: Chat,
         *,
         tools: Sequence[ToolSpec | Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = ToolChoice(),  # noqa: B008 - frozen
         params: SamplingParams | None = None,
         **changes: Any,
     ) -> Completion:
         """Answer a conversation. `changes` are fields of SamplingParams: `client.chat("Hi", temperature=0.7)`."""
-        path, body = request_body(_request(messages, tools, _params(params, changes)), self._name_now())
+        path, body = request_body(_request(messages, tools, tool_choice, _params(params, changes)), self._name_now())
         return read_completion(self._ask_now("POST", path, body))
 
     def complete(self, text: str, *, params: SamplingParams | None = None, **changes: Any) -> Completion:
@@ -147,11 +153,14 @@ class Client:
         messages: Chat,
         *,
         tools: Sequence[ToolSpec | Mapping[str, Any]] = (),
+        tool_choice: ToolChoice = ToolChoice(),  # noqa: B008 - frozen
         params: SamplingParams | None = None,
         **changes: Any,
     ) -> Iterator[Delta]:
         """Like `chat`, delta by delta; the last one has the finish reason and the usage."""
-        path, body = request_body(_request(messages, tools, _params(params, changes)), self._name_now(), stream=True)
+        path, body = request_body(
+            _request(messages, tools, tool_choice, _params(params, changes)), self._name_now(), stream=True
+        )
         reader = StreamReader()
         for event in self._events_now(path, body):
             yield from reader.push(event)
@@ -275,7 +284,8 @@ class Client:
         message, param = _error_text(response)
         where = f"{self.url} answered {response.status_code}: {message}"
         if response.status_code == 429:
-            return ResourceError(where, remedy="the server is busy: ask later, or raise its --max-queue")
+            remedy = "ask later: the server is busy (--max-queue), or this key's limit is reached"
+            return ResourceError(where, remedy=remedy)
         if response.status_code >= 500:
             return ResourceError(where, remedy="ask later; look into the server's log")
         if response.status_code in (401, 403):
@@ -321,10 +331,12 @@ def _messages(messages: Chat) -> tuple[Message, ...]:
     return tuple(turn if isinstance(turn, Message) else Message.from_openai(turn) for turn in messages)
 
 
-def _request(messages: Chat, tools: Sequence[ToolSpec | Mapping[str, Any]], params: SamplingParams) -> GenerateRequest:
+def _request(
+    messages: Chat, tools: Sequence[ToolSpec | Mapping[str, Any]], choice: ToolChoice, params: SamplingParams, /
+) -> GenerateRequest:
     turns = _messages(messages)
     specs = tuple(spec if isinstance(spec, ToolSpec) else ToolSpec.from_openai(spec) for spec in tools)
-    return GenerateRequest(turns, params, specs)
+    return GenerateRequest(turns, params, specs, choice)
 
 
 def _error_text(response: httpx.Response) -> tuple[str, str | None]:

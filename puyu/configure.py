@@ -114,7 +114,8 @@ def parse_overrides(items: Iterable[str]) -> list[tuple[str, Any]]:
         try:
             pairs.append((key.strip(), yaml.load(raw, _Loader)))
         except yaml.YAMLError as error:
-            raise ConfigError(f"the value of override {item!r} is not valid YAML: {error}") from error
+            message = f"the value of {key.strip()!r} is not valid YAML: {getattr(error, 'problem', error)}"
+            raise ConfigError(message, remedy="put it in quotes") from error
     return pairs
 
 
@@ -199,6 +200,19 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
             if found := _model_in(part):
                 return found
     return None
+
+
+def wants_text(model: type[BaseModel], path: Sequence[str]) -> bool:
+    """Whether the field at `path` is a string, or a value in a mapping of strings."""
+    info = model.model_fields.get(path[0])
+    if info is None:
+        return False
+    if len(path) == 1:
+        return info.annotation is str
+    inner = _model_in(info.annotation)
+    if inner is not None:
+        return wants_text(inner, path[1:])
+    return get_origin(info.annotation) is dict and get_args(info.annotation)[1] is str
 
 
 def dump(config: BaseModel) -> dict[str, Any]:

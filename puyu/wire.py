@@ -139,15 +139,20 @@ def read_completion(answer: Any) -> Completion:
 
 
 def _read_choice(choice: Mapping[str, Any], usage: Usage) -> Completion:
-    reason = _finish(choice.get("finish_reason"))
+    reason, logprobs = _finish(choice.get("finish_reason")), _logprobs_of(choice)
     if "message" not in choice:
-        logprobs = (choice.get("logprobs") or {}).get("token_logprobs") or ()
         text = choice["text"]
-        return Completion(Message("assistant", text), reason, usage, logprobs=tuple(logprobs), raw_text=text)
+        return Completion(Message("assistant", text), reason, usage, logprobs=logprobs, raw_text=text)
     message = Message.from_openai({**choice["message"], "role": "assistant"})
-    logprobs = (choice.get("logprobs") or {}).get("content") or ()
-    values = tuple(float(item["logprob"]) for item in logprobs)
-    return Completion(message, reason, usage, logprobs=values, raw_text=message.text)
+    return Completion(message, reason, usage, logprobs=logprobs, raw_text=message.text)
+
+
+def _logprobs_of(choice: Mapping[str, Any]) -> tuple[float, ...]:
+    """Of the generated tokens, in either route's form."""
+    found = choice.get("logprobs") or {}
+    return tuple(float(item["logprob"]) for item in found.get("content") or ()) or tuple(
+        value for value in found.get("token_logprobs") or () if value is not None
+    )
 
 
 @contextlib.contextmanager
@@ -260,9 +265,9 @@ class StreamReader:
             parts = tuple(self._gather(index, fragment) for fragment in delta.get("tool_calls") or ())
             if choice.get("finish_reason"):
                 self.reasons[index] = _finish(choice["finish_reason"])
-            text = delta.get("content") or choice.get("text") or ""
-            if text or parts:
-                yield Delta(text, index=index, call_parts=parts)
+            text, logprobs = delta.get("content") or choice.get("text") or "", _logprobs_of(choice)
+            if text or parts or logprobs:
+                yield Delta(text, index=index, call_parts=parts, logprobs=logprobs)
 
     def _gather(self, index: int, fragment: Mapping[str, Any]) -> CallPart:
         function = fragment.get("function") or {}

@@ -25,8 +25,10 @@ def main(argv: Sequence[str]) -> int:
 
     if given.what == "list":
         for key in read_keys(given.file).keys:
-            limits = f"{key.requests_per_minute}/min {key.tokens_per_minute} tokens/min {key.concurrent} at once"
-            print(f"{key.name:<24} {'control' if key.control else 'use':<8} {limits.replace(' 0 ', ' - ')}")
+            limits = [f"{key.requests_per_minute}/min"] if key.requests_per_minute else []
+            limits += [f"{key.tokens_per_minute} tokens/min"] if key.tokens_per_minute else []
+            limits += [f"{key.concurrent} at once"] if key.concurrent else []
+            print(f"{key.name:<24} {'control' if key.control else 'use':<8} {', '.join(limits) or 'no limit'}")
         return 0
     if not given.name:
         raise ConfigError("whose key?", remedy=f"puyu keys {given.what} NAME")

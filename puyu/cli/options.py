@@ -58,11 +58,16 @@ def _place(options: Options, name: str, value: str) -> None:
         options.fields.append((name, value))
 
 
-def all_overrides(options: Options) -> list[tuple[str, Any]]:
-    """`--set a.b=c` and `--key value` alike, values read as YAML."""
-    from puyu.configure import parse_overrides
+def all_overrides(options: Options, model: type[Config] | None = None) -> list[tuple[str, Any]]:
+    """`--set a.b=c` and `--key value` alike. Values are read as YAML, but as they stand where `model` wants text: a
+    key or a name may look like a number."""
+    from puyu.configure import parse_overrides, wants_text
 
-    return parse_overrides([f"{name}={value}" for name, value in options.fields] + options.overrides)
+    pairs: list[tuple[str, Any]] = []
+    for name, value in options.fields:
+        is_text = model is not None and wants_text(model, name.split("."))
+        pairs += [(name, value)] if is_text else parse_overrides([f"{name}={value}"])
+    return pairs + parse_overrides(options.overrides)
 
 
 def help_lines(model: type[Config], prefix: str = "") -> list[str]:

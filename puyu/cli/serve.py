@@ -19,19 +19,17 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if len(options.positional) > 1:
         raise ConfigError(f"one model can be served, not {len(options.positional)}: {' '.join(options.positional)}")
-    config = build(ServeConfig, _values(options.positional, dict(all_overrides(options))), where="puyu serve")
+    config = build(ServeConfig, _values(options.positional, all_overrides(options, ServeConfig)), where="puyu serve")
     from puyu.serve.server import leave, run
 
     run(config)
     return 0 if config.is_routed else leave(0)
 
 
-def _values(positional: Sequence[str], overrides: dict[str, object]) -> dict[str, object]:
-    if "api_key" in overrides:
-        overrides["api_key"] = str(overrides["api_key"])
+def _values(positional: Sequence[str], overrides: Sequence[tuple[str, object]]) -> dict[str, object]:
     name = positional[0] if positional else None
     if name is not None and name.endswith((".yaml", ".yml")):
         from pathlib import Path
 
-        return apply_overrides(load_yaml(Path(name)), overrides.items())
-    return ({"model": name} if name is not None else {}) | overrides
+        return apply_overrides(load_yaml(Path(name)), overrides)
+    return apply_overrides({"model": name} if name is not None else {}, overrides)

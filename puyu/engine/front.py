@@ -222,10 +222,10 @@ def _check_lists(params: SamplingParams, vocab_size: int) -> None:
         texts = getattr(params, name)
         fits = isinstance(texts, tuple) and len(texts) <= most
         fits = fits and all(isinstance(text, str) and text for text in texts)
-        _require(fits, name, f"a tuple of at most {most} strings, none of them empty", params)
+        _require(fits, name, f"at most {most} texts, none of them empty", params)
     ids_fit = isinstance(params.stop_token_ids, tuple)
     ids_fit = ids_fit and all(_is_id(id, vocab_size) for id in params.stop_token_ids)
-    _require(ids_fit, "stop_token_ids", f"a tuple of token ids below {vocab_size}", params)
+    _require(ids_fit, "stop_token_ids", f"token ids below {vocab_size}", params)
     bias = params.logit_bias
     fits = isinstance(bias, Mapping) and all(_is_id(id, vocab_size) for id in bias)
     fits = fits and all(_in(value, -1e6, 1e6) for value in bias.values())

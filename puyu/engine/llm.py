@@ -47,6 +47,7 @@ from puyu.types import (
     Message,
     SamplingParams,
     Scored,
+    ToolChoice,
     ToolSpec,
 )
 
@@ -148,10 +149,17 @@ class LLM:
     # ---- blocking ----
 
     def chat(
-        self, messages: Chat, *, tools: Sequence[ToolSpec] = (), params: SamplingParams | None = None, **changes: Any
+        self,
+        messages: Chat,
+        *,
+        tools: Sequence[ToolSpec] = (),
+        tool_choice: ToolChoice = ToolChoice(),  # noqa: B008 - frozen
+        params: SamplingParams | None = None,
+        **changes: Any,
     ) -> Completion:
         """Answer a conversation. `changes` are fields of SamplingParams, as in `llm.chat("Hi", temperature=0.7)`."""
-        return self.generate_all([_chat_request(messages, tools, params, changes)])[0]
+        request = _chat_request(messages, tools, params, changes)
+        return self.generate_all([replace(request, tool_choice=tool_choice)])[0]
 
     def complete(self, text: str, *, params: SamplingParams | None = None, **changes: Any) -> Completion:
         """Continue plain text, without a chat template."""
@@ -209,10 +217,17 @@ class LLM:
         return [results[index] for index in range(len(ids))]
 
     def stream_chat(
-        self, messages: Chat, *, tools: Sequence[ToolSpec] = (), params: SamplingParams | None = None, **changes: Any
+        self,
+        messages: Chat,
+        *,
+        tools: Sequence[ToolSpec] = (),
+        tool_choice: ToolChoice = ToolChoice(),  # noqa: B008 - frozen
+        params: SamplingParams | None = None,
+        **changes: Any,
     ) -> Iterator[Delta]:
         """Answer a conversation piece by piece; leaving the loop early aborts the request."""
-        yield from self._stream(_chat_request(messages, tools, params, changes))
+        request = _chat_request(messages, tools, params, changes)
+        yield from self._stream(replace(request, tool_choice=tool_choice))
 
     def stream_text(self, text: str, *, params: SamplingParams | None = None, **changes: Any) -> Iterator[Delta]:
         """Continue plain text piece by piece; leaving the loop early aborts the request."""

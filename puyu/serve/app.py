@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -41,7 +41,7 @@ from puyu.serve.service import Service, refuse_broken
 from puyu.serve.vectors import EmbeddingBody, RerankBody, RewardBody, embedding_answer, rerank_answer, reward_answer
 from puyu.types import Delta, GenerateRequest, SamplingParams
 
-PAIRS_AT_ONCE = 64
+CHARACTERS_AT_ONCE = 8_000
 
 
 class AnyWriter(Protocol):
@@ -98,7 +98,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer a conversation."""
         adapter = service.check(body.model)
         _log_text(service, http, body)
-        asked = await service.prepare([body.to_request(service.defaults, context=context)], adapter)
+        asked = await service.prepare([body.to_request(service.defaults, context=context)], adapter, words=body.words)
         head = Head(adapter or service.name, chat=True)
         if body.stream:
             writer = Writer(head, tokenizer, answers=asked[0].num_answers, include_usage=body.include_usage)
@@ -112,7 +112,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Answer items, in the form of OpenAI's newer API; nothing is stored."""
         adapter = service.check(body.model)
         _log_text(service, http, body)
-        asked = await service.prepare([body.to_request(service.defaults, context=context)], adapter)
+        asked = await service.prepare([body.to_request(service.defaults, context=context)], adapter, words=body.words)
         name = adapter or service.name
         if body.stream:
             return await _streamed(service, asked, ResponseWriter(name, body), http)
@@ -125,7 +125,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         """Continue plain text."""
         adapter = service.check(body.model)
         _log_text(service, http, body)
-        asked = await service.prepare(body.to_requests(service.defaults), adapter)
+        asked = await service.prepare(body.to_requests(service.defaults), adapter, words=body.words)
         head = Head(adapter or service.name, chat=False)
         if body.stream:
             answers = sum(item.num_answers for item in asked)
@@ -209,7 +209,7 @@ def _add_vectors(app: FastAPI, service: Service) -> None:
     async def reward(body: RewardBody, http: Request) -> Response:
         """A reward model's score of each conversation."""
         service.check(body.model)
-        vectors = await until_gone(http, service.rewards(service.llm.reward_ids(body.messages())))
+        vectors = await until_gone(http, service.rewards(body.messages()))
         _spend(http, sum(vector.num_tokens for vector in vectors))
         return JSONResponse(reward_answer(service.name, vectors))
 
@@ -222,13 +222,27 @@ def _add_vectors(app: FastAPI, service: Service) -> None:
         async def work() -> list[dict[str, Any]]:
             rows = []
             with service.seats(1):
-                for start in range(0, len(pairs), PAIRS_AT_ONCE):
-                    rows += await service.llm.score(pairs[start : start + PAIRS_AT_ONCE])
+                for some in few_at_once(pairs):
+                    rows += await service.llm.score(some)
             _spend(http, sum(row.num_tokens for row in rows))
             names = ("logprob", "num_tokens", "num_bytes", "is_greedy")
             return [{name: getattr(row, name) for name in names} for row in rows]
 
         return JSONResponse({"model": service.name, "scores": await until_gone(http, work())})
+
+
+def few_at_once(pairs: Sequence[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Pairs in order, in parts that do not hold up the others for long."""
+    part: list[tuple[str, str]] = []
+    size = 0
+    for pair in pairs:
+        if part and size + len(pair[0]) + len(pair[1]) > CHARACTERS_AT_ONCE:
+            yield part
+            part, size = [], 0
+        part.append(pair)
+        size += len(pair[0]) + len(pair[1])
+    if part:
+        yield part
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -271,7 +285,7 @@ def _add_care(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         """One of them."""
-        service.check(name)
+        service.adapter_of(name)
         return JSONResponse(_model_row(service, name))
 
     def names() -> list[str]:

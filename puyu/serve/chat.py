@@ -86,6 +86,10 @@ class ChatBody(Sampling):
         request = GenerateRequest(read_messages(self.messages), params, tools, choice)
         return self.limited(replace(request, template=self.chat_template_kwargs or {}))
 
+    @property
+    def words(self) -> Mapping[str, str]:
+        return super().words if self.structured_outputs is not None else {"guide": "response_format"}
+
     def _formed(self, params: SamplingParams) -> SamplingParams:
         guide = response_guide(self.response_format)
         if guide is not None and params.guide is not None:

@@ -33,6 +33,10 @@ class CompletionBody(Sampling):
     suffix: Any = None
 
     @property
+    def words(self) -> Mapping[str, str]:
+        return {**super().words, "top_logprobs": "logprobs"}
+
+    @property
     def prompts(self) -> list[str | tuple[int, ...]]:
         """Each prompt as text or ids; RequestError for none, and for too many."""
         prompt: Any = self.prompt

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from puyu.configure import Config
 from puyu.errors import ConfigError
@@ -93,6 +93,11 @@ class ServeConfig(Config):
     def is_routed(self) -> bool:
         """Whether a router stands before the model."""
         return self.replicas > 1 or self.engine == "ray"
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _one_origin(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @property
     def is_local(self) -> bool:

@@ -82,14 +82,14 @@ def add_control(app: FastAPI, service: Service) -> None:
     @app.post("/control/weights")
     async def weights(body: WeightsBody) -> Response:
         """New weights in place; what is under way is computed again with them."""
-        return await done(llm.update_weights, Path(body.path))
+        return await done(llm.update_weights, _folder(body.path))
 
     @app.post("/control/adapters")
     async def load(body: AdapterBody) -> Response:
         """Read a LoRA adapter; requests name it as `model`."""
         if body.name == service.name:
             raise RequestError("this is the name of the model itself", param="name")
-        return await done(llm.load_adapter, body.name, body.path)
+        return await done(llm.load_adapter, body.name, _folder(body.path))
 
     @app.delete("/control/adapters/{name}")
     async def unload(name: str) -> Response:
@@ -100,3 +100,10 @@ def add_control(app: FastAPI, service: Service) -> None:
     async def reset() -> Response:
         """Forget cached keys and values."""
         return await done(llm.reset_prefix_cache)
+
+
+def _folder(path: str) -> Path:
+    """A folder on this disk: nothing is fetched because a request says so."""
+    if not Path(path).is_dir():
+        raise RequestError(f"there is no folder {path} on the server", param="path")
+    return Path(path)

@@ -66,6 +66,7 @@ class PatientServer(uvicorn.Server):
             lifespan=lifespan,
             ws="none",
             server_header=False,
+            proxy_headers=False,  # a header of anybody's shall not say who the client is
             ssl_certfile=config.tls_cert or None,
             ssl_keyfile=config.tls_key or None,
         )

@@ -129,11 +129,16 @@ class Sampling(Body):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def words(self) -> Mapping[str, str]:
+        """What the engine's parameters are called here."""
+        return {"guide": "structured_outputs"}
+
     def check_supported(self) -> None:
         """RequestError for the first field that asks for something this server cannot do."""
         for name, allowed in self.neutral.items():
             value = getattr(self, name)
-            if value is not None and not any(_same(value, item) for item in allowed):
+            if value is not None and not any(same(value, item) for item in allowed):
                 raise RequestError(f"{name}={value!r} is not supported by this server", param=name)
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options needs stream: true", param="stream_options")
@@ -167,7 +172,8 @@ _PLAIN = (
 )
 
 
-def _same(value: Any, item: Any) -> bool:
+def same(value: Any, item: Any) -> bool:
+    """Equal, where True is not 1."""
     return bool(value == item) and isinstance(value, bool) == isinstance(item, bool)
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from puyu.errors import InputError, RequestError
 from puyu.serve.answers import BROKEN, dumps
 from puyu.serve.chat import FunctionSpec, ToolBody, response_guide, tool_choice
-from puyu.serve.protocol import SEED, Body, Part
+from puyu.serve.protocol import SEED, Body, Part, same
 from puyu.types import CallPart, Completion, Delta, FinishReason, GenerateRequest, Message, SamplingParams, Usage
 
 _TEXT_KINDS = ("input_text", "output_text", "text")
@@ -74,19 +74,22 @@ class ResponsesBody(Body):
     conversation: Any = None
     reasoning: Any = None
 
+    @property
+    def words(self) -> Mapping[str, str]:
+        """What the engine's parameters are called here."""
+        return {"guide": "text", "messages": "input", "max_tokens": "max_output_tokens"}
+
     def to_request(self, defaults: SamplingParams, *, context: int) -> GenerateRequest:
         """RequestError names the field that cannot be used."""
         for name, allowed in self.neutral.items():
             value = getattr(self, name)
-            if value is not None and value not in allowed:
+            if value is not None and not any(same(value, item) for item in allowed):
                 raise RequestError(f"{name}={value!r} is not supported by this server", param=name)
         given: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
         params = replace(defaults, **{name: value for name, value in given.items() if value is not None})
         guide = response_guide(self._format())
         params = replace(params, max_tokens=self.max_output_tokens or context, guide=guide)
-        choice: Any = self.tool_choice
-        if isinstance(choice, dict) and choice.get("type") == "function":
-            choice = {"type": "function", "function": {"name": choice.get("name")}}
+        choice = _nested_choice(self.tool_choice)
         parallel = self.parallel_tool_calls is not False
         specs, chosen = tool_choice([_nested(tool) for tool in self.tools or ()], choice, parallel=parallel)
         return GenerateRequest(self._messages(), params, specs, chosen)
@@ -108,6 +111,18 @@ class ResponsesBody(Body):
             except InputError as error:
                 raise RequestError(error.message, param=f"input[{index}]", remedy=error.remedy) from error
         return tuple(turns)
+
+
+def _nested_choice(choice: Any) -> Any:
+    """`tool_choice` in chat's form: names stand one level higher here."""
+    if not isinstance(choice, dict):
+        return choice
+    if choice.get("type") == "function" and "function" not in choice:
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    if choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
+        tools = [_nested_choice(tool) for tool in choice["tools"]]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
+    return choice
 
 
 def _nested(tool: FlatTool) -> ToolBody:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from puyu.serve.http import Refused, all_or_none
 from puyu.serve.metrics import Metrics, Watch
 from puyu.serve.protocol import error_body
 from puyu.serve.vectors import Vector
-from puyu.types import Completion, Delta, GenerateRequest, SamplingParams, Usage
+from puyu.types import Completion, Delta, GenerateRequest, Message, SamplingParams, Usage
 
 BROKEN_STATUS = {"abort": 503, "timeout": 504}
 LONGEST_WAIT = 60
@@ -55,12 +55,15 @@ class Service:
         return ""
 
     def check(self, model: str | None) -> str:
-        """The adapter that a model's name stands for, empty for the model itself; refuses other names, and everything
-        while the engine sleeps or has stopped."""
+        """`adapter_of`, and a refusal of everything while the engine sleeps or has stopped."""
         if trouble := self.trouble:
             raise Refused(503, error_body(trouble, kind="server_error"), retry_after=5)
         if self.llm.is_asleep:
             raise Refused(503, error_body("the engine is asleep", kind="server_error"), retry_after=5)
+        return self.adapter_of(model)
+
+    def adapter_of(self, model: str | None) -> str:
+        """The adapter that a model's name stands for, empty for the model itself; refuses other names."""
         if model is None or model == self.name:
             return ""
         if model in self.llm.adapters:
@@ -89,17 +92,25 @@ class Service:
         body = error_body(message, kind="rate_limit_error", code="rate_limit_exceeded")
         return Refused(429, body, retry_after=wait)
 
-    async def prepare(self, requests: Sequence[GenerateRequest], adapter: str) -> list[Asked]:
-        """Checked requests with the server's limits; 429 when too many prompt tokens wait."""
+    async def prepare(
+        self, requests: Sequence[GenerateRequest], adapter: str, *, words: Mapping[str, str]
+    ) -> list[Asked]:
+        """Checked requests with the server's limits; 429 when too many prompt tokens wait. `words`: what the route
+        calls a parameter."""
         if self.in_flight >= self.limit:  # before any work is done for it
             raise self._busy("too many requests are waiting")
-        asked = [await self.llm.loop.prepare(self._limited(request, adapter)) for request in requests]
-        waiting = self.llm.driver.waiting_tokens
-        if waiting and waiting + sum(item.num_prompt for item in asked) > self.config.max_queue_tokens:
-            raise self._busy("too many prompt tokens are waiting")
+        with in_words(words):
+            asked = [await self.llm.loop.prepare(self._limited(request, adapter)) for request in requests]
+        self._require_room(sum(item.num_prompt for item in asked))
         for item in asked:
             self.metrics.add("request_params_n", item.num_answers)
         return asked
+
+    def _require_room(self, tokens: int) -> None:
+        """429 when so many more prompt tokens would wait too long; alone they are always let in."""
+        waiting = self.llm.driver.waiting_tokens
+        if waiting and waiting + tokens > self.config.max_queue_tokens:
+            raise self._busy("too many prompt tokens are waiting")
 
     def _limited(self, request: GenerateRequest, adapter: str) -> GenerateRequest:
         timeout = _sooner(request.timeout, self.config.answer_seconds)
@@ -154,19 +165,24 @@ class Service:
         if isinstance(self.llm.model, ScalarModel):
             raise RequestError("this is a reward model, it embeds nothing", param="model", remedy="use /v1/reward")
         front = self.llm.driver.front
-        rows = [front.prompt_ids(GenerateRequest(item)) for item in inputs]
-        return await self._pooled(rows, adapter, pooling=pooling, param=param)
+        with in_words({"prompt": param, "input": param}):
+            rows = await asyncio.to_thread(lambda: [front.prompt_ids(GenerateRequest(item)) for item in inputs])
+            return await self._pooled(rows, adapter, pooling=pooling)
 
-    async def rewards(self, rows: Sequence[list[int]]) -> list[Vector]:
-        """Scores of rendered conversations."""
-        return await self._pooled(rows, "", pooling="last", param="conversations")
+    async def rewards(self, conversations: Sequence[Sequence[Message]]) -> list[Vector]:
+        """A reward model's scores."""
+        with in_words({"input": "conversations"}):
+            rows = await asyncio.to_thread(self.llm.reward_ids, conversations)
+            return await self._pooled(rows, "", pooling="last")
 
-    async def _pooled(self, rows: Sequence[list[int]], adapter: str, *, pooling: str, param: str) -> list[Vector]:
-        front = self.llm.driver.front
-        try:
-            requests = [front.prepare_pool(ids, pooling=pooling, adapter=adapter) for ids in rows]
-        except RequestError as error:
-            raise RequestError(error.message, param=param, remedy=error.remedy) from error
+    async def _pooled(self, rows: Sequence[list[int]], adapter: str, *, pooling: str) -> list[Vector]:
+        front, config = self.llm.driver.front, self.config
+        self._require_room(sum(len(ids) for ids in rows))
+        limits: dict[str, Any] = {
+            "deadline": _moment(config.answer_seconds),
+            "queue_deadline": _moment(config.queue_seconds),
+        }
+        requests = [replace(front.prepare_pool(ids, pooling=pooling, adapter=adapter), **limits) for ids in rows]
         with self.seats(1):
             found = await all_or_none([self.llm.loop.pool(request) for request in requests])
         for running in found:
@@ -178,6 +194,20 @@ def refuse_broken(reason: str) -> None:
     """Refused for an answer that is none."""
     if reason in BROKEN:
         raise Refused(BROKEN_STATUS.get(reason, 500), error_body(BROKEN[reason], kind="server_error"))
+
+
+def _moment(seconds: float) -> float:
+    return time.monotonic() + seconds if seconds else math.inf
+
+
+@contextlib.contextmanager
+def in_words(words: Mapping[str, str]) -> Iterator[None]:
+    """Errors name a field as the body does."""
+    try:
+        yield
+    except RequestError as error:
+        param = words.get(error.param or "", error.param)
+        raise RequestError(error.message, param=param, remedy=error.remedy, code=error.code) from error
 
 
 def _sooner(asked: float | None, most: float) -> float | None:

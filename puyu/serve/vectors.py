@@ -42,7 +42,7 @@ class EmbeddingBody(Body):
         if not self.input:
             raise RequestError("the input is empty", param="input")
         if isinstance(self.input[0], int):
-            return [tuple(int(str(id)) for id in self.input)]
+            return [tuple(id for id in self.input if isinstance(id, int))]
         if len(self.input) > MAX_INPUTS:
             raise RequestError(f"a request may have {MAX_INPUTS} inputs, not {len(self.input)}", param="input")
         return [item if isinstance(item, str) else tuple(item) for item in self.input if not isinstance(item, int)]

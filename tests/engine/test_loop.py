@@ -12,7 +12,7 @@ from puyu.engine.driver import Driver
 from puyu.engine.loop import AsyncEngine
 from puyu.errors import ResourceError
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.types import GenerateRequest, SamplingParams
+from puyu.types import Delta, GenerateRequest, SamplingParams
 from tests.engine.conftest import tiny_model
 
 LONG = GenerateRequest("Hello", SamplingParams(max_tokens=100, ignore_eos=True))
@@ -87,6 +87,24 @@ def test_close_ends_what_is_under_way_and_refuses_the_rest(driver: Driver) -> No
     asyncio.run(run())
     assert is_idle(driver)
     assert set(threading.enumerate()) <= before
+
+
+def test_a_stream_that_nobody_takes_is_aborted_in_the_end(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("puyu.engine.loop.MAX_BEHIND", 10)
+
+    async def run() -> list[Delta]:
+        async with AsyncEngine(driver) as engine:
+            batches = engine.batches([await engine.prepare(LONG)])
+            taken = await anext(batches)
+            while driver.has_work:
+                await asyncio.sleep(0.005)
+            async for batch in batches:
+                taken += batch
+            return taken
+
+    deltas = asyncio.run(run())
+    assert deltas[-1].finish_reason == "abort" and 10 < len(deltas) < 100
+    assert is_idle(driver)
 
 
 def test_close_lets_requests_finish_when_there_is_time(driver: Driver) -> None:

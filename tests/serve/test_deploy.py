@@ -30,7 +30,7 @@ def read(name: str) -> str:
 
 def config_of(words: list[str]) -> ServeConfig:
     options = parse(words)
-    return build(ServeConfig, _values(options.positional, dict(all_overrides(options))))
+    return build(ServeConfig, _values(options.positional, all_overrides(options, ServeConfig)))
 
 
 def unit() -> dict[str, list[str]]:

@@ -13,13 +13,15 @@ import pytest
 import trustme
 import yaml
 
+from puyu import Client
 from puyu.cli.main import main
 from puyu.engine.core import EngineConfig
 from puyu.engine.llm import LLM
-from puyu.errors import ConfigError
+from puyu.errors import ConfigError, ResourceError
 from puyu.model.heads import CausalLM
 from puyu.serve.config import ServeConfig
 from puyu.serve.keys import Account, Bucket, Key, KeyRing, digest, new_key, read_keys, revoke
+from puyu.serve.server import running_server
 from puyu.tokenizer.tokenizer import Tokenizer
 from tests.serve.conftest import NAME, served, wait_until
 
@@ -135,6 +137,8 @@ def test_control_routes_want_the_control_key_and_it_opens_nothing_else(lone: LLM
         assert ask(url, "c", "/control/reset_prefix_cache", None).status_code == 200
         missing = ask(url, "c", "/control/weights", {"path": "/nothing/here"})
         assert missing.status_code == 400 and "/nothing/here" in missing.json()["error"]["message"]
+        hub = ask(url, "c", "/control/adapters", {"name": "a", "path": "owner/name"})
+        assert hub.status_code == 400 and hub.json()["error"]["param"] == "path", "nothing is fetched"
         assert ask(url, "c", "/control/sleep", {"level": 7}).json()["error"]["param"] == "level"
         assert ask(url, "c", "/control/sleep", {"depth": 1}).json()["error"]["param"] == "depth"
         state = httpx.get(f"{url}/control/state", headers={"Authorization": "Bearer c"}).json()
@@ -156,19 +160,40 @@ def test_browsers_only_where_asked_for(lone: LLM) -> None:
         assert "access-control-allow-origin" not in other.headers
 
 
-def test_tls(lone: LLM, tmp_path: Path) -> None:
-    authority = trustme.CA()
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Files of a certificate, its key, and who has issued it."""
+    authority, folder = trustme.CA(), tmp_path_factory.mktemp("tls")
     issued = authority.issue_cert("localhost", "127.0.0.1")
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert, key, ca = folder / "cert.pem", folder / "key.pem", folder / "ca.pem"
     issued.cert_chain_pems[0].write_to_path(cert)
     issued.private_key_pem.write_to_path(key)
+    authority.cert_pem.write_to_path(ca)
+    return cert, key, ca
+
+
+def test_tls(lone: LLM, certificate: tuple[Path, Path, Path]) -> None:
+    cert, key, authority = certificate
     with served(lone, tls_cert=str(cert), tls_key=str(key)) as url:
         secure = url.replace("http://", "https://")
-        context = ssl.create_default_context()
-        authority.configure_trust(context)
+        context = ssl.create_default_context(cafile=authority)
         assert httpx.post(f"{secure}/v1/completions", json=TEXT, verify=context).status_code == 200
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health")
+
+
+def test_a_child_with_tls(
+    checkpoint: Path, certificate: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cert, key, authority = certificate
+    config = ServeConfig(model=str(checkpoint), port=0, cache_tokens=512, tls_cert=str(cert), tls_key=str(key))
+    with running_server(config) as url:
+        assert url.startswith("https://")
+        with Client(url, ca_file=str(authority)) as client:
+            assert client.chat("Who are you?").text == "I am 浦语."
+        with Client(url) as client, pytest.raises(ResourceError):
+            client.models()
 
 
 def test_tls_needs_both_files(tmp_path: Path) -> None:

@@ -320,6 +320,17 @@ def test_a_tool_call_and_its_answer_by_responses(client: openai.OpenAI) -> None:
     assert last.output_text == "It is 84."
 
 
+def test_tool_choice_by_responses(client: openai.OpenAI) -> None:
+    flat = {"type": "function", **SHOUT["function"]}
+    named = {"type": "function", "name": "shout"}
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [named]}
+    for choice in (named, allowed):
+        answer = client.responses.create(
+            model=NAME, input="Who are you?", tools=[*FLAT, flat], tool_choice=choice, max_output_tokens=200
+        )
+        assert {call.name for call in answer.output} == {"shout"}
+
+
 def test_streamed_responses(client: openai.OpenAI) -> None:
     events = list(client.responses.create(model=NAME, input="Who are you?", stream=True))
     kinds = [event.type for event in events]

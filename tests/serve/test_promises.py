@@ -101,7 +101,7 @@ def test_grammar_bombs_are_400_and_others_go_on(lone: LLM, bomb: dict[str, Any])
     with served(lone) as url:
         body = {"model": NAME, "messages": [{"role": "user", "content": "Who are you?"}], "max_tokens": 4} | bomb
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
-        assert answer.status_code == 400 and answer.json()["error"]["param"] in ("guide", *bomb)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] in bomb
         assert post(url, TEXT).status_code == 200
 
 
@@ -258,6 +258,10 @@ def test_preempted_requests_give_what_they_give_alone(model: CausalLM, tokenizer
 # -- clients that misbehave -------------------------------------------------------------------------------------
 
 
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
 def connection(url: str) -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1])), timeout=30)
 
@@ -268,18 +272,20 @@ def head(body: bytes, length: int | None = None) -> bytes:
     return b"\r\n".join((*lines, b"Content-Length: %d" % size, b"", b"")) + body
 
 
-def test_a_reader_that_takes_nothing_is_cut_off(slow: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("puyu.engine.loop.MAX_BEHIND", 50)
+def test_a_reader_that_takes_nothing_is_cut_off(slow: LLM) -> None:
     total = slow.stats().num_free_blocks
     with served(slow, slow_seconds=0.5) as url:
         with socket.socket() as reader:
+            before = num_descriptors()
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             reader.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
             many = ENDLESS | {"stream": True, "n": 16, "logprobs": 20, "temperature": 1.0}
-            reader.sendall(head(json.dumps(many).encode()))
+            request = head(json.dumps(many).encode())  # what a proxy, or anybody, says about the client is not believed
+            reader.sendall(request.replace(b"Host: localhost", b"Host: localhost\r\nX-Forwarded-For: 192.0.2.7"))
             wait_until(lambda: slow.stats().num_running == 16)
             wait_until(lambda: slow.stats().num_running == 0)
             assert slow.stats().num_free_blocks == total
+            wait_until(lambda: num_descriptors() == before)  # the reader's own is left, the server's is closed
             assert slow.stats().num_generated_tokens < 16 * 900, "it was written to its end"
         assert post(url, TEXT).status_code == 200
 
@@ -299,7 +305,7 @@ def test_idle_means_idle(lone: LLM) -> None:
     with served(lone) as url:
         total = lone.stats().num_free_blocks
         post(url, TEXT)
-        before = len(os.listdir("/proc/self/fd"))
+        before = num_descriptors()
         for at in range(30):
             body = (TEXT, ENDLESS, TEXT | {"stream": True}, TEXT | {"max_tokens": -1})[at % 4]
             with connection(url) as client:
@@ -307,7 +313,7 @@ def test_idle_means_idle(lone: LLM) -> None:
                 if at % 4 != 1:
                     client.recv(100)
         wait_until(lambda: lone.stats().num_running + lone.stats().num_waiting == 0)
-        wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before and lone.stats().num_free_blocks == total)
+        wait_until(lambda: num_descriptors() <= before and lone.stats().num_free_blocks == total)
         lone.driver.engine.audit()
 
 

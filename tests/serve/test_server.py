@@ -17,6 +17,9 @@ import httpx
 import pytest
 
 from puyu import Client
+from puyu.cli.options import all_overrides, parse
+from puyu.cli.serve import _values
+from puyu.configure import build
 from puyu.engine.core import EngineConfig, Event
 from puyu.engine.llm import LLM
 from puyu.errors import ConfigError, ResourceError
@@ -216,3 +219,19 @@ def test_defaults_come_from_the_models_makers(tmp_path: Path) -> None:
     assert read_defaults(tmp_path) == SamplingParams(temperature=0.7, top_p=0.8, top_k=20)
     path.write_text('{"temperature": 0.7}')
     assert read_defaults(tmp_path) == SamplingParams()
+
+
+def test_flags_are_text_where_text_is_wanted() -> None:
+    def config(*words: str) -> ServeConfig:
+        options = parse(words)
+        return build(ServeConfig, _values(options.positional, all_overrides(options, ServeConfig)))
+
+    found = config("runs/a", "--api-key", "0123", "--served-name", "7", "--host", "::", "--control-key", "%x: y")
+    assert (found.api_key, found.served_name, found.host, found.control_key) == ("0123", "7", "::", "%x: y")
+    assert config("runs/a", "--port", "0", "--open", "true") == ServeConfig(model="runs/a", port=0, open=True)
+    poets = config("runs/a", "--adapters.poet", "runs/1", "--adapters.clerk", "runs/2")
+    assert poets.adapters == {"poet": "runs/1", "clerk": "runs/2"}
+    assert config("runs/a", "--cors-origins", "https://a.example").cors_origins == ("https://a.example",)
+    with pytest.raises(ConfigError, match="max_queue") as caught:
+        config("runs/a", "--max-queue", "@secret")
+    assert "@secret" not in str(caught.value)
