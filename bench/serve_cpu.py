@@ -11,7 +11,7 @@ process of its own. serve.2: output tokens a second against llama-cpp-python's s
 time. In the same turns, and in the notes: llama.cpp's own server, which batches, from a prebuilt wheel (AVX2).
 serve.3: the rate that saturates our server is measured with sixteen clients that ask without pause; then, in turns, the
 median gap between tokens of one stream alone, and the 99th percentile of all gaps under Poisson arrivals at half that
-rate.
+rate. For this the server is told to keep pauses short (`--max-pause-ms`), as whoever wants steady streams would.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import harness
 import servers
 
 LONE_TOKENS, SATURATING, STEADY = 192, 96, 64
+PAUSE_MS = 7
 
 
 @dataclass(eq=False)
@@ -94,14 +95,15 @@ def throughput(folder: Path, *, pairs: int, pythons: Sequence[Path]) -> tuple[ha
 
 def steadiness(folder: Path, *, pairs: int) -> tuple[harness.Samples, dict[str, Any]]:
     """serve.3: gaps at half of what saturates the server, against those of one stream."""
-    with servers.ours(folder) as server:
+    with servers.ours(folder, max_pause_ms=PAUSE_MS) as server:
         servers.fire(server.url, requests=servers.STREAMS, seed=-1)
         full = servers.checked(servers.fire(server.url, requests=SATURATING, concurrency=servers.STREAMS, seed=-2))
         rate = len(full.rows) / full.seconds / 2
         alone = Gaps(server, 0.5, {"requests": 1, "output": str(LONE_TOKENS)})
         steady = Gaps(server, 0.99, {"requests": STEADY, "rate": rate})
         ours, peer = harness.alternate(steady, alone, pairs=pairs)  # type: ignore[arg-type]
-    return harness.Samples("serve.3", ours, peer, unit="ms"), {"requests_per_s": rate, "saturated": 2 * rate}
+    notes = {"requests_per_s": rate, "saturated": 2 * rate, "max_pause_ms": PAUSE_MS}
+    return harness.Samples("serve.3", ours, peer, unit="ms"), notes
 
 
 def main() -> None:
