@@ -1,14 +1,18 @@
 """Connections that begin a request and do not go on: closed after a while, so that they cannot fill the server.
 
 uvicorn closes connections that are idle after an answer. A connection that never sends a whole request head is not
-idle to it; here it is.
+idle to it; here it is. And what is no HTTP at all is answered by the same error object as everything else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
+from puyu.serve.protocol import error_body
+
+_HEAD = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n"
 
 def patient(base: Any, *, seconds: float) -> Any:
     """A subclass of one of uvicorn's HTTP protocols that waits for a request's head no longer than `seconds`."""
@@ -31,6 +35,12 @@ def patient(base: Any, *, seconds: float) -> Any:
             self._cancel()
             super().connection_lost(exc)
 
+        def send_400_response(self, msg: str) -> None:
+            """Called for what cannot be read; an answer that has begun is only cut off."""
+            if self._is_waiting or not self.cycle.response_started:
+                self.transport.write(bad_request(msg))
+            self.transport.close()
+
         def _cancel(self) -> None:
             if self._timer is not None:
                 self._timer.cancel()
@@ -47,3 +57,9 @@ def patient(base: Any, *, seconds: float) -> Any:
                 self.transport.close()
 
     return Patient
+
+
+def bad_request(message: str) -> bytes:
+    """The whole answer to what is no HTTP."""
+    data = json.dumps(error_body(message, kind="invalid_request_error")).encode()
+    return _HEAD.format(len(data)).encode() + data
