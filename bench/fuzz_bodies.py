@@ -191,7 +191,7 @@ def _spoil(body: Body, rng: random.Random) -> None:
         container[key] = copy.deepcopy(other[place]) if place in _keys(other) else None
     elif act == "rename" and isinstance(container, dict) and key in container:
         container[str(key)[:-1]] = container.pop(key)
-    elif act == "again" and isinstance(container, list):
+    elif act == "again" and isinstance(container, list) and len(container) < 300:
         container *= rng.choice((2, 10, 200))
     else:
         container[key] = weird(rng)

@@ -122,13 +122,12 @@ class Answers:
         return True
 
     def _read_chunk(self) -> bool:
-        line, found, _ = self._data.partition(b"\r\n")
-        if not found:
+        end = self._data.find(b"\r\n", 0, 64)
+        if end < 0:
             return False
-        size = int(bytes(line).partition(b";")[0], 16)
-        if len(self._data) < len(line) + 2 + size + 2:
+        size, start = int(bytes(self._data[:end]), 16), end + 2
+        if len(self._data) < start + size + 2:
             return False
-        start = len(line) + 2
         self._body += self._data[start : start + size]
         del self._data[: start + size + 2]
         return self._finish() if size == 0 else True

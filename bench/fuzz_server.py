@@ -10,8 +10,10 @@ in which no case of the harness takes part are left alone.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import contextvars
+import faulthandler
 import json
 import random
 import sys
@@ -23,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 MODEL = "tiny"
 CASE = contextvars.ContextVar("case", default="")
+STALL_SECONDS = 2.0
 WORDS = ("calculator", "expression", "parameters", "string", "object", "name", "type", "number", "the", "and")
 
 
@@ -107,15 +110,25 @@ class Faults:
 
 
 class Marked:
-    """ASGI: makes the header `x-case` known to everything that a request does."""
+    """ASGI: makes the header `x-case` known to everything that a request does. From the first request on, the stacks
+    of all threads go to standard error when the event loop has stood still for STALL_SECONDS."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
+        self.watch: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if self.watch is None and scope["type"] == "http":
+            self.watch = asyncio.create_task(watched())
         names = [value for name, value in scope.get("headers", ()) if name == b"x-case"]
         CASE.set(names[0].decode("latin-1") if names else "")
         await self.app(scope, receive, send)
+
+
+async def watched() -> None:
+    while True:
+        faulthandler.dump_traceback_later(STALL_SECONDS)
+        await asyncio.sleep(0.2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -69,7 +69,7 @@ class Target:
 
     def start(self) -> None:
         """Start the process and wait until it answers; SystemExit when it does not."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(harness.ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(harness.ROOT)}
         environment.pop("PUYU_API_KEY", None)
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(self.command(), stdout=log, stderr=log, env=environment)
@@ -81,6 +81,11 @@ class Target:
                 return
             time.sleep(0.1)
         raise SystemExit(f"the server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
+
+    def last_words(self) -> str:
+        """The end of its log: where a crash has happened, the stacks of its threads."""
+        text = (self.folder / "server.log").read_text(errors="replace")
+        return text[max(text.rfind("Fatal Python error"), 0) :][:6000] if "Fatal Python error" in text else text[-1000:]
 
     def stop(self) -> int:
         """Its exit code."""

@@ -62,7 +62,7 @@ class Campaign:
             async with slow if case.is_slow else contextlib.nullcontext():
                 await self._play(case)
             if len(self.ledger.entries) % 500 == 0:
-                say(f"  {len(self.ledger.entries)} requests")
+                say(f"  {len(self.ledger.entries)} requests, {self.target.held()['mb']:.0f} MB")
 
     async def _play(self, case: Case) -> None:
         self._revive()
@@ -86,7 +86,7 @@ class Campaign:
         note = f"{how}; under way: {', '.join(labels)[:300]}; cases {sorted(self.under_way)}"
         self.ledger.deaths.append(Failure("death", -1, note))
         self.ledger.excused |= set(self.under_way)
-        say(f"  the server died: {note}")
+        say(f"  the server died: {note}\n{self.target.last_words()}")
         self.hangs = 0
         self.target.start()
 

@@ -10,12 +10,15 @@ llguidance's (https://github.com/guidance-ai/llguidance), which walks the tokeni
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
 
 from puyu.engine.request import Matcher
 from puyu.errors import DependencyError, RequestError
@@ -29,9 +32,17 @@ MAX_UNROLLED = 20_000
 the first step, and nested ones take it seconds."""
 CACHED = 64
 """Compiled grammars that are kept."""
+STACK_BYTES = 512 * 1024 * 1024
+"""Of the thread that compiles a grammar: llguidance descends along chains of rules and references, up to 1,000 bytes
+for each byte of the grammar. What is not used takes no memory."""
+LARGE_BYTES = 16 * 1024
+"""Grammars from here on are compiled one at a time, since they may use much of that."""
 TRIAL = 8
 """Tokens that a new grammar is tried with: some exceed their limits only after the first ones."""
 
+T = TypeVar("T")
+_STACK_SIZE = threading.Lock()
+"""Held while the size of new threads' stacks, which the whole process shares, is changed."""
 _LIMITS = {
     "max_items_in_row": 2_000,
     "initial_lexer_fuel": 1_000_000,
@@ -50,7 +61,7 @@ class Compiler:
         self.tokenizer = tokenizer
         self._vocabularies: dict[frozenset[int], Any] = {}
         self._compiled: OrderedDict[tuple[str, frozenset[int]], Matcher] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._large = threading.Lock(), threading.Lock()
 
     def compile(self, guide: Guide, *, stop_ids: frozenset[int]) -> Matcher:
         """A matcher before its first token, to be copied; RequestError says what is wrong with the grammar."""
@@ -58,7 +69,9 @@ class Compiler:
         key = (grammar, stop_ids)
         with self._lock:
             found = self._compiled.pop(key, None)
-        found = found or self._build(grammar, stop_ids)
+        if found is None:
+            with self._large if len(grammar) > LARGE_BYTES else contextlib.nullcontext():
+                found = with_deep_stack(partial(self._build, grammar, stop_ids))
         with self._lock:
             self._compiled[key] = found
             while len(self._compiled) > CACHED:
@@ -85,6 +98,26 @@ class Compiler:
                 raise RequestError(f"this tokenizer cannot be constrained: {error}", param="guide") from error
             self._vocabularies[stop_ids] = vocabulary
         return self._vocabularies[stop_ids]
+
+
+def with_deep_stack(work: Callable[[], T]) -> T:
+    """What `work` gives, or raises, in a thread of its own that has STACK_BYTES of stack."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="puyu-grammar", daemon=True)
+    with _STACK_SIZE:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return future.result()
 
 
 def _trial(matcher: Matcher) -> str:

@@ -62,7 +62,7 @@ def build_app(llm: LLM, config: ServeConfig, *, defaults: SamplingParams | None 
         await asyncio.to_thread(llm.close)
 
     # The documentation pages of FastAPI load scripts from the network; the schema itself stays at /openapi.json.
-    app = FastAPI(title="Puyu", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="Puyu", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
     app.router.route_class = CheckedRoute
     app.state.service = service
     app.add_middleware(
