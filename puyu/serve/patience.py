@@ -14,6 +14,7 @@ from puyu.serve.protocol import error_body
 
 _HEAD = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n"
 
+
 def patient(base: Any, *, seconds: float) -> Any:
     """A subclass of one of uvicorn's HTTP protocols that waits for a request's head no longer than `seconds`."""
 
