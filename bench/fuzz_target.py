@@ -23,7 +23,7 @@ from fuzz_bodies import HELLO, MODEL, Dialect
 from fuzz_ledger import Failure
 
 CONTROL_KEY = "control-key-of-the-harness"
-START_SECONDS = 120.0
+START_SECONDS, STOP_SECONDS = 120.0, 20.0
 SETTLE_SECONDS = 20.0
 """How long files and threads of the last requests may take to go."""
 SPARE_FILES, SPARE_THREADS = 4, 8
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {
     "drain_seconds": 5,
 }
 """Small on purpose: queues fill, requests are preempted, clients are too slow."""
-PEER_FLAGS = "--n_ctx 512 --n_threads 2 --embedding true --interrupt_requests false --model_alias tiny"
+PEER_FLAGS = "--n_ctx 512 --n_threads 2 --embedding true --model_alias tiny"
 
 
 class Target:
@@ -83,16 +83,17 @@ class Target:
         raise SystemExit(f"the server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
 
     def last_words(self) -> str:
-        """The end of its log: where a crash has happened, the stacks of its threads."""
+        """Where a crash has happened: the stack of its thread, if the interpreter could still write it."""
         text = (self.folder / "server.log").read_text(errors="replace")
-        return text[max(text.rfind("Fatal Python error"), 0) :][:6000] if "Fatal Python error" in text else text[-1000:]
+        crash = text[max(text.rfind("Fatal Python error"), 0) :]
+        return crash[max(crash.find("Current thread"), 0) :][:800]
 
     def stop(self) -> int:
         """Its exit code."""
         assert self.process is not None
         self.process.terminate()
         try:
-            return self.process.wait(30)
+            return self.process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
@@ -193,8 +194,7 @@ class Ours(Target):
 
 
 class Peer(Target):
-    """llama-cpp-python's server over the same tiny model as GGUF. Its requests are not cut short by newer ones, which
-    its own default would do."""
+    """llama-cpp-python's server over the same tiny model as GGUF, with its own defaults."""
 
     dialect: Dialect = "llama"
 

@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -35,8 +36,10 @@ from fuzz_target import CONTROL_KEY, PEER_FLAGS, Ours, Peer, Target
 
 AT_ONCE, SLOW_AT_ONCE = 32, 6
 LIMIT_SECONDS = 60.0
-STUCK = 2 * AT_ONCE
-"""So many hangs in a row are a server that is dead, though its process is not: it is started again."""
+PLACE = re.compile(r"(?:/[\w.-]+)+/(?=site-packages|llama_cpp|lib/)")
+"""Where a server is installed is nobody's business."""
+STUCK_SECONDS = 20.0
+"""A server that answers nobody for so long, while half of all clients wait, is dead though its process is not."""
 
 
 @dataclass(slots=True)
@@ -47,15 +50,25 @@ class Campaign:
     limit: float = LIMIT_SECONDS
     ledger: Ledger = field(default_factory=Ledger)
     under_way: dict[int, Case] = field(default_factory=dict)
-    hangs: int = 0
+    news: float = 0.0
+    """When somebody was answered last."""
 
     async def run(self, cases: Iterable[Case]) -> None:
         """Play all cases; a target that dies is started again and the rest goes on."""
-        waiting = iter(cases)
+        waiting, self.news = iter(cases), time.monotonic()
         slow = asyncio.Semaphore(SLOW_AT_ONCE)
+        watch = asyncio.create_task(self._watch())
         async with asyncio.TaskGroup() as group:
             for _ in range(AT_ONCE):
                 group.create_task(self._worker(waiting, slow))
+        watch.cancel()
+
+    async def _watch(self) -> None:
+        """Start a stuck target again."""
+        while True:
+            await asyncio.sleep(1.0)
+            if len(self.under_way) >= AT_ONCE // 2 and time.monotonic() - self.news > STUCK_SECONDS:
+                self._revive("stuck: it answered nobody")
 
     async def _worker(self, waiting: Any, slow: asyncio.Semaphore) -> None:
         for case in waiting:
@@ -74,21 +87,22 @@ class Campaign:
         self._revive()
         self.under_way.pop(case.id, None)
         self.ledger.add(case, outcome)
-        self.hangs = self.hangs + 1 if outcome.ended == "hang" and case.owed else 0
+        if outcome.answers:
+            self.news = time.monotonic()
 
-    def _revive(self) -> None:
+    def _revive(self, why: str = "") -> None:
         """Count a death and start the target again. Blocks the loop: nothing else could happen anyway."""
-        if self.target.is_alive and self.hangs < STUCK:
+        if self.target.is_alive and not why:
             return
         code = self.target.stop()
-        how = "stuck: it answered nothing" if self.hangs >= STUCK else f"exit code {code}"
+        how = why or f"exit code {code}"
         labels = sorted({case.label for case in self.under_way.values()})
         note = f"{how}; under way: {', '.join(labels)[:300]}; cases {sorted(self.under_way)}"
         self.ledger.deaths.append(Failure("death", -1, note))
         self.ledger.excused |= set(self.under_way)
         say(f"  the server died: {note}\n{self.target.last_words()}")
-        self.hangs = 0
         self.target.start()
+        self.news = time.monotonic()
 
 
 def say(text: str) -> None:
@@ -129,7 +143,8 @@ def report(ledger: Ledger, target: Target, *, before: dict[str, float], after: d
     wires = {entry.case.id: entry.wire for entry in ledger.entries if entry.wire}
     first: dict[str, list[Any]] = {}
     for failure in found:
-        row = {"case": failure.case, "note": failure.note[:600], "sent": repr(wires.get(failure.case, b"")[:600])}
+        note = PLACE.sub("", failure.note[:600])
+        row = {"case": failure.case, "note": note, "sent": repr(wires.get(failure.case, b"")[:600])}
         if len(first.setdefault(failure.kind, [])) < 12:
             first[failure.kind].append(row)
     return {
@@ -176,7 +191,7 @@ def replay(target: Target, id: int, *, requests: int, seed: int) -> None:
 def peer(folder: Path, python: Path | None) -> Peer:
     """llama-cpp-python's server over the same weights."""
     model = folder / "tiny.gguf"
-    export = [sys.executable, "-m", "puyu", "export", str(make_model(folder)), str(model)]
+    export = [sys.executable, "-m", "puyu", "export", "--model", str(make_model(folder)), "--gguf", str(model)]
     subprocess.run(export, check=True, cwd=harness.ROOT, stdout=sys.stderr)
     return Peer(folder, python=harness.peer_python("llama", python), model=model)
 
