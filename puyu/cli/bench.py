@@ -1,5 +1,7 @@
 """`puyu bench engine --model DIR`: quick local numbers, as a table. Not a comparison: those are in bench/.
 
+`puyu bench serve --url URL`, load on a server, stands in `bench_serve.py`.
+
 Prefill is one prompt without its answer; decode is what all streams together generate a second, after their prompts.
 Prompts are random ids, the prefix cache is off, and each line is the best of a few runs.
 """
@@ -24,8 +26,13 @@ BATCHES = (1, 4, 16)
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    options = argparse.ArgumentParser(prog="puyu bench", description="Quick numbers of this machine.")
-    options.add_argument("what", choices=("engine",), help="what is measured")
+    if list(argv[:1]) == ["serve"]:
+        from puyu.cli.bench_serve import main as serve
+
+        return serve(argv[1:])
+    about = "Quick numbers of this machine. For load on a server: puyu bench serve --help"
+    options = argparse.ArgumentParser(prog="puyu bench", description=about)
+    options.add_argument("what", choices=("engine", "serve"), help="what is measured")
     options.add_argument("--model", required=True, help="model folder or hub id (owner/name, ms:owner/name)")
     options.add_argument("--prompt", type=int, default=512, help="tokens of a prompt, at most half the context [512]")
     options.add_argument("--tokens", type=int, default=64, help="tokens of an answer [64]")

@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -175,7 +175,8 @@ def _read_field(name: str, item: Any) -> Any:
 
 def answer_json(answer: Completion) -> dict[str, Any]:
     """What one record is answered with; fields that were not asked for are left out."""
-    row: dict[str, Any] = {"text": answer.text, "finish_reason": answer.finish_reason, "usage": asdict(answer.usage)}
+    usage = {name: getattr(answer.usage, name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens")}
+    row: dict[str, Any] = {"text": answer.text, "finish_reason": answer.finish_reason, "usage": usage}
     if answer.message.tool_calls:
         row["tool_calls"] = answer.message.to_openai()["tool_calls"]
     for name in ("logprobs", "top_logprobs", "prompt_logprobs"):

@@ -50,7 +50,7 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb("serve", "OpenAI-compatible server", "puyu.cli.serve"),
         Verb("keys", "API keys of a server: make, list, revoke", "puyu.cli.keys"),
         Verb("plan", "what serving a model will need: weights, KV cache, memory", "puyu.cli.plan"),
-        Verb("bench", "quick numbers of the engine on this machine", "puyu.cli.bench"),
+        Verb("bench", "quick numbers of the engine here, or load on any server", "puyu.cli.bench"),
         Verb("agent", "answer one task with tools", "puyu.cli.agent"),
     ),
 }

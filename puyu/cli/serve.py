@@ -20,10 +20,10 @@ def main(argv: Sequence[str]) -> int:
     if len(options.positional) > 1:
         raise ConfigError(f"one model can be served, not {len(options.positional)}: {' '.join(options.positional)}")
     config = build(ServeConfig, _values(options.positional, dict(all_overrides(options))), where="puyu serve")
-    from puyu.serve.server import run
+    from puyu.serve.server import leave, run
 
     run(config)
-    return 0
+    return 0 if config.is_routed else leave(0)
 
 
 def _values(positional: Sequence[str], overrides: dict[str, object]) -> dict[str, object]:

@@ -55,6 +55,9 @@ class EngineConfig(Config):
     """Requests that run at the same time; more wait in a queue."""
     max_step_tokens: int = Field(default=2048, ge=1)
     """Tokens computed in one step; longer prompts are computed in chunks."""
+    max_pause_ms: float = Field(default=0.0, ge=0)
+    """While answers are being written, prompts are computed in pieces that keep a step within this time, by what steps
+    have taken so far; 0 is no limit, which gives the most throughput."""
     cache_dtype: CacheStorage = "auto"
     """How keys and values are kept: as the model computes them, or as int8 or int4 codes (half and a quarter of
     bf16), made without calibration."""
@@ -134,6 +137,7 @@ class Engine:
             max_running=max_running,
             max_step_tokens=config.max_step_tokens,
             pools_apart=config.deterministic,  # their keys come from another kernel than those of decoding
+            max_pause=config.max_pause_ms / 1000,
         )
         if self.drafter is not None:
             self.drafter.attach(cache)
@@ -188,12 +192,14 @@ class Engine:
         plan = self.scheduler.step()
         if not plan.chunks:
             return late
+        began = time.perf_counter()
         try:
             output = self.runner.run([span_of(chunk) for chunk in plan.chunks])
             sampled = sample_plan(plan, output, num_ids=self.num_ids, alone=self.config.deterministic)
         except Exception:  # noqa: BLE001 - logged and counted; the requests of this step end with reason "error"
             logger.exception("a step of %d requests failed", len(plan.chunks))
             return late + [self._fail(chunk.running) for chunk in plan.chunks]
+        self.scheduler.pace.measured(plan.num_tokens, time.perf_counter() - began)
         return late + self._count(plan, sampled, output)
 
     def _expire(self, now: float) -> list[Running]:

@@ -89,16 +89,18 @@ class Front:
         return (first, *(self._sibling(first, index) for index in range(1, count)))
 
     def _guide(self, request: GenerateRequest) -> Guide | None:
-        """The form of the answer: what was asked for, or that of a tool call that is required."""
+        """The form of the answer: what was asked for, or a tool call, or either."""
         choice, guide = request.tool_choice, request.params.guide
-        if choice.mode != "required":
-            return guide
         tools = [tool for tool in request.tools if not choice.names or tool.name in choice.names]
-        if not tools:
-            raise RequestError("a call is required, but there is no tool", param="tool_choice")
-        if guide is not None:
-            raise RequestError("a required call has a form of its own", param="tool_choice", remedy="use 'auto'")
-        return Guide("grammar", self.calls.grammar(tools, several=choice.parallel))
+        if choice.mode == "required":
+            if not tools:
+                raise RequestError("a call is required, but there is no tool", param="tool_choice")
+            if guide is not None:
+                raise RequestError("a required call has a form of its own", param="tool_choice", remedy="use 'auto'")
+            return Guide("grammar", self.calls.grammar(tools, several=choice.parallel))
+        if guide is None or not tools or choice.mode == "none" or self.calls.form is None:
+            return guide
+        return Guide("grammar", self.calls.grammar(tools, several=choice.parallel, otherwise=guide))
 
     def reader(self, request: GenerateRequest, part: Request) -> Reader:
         """What reads the answer. Calls are looked for where tools are offered; InternLM2's are special tokens, which

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from puyu.engine.blocks import BlockPool, block_keys
+from puyu.engine.pace import Pace
 from puyu.engine.request import Running, Status
 from puyu.types import FinishReason
 
@@ -62,11 +63,20 @@ class Plan:
 class Scheduler:
     """Waiting and running requests over one block pool."""
 
-    def __init__(self, pool: BlockPool, *, max_running: int, max_step_tokens: int, pools_apart: bool = False) -> None:
-        """`pools_apart`: requests that are pooled share blocks with each other alone."""
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_running: int,
+        max_step_tokens: int,
+        pools_apart: bool = False,
+        max_pause: float = 0.0,
+    ) -> None:
+        """`pools_apart`: requests that are pooled share blocks with each other alone. `max_pause`: see `pace.py`."""
         assert 0 < max_running <= max_step_tokens, "every running request needs room for one token in a step"
         self.pool, self.max_running, self.max_step_tokens = pool, max_running, max_step_tokens
         self.pools_apart = pools_apart
+        self.pace = Pace(max_pause)
         self.waiting: list[Running] = []
         self.running: list[Running] = []
         self.num_preemptions = 0
@@ -192,6 +202,8 @@ class Scheduler:
             drafts = tuple(running.drafts[:budget])
             budget -= len(drafts)
             yield Chunk(running, running.num_computed, 1 + len(drafts), drafts=drafts)
+        allowed = self.pace.budget(len(decoding)) if decoding else None
+        budget = budget if allowed is None else min(budget, allowed)
         for running in prompts:
             length = min(running.num_remaining, budget)
             if running.request.params.prompt_logprobs:

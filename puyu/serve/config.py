@@ -61,6 +61,11 @@ class ServeConfig(Config):
     """How long one step of the engine may take before /health says 503."""
     cache_tokens: int = Field(default=0, ge=0)
     """Tokens that the key/value cache holds; 0 takes what fits."""
+    max_pause_ms: float = Field(default=50.0, ge=0)
+    """While answers are being written, long prompts are computed in pieces that keep a step within this time; 0 is no
+    limit."""
+    cache_fraction: float = Field(default=0.3, gt=0, le=0.95)
+    """Share of the free memory that the cache may take when cache_tokens is 0; replicas of a machine divide it."""
     cache_dtype: Literal["auto", "int8", "int4"] = "auto"
     """How keys and values are kept: as the model computes them, or as codes."""
     context: int = Field(default=0, ge=0)
@@ -79,6 +84,15 @@ class ServeConfig(Config):
     """Whether the log holds what people ask; never without being told."""
     drain_seconds: int = Field(default=30, ge=0)
     """How long requests under way may go on after SIGTERM."""
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Engine processes behind one address."""
+    engine: Literal["local", "ray"] = "local"
+    """Where replicas run: local (children of this process) or ray (a Ray cluster, RAY_ADDRESS or a new local one)."""
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a router stands before the model."""
+        return self.replicas > 1 or self.engine == "ray"
 
     @property
     def is_local(self) -> bool:

@@ -8,50 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from types import FrameType
-from typing import Any
 
-import uvicorn
 from fastapi import FastAPI
 
 from puyu.engine.llm import LLM
 from puyu.serve.config import ServeConfig
-from puyu.serve.patience import patient
+from puyu.serve.patience import PatientServer
 
 GRACE_SECONDS = 0.5
 """After the engine has ended all requests: for their last bytes."""
 
 
-class DrainingServer(uvicorn.Server):
+class DrainingServer(PatientServer):
     """Serves one application over one engine."""
 
     def __init__(self, app: FastAPI, llm: LLM, config: ServeConfig) -> None:
-        options = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            server_header=False,
-            ssl_certfile=config.tls_cert or None,
-            ssl_keyfile=config.tls_key or None,
-        )
-        options.load()
-        options.http_protocol_class = patient(options.http_protocol_class, seconds=config.body_seconds)
-        super().__init__(options)
+        super().__init__(app, config, lifespan="on")
         self.llm, self.drain_seconds = llm, config.drain_seconds
         app.state.service.cut = self.cut
-
-    def cut(self, scope: Any) -> None:
-        """Close the connection of an ASGI scope without waiting for its reader."""
-        for connection in list(self.server_state.connections):
-            if getattr(connection, "client", None) == scope["client"]:
-                getattr(connection, "transport").abort()  # noqa: B009 - uvicorn's protocols share no base class
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal drains, the second does not."""
-        if self.should_exit:
-            self.force_exit = True
-        self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         return await super().on_tick(counter) or self.llm.loop.failure is not None
@@ -66,8 +40,6 @@ class DrainingServer(uvicorn.Server):
             await asyncio.wait({closing}, timeout=0.05)
         await asyncio.wait({ended}, timeout=GRACE_SECONDS)
         if not ended.done():  # what is left are connections that do not end by themselves
-            self.force_exit = True
-            for connection in list(self.server_state.connections):
-                getattr(connection, "transport").abort()  # noqa: B009
+            self.cut_all()
         await ended
         await closing

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from puyu.log import logger
+from puyu.serve.http import DIRECT
 from puyu.serve.keys import Account, KeyRing
 from puyu.serve.protocol import error_body
 
@@ -30,6 +31,9 @@ CONTROL = "/control/"
 BODY_SECONDS = 60.0
 SPENT = "puyu.spent"
 """Key of the ASGI scope under which a route leaves the tokens that a request has used."""
+SPENT_HEADER = b"puyu-spent"
+"""Whoever sends it is told them, too: by this header, or at the end of a stream by a comment. A router asks so."""
+SPENT_LINE = b": spent "
 
 
 class Denied(Exception):
@@ -135,13 +139,26 @@ class _Visit:
     def __init__(self, scope: Scope, send: Send) -> None:
         self.scope, self.to_client = scope, send
         self.id, self.began, self.status = uuid.uuid4().hex, time.monotonic(), 0
-        scope["puyu.request"] = self.id
+        scope["puyu.request"], scope[DIRECT] = self.id, send
+        self.tells, self.streams = any(name == SPENT_HEADER for name, _ in scope["headers"]), False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.id.encode())]
+        if self.tells:
+            self._tell(message)
         await self.to_client(message)
+
+    def _tell(self, message: Message) -> None:
+        """Add what the request has cost: to the head of an answer, or to the end of a stream."""
+        spent = str(self.scope.get(SPENT, 0)).encode()
+        if message["type"] == "http.response.start":
+            self.streams = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
+            if not self.streams:
+                message["headers"].append((SPENT_HEADER, spent))
+        elif self.streams and not message.get("more_body", False):
+            message["body"] = message.get("body", b"") + SPENT_LINE + spent + b"\n\n"
 
     async def deny(self, denied: Denied) -> None:
         data = json.dumps(denied.body).encode()

@@ -25,6 +25,8 @@ T = TypeVar("T")
 MAX_PARTS = 200_000
 """Objects, lists and keys of a body: eight megabytes of `[],[],` would be hundreds in memory, and seconds of work."""
 _TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+DIRECT = "puyu.send"
+"""Key of the ASGI scope under which a guard leaves the server's own `send`."""
 
 
 class CheckedRoute(APIRoute):
@@ -85,16 +87,17 @@ class EventResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(Gone):
-            await race(self._write(send), receive, watch=lambda: self._cut_if_slow(scope))
+            await race(self._write(send, scope.get(DIRECT, send)), receive, watch=lambda: self._cut_if_slow(scope))
 
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+    async def _write(self, send_ends: Send, send: Send) -> None:
+        """Frameworks wrap `send` several times to watch start and end; the pieces go to the server directly."""
+        await send_ends({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with contextlib.aclosing(self.chunks) as chunks:
             async for chunk in chunks:
                 self._sending_since = time.monotonic()
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 self._sending_since = 0.0
-        await send({"type": "http.response.body", "body": b""})
+        await send_ends({"type": "http.response.body", "body": b""})
 
     def _cut_if_slow(self, scope: Scope) -> None:
         if self._sending_since and time.monotonic() - self._sending_since > self.slow_seconds:

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
+import uvicorn
+from starlette.types import ASGIApp, Scope
+
+from puyu.serve.config import ServeConfig
 from puyu.serve.protocol import error_body
 
 _HEAD = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n"
@@ -37,8 +42,9 @@ def patient(base: Any, *, seconds: float) -> Any:
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            """Called for what cannot be read; an answer that has begun is only cut off."""
-            if self._is_waiting or not self.cycle.response_started:
+            """Called for what cannot be read; answers that have begun, or come first, are only cut off."""
+            comes_next = not getattr(self, "pipeline", None)  # uvicorn's two protocols share no base class
+            if self._is_waiting or (comes_next and not self.cycle.response_started):
                 self.transport.write(bad_request(msg))
             self.transport.close()
 
@@ -64,3 +70,42 @@ def bad_request(message: str) -> bytes:
     """The whole answer to what is no HTTP."""
     data = json.dumps(error_body(message, kind="invalid_request_error")).encode()
     return _HEAD.format(len(data)).encode() + data
+
+
+class PatientServer(uvicorn.Server):
+    """uvicorn as this house sets it; how it stops, subclasses say. A second signal sets `force_exit`."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig, *, lifespan: Literal["on", "off"]) -> None:
+        options = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan=lifespan,
+            ws="none",
+            server_header=False,
+            ssl_certfile=config.tls_cert or None,
+            ssl_keyfile=config.tls_key or None,
+        )
+        options.load()
+        options.http_protocol_class = patient(options.http_protocol_class, seconds=config.body_seconds)
+        super().__init__(options)
+
+    def cut(self, scope: Scope) -> None:
+        """Close the connection of an ASGI scope without waiting for its reader."""
+        self._abort(scope["client"])
+
+    def cut_all(self) -> None:
+        """Close all that is left: connections that do not end by themselves."""
+        self.force_exit = True
+        self._abort(None)
+
+    def _abort(self, client: Any) -> None:
+        for connection in list(self.server_state.connections):
+            if client is None or getattr(connection, "client", None) == client:
+                getattr(connection, "transport").abort()  # noqa: B009 - uvicorn's protocols share no base class
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second does not."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import signal
 import socket
@@ -24,14 +25,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import httpx
 
 from puyu.configure import build, dump
 from puyu.errors import DependencyError, ResourceError
 from puyu.files import read_json
-from puyu.log import say
+from puyu.log import logger, say
 from puyu.serve.config import ServeConfig
 from puyu.types import SamplingParams
 
@@ -47,7 +48,9 @@ START_SECONDS = 600.0
 def bind(config: ServeConfig) -> socket.socket:
     """A listening socket; ResourceError names the flag that helps."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family)
+    # by name: asyncio sends small pieces at once (TCP_NODELAY) only where a socket says that it is TCP, and without
+    # that every answer on a kept connection waits 40 ms for the client's acknowledgment
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
@@ -83,17 +86,45 @@ def run(config: ServeConfig, *, listener: socket.socket | None = None) -> None:
     _require_web()
     with contextlib.closing(listener or bind(config)) as listening:
         url = address(listening, scheme="https" if config.tls_cert else "http")
+        show_log()
+        if config.is_routed:
+            from puyu.serve.routed import run as run_routed
+
+            run_routed(config, listening, url)
+            return
         say(f"loading {config.model} ...")
         server, name = _load(config)
         say(f"serving {name} at {url}   (OpenAI clients: base_url={url}/v1)   Ctrl-C stops")
-        # uvicorn drains on these signals and then raises them again; by then the work is done.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _already_handled)
+        outlive_signals()
         server.run(sockets=[listening])
         if server.llm.loop.failure is not None:
             message = f"the engine has stopped: {server.llm.loop.failure!r}"
             raise ResourceError(message, remedy="start it again; its log says more")
         say("stopped")
+
+
+def show_log() -> None:
+    """Requests and warnings on standard error, one line each, unless the process has a log of its own."""
+    if logger.handlers or logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process now. Unloading torch takes the interpreter a second, in which nothing is left to do."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def outlive_signals() -> None:
+    """uvicorn drains on these signals and then raises them again; by then the work is done."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _already_handled)
 
 
 def _with_secrets(config: ServeConfig) -> ServeConfig:
@@ -167,22 +198,34 @@ def running_server(config: ServeConfig, *, log: Path | None = None) -> Iterator[
 
 
 def _start(config: ServeConfig, listener: socket.socket, output: IO[bytes]) -> subprocess.Popen[bytes]:
-    """The config goes through stdin (a key must not stand in the process list), which stays open as a life line."""
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", "puyu.serve.server", str(listener.fileno())]
     child = subprocess.Popen(
-        command,
+        child_command(listener.fileno()),
         stdin=subprocess.PIPE,
         stdout=output,
         stderr=subprocess.STDOUT,
         pass_fds=[listener.fileno()],
-        env={**os.environ, "PYTHONPATH": path},
+        env=child_environment(),
     )
     assert child.stdin is not None
-    child.stdin.write(json.dumps(dump(config)).encode() + b"\n")
+    child.stdin.write(child_input(config))
     child.stdin.flush()
     return child
+
+
+def child_command(descriptor: int) -> list[str]:
+    """Starts a server on an inherited listening socket."""
+    return [sys.executable, "-m", "puyu.serve.server", str(descriptor)]
+
+
+def child_environment() -> dict[str, str]:
+    """Ours, where the child also finds this package."""
+    root = str(Path(__file__).resolve().parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+
+
+def child_input(config: ServeConfig) -> bytes:
+    """What the child reads first: a key must not stand in the process list. Then its stdin is its life line."""
+    return json.dumps(dump(config)).encode() + b"\n"
 
 
 def _wait_until_up(child: subprocess.Popen[bytes], url: str, output: IO[bytes]) -> None:
@@ -231,4 +274,4 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_child(int(sys.argv[1])))
+    leave(_child(int(sys.argv[1])))

@@ -91,6 +91,8 @@ class Service:
 
     async def prepare(self, requests: Sequence[GenerateRequest], adapter: str) -> list[Asked]:
         """Checked requests with the server's limits; 429 when too many prompt tokens wait."""
+        if self.in_flight >= self.limit:  # before any work is done for it
+            raise self._busy("too many requests are waiting")
         asked = [await self.llm.loop.prepare(self._limited(request, adapter)) for request in requests]
         waiting = self.llm.driver.waiting_tokens
         if waiting and waiting + sum(item.num_prompt for item in asked) > self.config.max_queue_tokens:

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from puyu import Agent, Client
 from puyu.engine.core import EngineConfig
@@ -244,6 +245,35 @@ def test_health_and_metrics(http: httpx.Client) -> None:
     assert after['puyu:request_refused_total{status="400"}'] > before.get('puyu:request_refused_total{status="400"}', 0)
     assert after["vllm:time_to_first_token_seconds_count"] == before["vllm:time_to_first_token_seconds_count"] + 2
     assert after["vllm:num_requests_running"] == 0
+
+
+DASHBOARD = {
+    "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions", "prefix_cache_queries",
+    "prefix_cache_hits", "prompt_tokens", "generation_tokens", "request_success", "time_to_first_token_seconds",
+    "inter_token_latency_seconds", "request_time_per_output_token_seconds", "e2e_request_latency_seconds",
+    "request_queue_time_seconds", "request_inference_time_seconds", "request_prefill_time_seconds",
+    "request_decode_time_seconds", "request_prompt_tokens", "request_generation_tokens",
+}  # fmt: skip
+"""What vLLM's Grafana dashboard asks for, without the prefix `vllm:`."""
+
+
+def test_prometheus_reads_the_metrics_under_vllms_names(http: httpx.Client) -> None:
+    list(Client(str(http.base_url)).stream_chat([WHO], params=SamplingParams(max_tokens=5)))
+    families = {family.name: family for family in text_string_to_metric_families(http.get("/metrics").text)}
+    assert {f"vllm:{name}" for name in DASHBOARD} <= set(families)
+    whole = families["vllm:e2e_request_latency_seconds"]
+    assert whole.type == "histogram"
+    buckets = [sample.value for sample in whole.samples if sample.name.endswith("_bucket")]
+    count = next(sample.value for sample in whole.samples if sample.name.endswith("_count"))
+    assert buckets == sorted(buckets) and buckets[-1] == count >= 1
+    names = ("queue", "prefill", "decode", "inference")
+    sums = {name: _sum_of(families[f"vllm:request_{name}_time_seconds"]) for name in names}
+    assert sums["inference"] == pytest.approx(sums["prefill"] + sums["decode"])
+    assert _sum_of(whole) == pytest.approx(sums["queue"] + sums["inference"])
+
+
+def _sum_of(family: Any) -> float:
+    return float(next(sample.value for sample in family.samples if sample.name.endswith("_sum")))
 
 
 def _metrics(page: str) -> dict[str, float]:

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from puyu.engine.llm import LLM
+from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.tools.calculate import calculator
 from tests.serve.conftest import CALL, NAME
 
@@ -137,6 +138,19 @@ def test_a_form_and_a_forced_call_exclude_each_other(client: openai.OpenAI) -> N
             model=NAME, messages=WHO, tools=TOOLS, tool_choice="required", response_format=form
         )
     assert both.value.param == "tool_choice"
+
+
+def test_with_tools_and_a_form_the_answer_is_a_call_or_has_the_form(
+    client: openai.OpenAI, tokenizer: Tokenizer
+) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "color", "schema": {"enum": ["red", "blue"]}}}
+    wanted = {"model": NAME, "tools": TOOLS, "response_format": form, "max_tokens": 120}
+    called = client.chat.completions.create(messages=SUM, **wanted).choices[0]
+    (call,) = called.message.tool_calls or []
+    assert json.loads(call.function.arguments) == json.loads(CALL.arguments)
+    never = {str(tokenizer.action_start_id): -100.0}
+    formed = client.chat.completions.create(messages=WHO, logit_bias=never, **wanted).choices[0]
+    assert formed.finish_reason == "stop" and json.loads(formed.message.content or "") in ("red", "blue")
 
 
 def test_tool_choice_none_offers_no_tools(client: openai.OpenAI) -> None:

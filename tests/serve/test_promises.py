@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -20,6 +21,10 @@ from puyu.engine.core import EngineConfig, Event
 from puyu.engine.llm import LLM
 from puyu.engine.runner import Output, Span
 from puyu.model.heads import CausalLM
+from puyu.serve.app import build_app
+from puyu.serve.config import ServeConfig
+from puyu.serve.drain import DrainingServer
+from puyu.serve.server import address, bind
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import SamplingParams
 from tests.serve.conftest import NAME, served, wait_until
@@ -343,6 +348,24 @@ def test_while_it_drains_new_requests_are_refused(slow: LLM) -> None:
 
     with served(slow) as url:
         asyncio.run(main(url))
+
+
+def test_a_second_signal_ends_at_once(slow: LLM) -> None:
+    config = ServeConfig(port=0, drain_seconds=60)
+    with bind(config) as listener:
+        server = DrainingServer(build_app(slow, config), slow, config)
+        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        serving.start()
+        threads, answers = in_background(address(listener), [ENDLESS | {"stream": True}])
+        wait_until(lambda: slow.stats().num_generated_tokens > 2)
+        server.handle_exit(signal.SIGTERM, None)
+        threads[0].join(0.3)
+        assert serving.is_alive() and threads[0].is_alive(), "the first one drains"
+        server.handle_exit(signal.SIGTERM, None)
+        serving.join(20)
+        threads[0].join(20)
+    assert slow.stats().num_generated_tokens < 900
+    assert "the server may be stopping" in answers[0].text and answers[0].text.endswith("data: [DONE]\n\n")
 
 
 def test_a_sleeping_engine_refuses_until_it_wakes(lone: LLM) -> None:

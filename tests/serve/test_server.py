@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import asyncio
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -47,20 +49,14 @@ def test_a_child_process_serves_and_stops_cleanly(checkpoint: Path, tmp_path: Pa
 
 
 def test_sigterm_lets_the_answer_under_way_finish_and_exits_0(checkpoint: Path) -> None:
-    command = [sys.executable, "-c", "import sys; from puyu.cli.serve import main; sys.exit(main(sys.argv[1:]))"]
-    flags = ["--port", "0", "--dtype", "float32", "--cache-tokens", "2048"]
-    child = subprocess.Popen([*command, str(checkpoint), *flags], stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    url = next(line.split(" at ")[1].split()[0] for line in child.stderr if " at " in line)
-    with Client(url) as client:
+    with serving(checkpoint) as (child, url), Client(url) as client:
         deltas = client.stream_chat("Count", params=SamplingParams(max_tokens=200, ignore_eos=True))
         next(deltas)
         child.send_signal(signal.SIGTERM)
         last = list(deltas)[-1]
+        assert child.wait(20) == 0
+        assert child.stderr is not None and child.stderr.read().rstrip().endswith("stopped")
     assert last.finish_reason == "length" and last.usage is not None and last.usage.completion_tokens == 200
-    assert child.wait(20) == 0
-    assert child.stderr.read().rstrip().endswith("stopped")
-    child.stderr.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -88,6 +84,54 @@ def test_after_the_drain_time_requests_end_with_a_stated_error(
     thread.join()
     assert "the server may be stopping" in answers[0].text and answers[0].status_code == (200 if stream else 503)
     assert answers[0].text.endswith("data: [DONE]\n\n") is stream
+
+
+SERVE = "import sys; from puyu.cli.main import main; sys.exit(main(['serve', *sys.argv[1:]]))"
+SLOW = (
+    "import time\nfrom puyu.engine.core import Engine\nstep = Engine.step\n"
+    "def slow(*_):\n    time.sleep(0.1)\n    return step(*_)\nEngine.step = slow\n"
+)
+DIES = "from puyu.engine.core import Engine\ndef step(*_):\n    raise MemoryError('no more')\nEngine.step = step\n"
+
+
+@contextmanager
+def serving(checkpoint: Path, *flags: str, code: str = SERVE) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`puyu serve` as a process of its own, and its address."""
+    command = [sys.executable, "-c", code, str(checkpoint), "--port", "0", "--dtype", "float32", *flags]
+    with subprocess.Popen([*command, "--cache-tokens", "2048"], stderr=subprocess.PIPE, text=True) as child:
+        assert child.stderr is not None
+        try:
+            yield child, next(line.split(" at ")[1].split()[0] for line in child.stderr if " at " in line)
+        finally:
+            child.kill()
+
+
+def test_a_second_signal_does_not_wait(checkpoint: Path) -> None:
+    with serving(checkpoint, "--drain-seconds", "600", code=SLOW + SERVE) as (child, url), Client(url) as client:
+        deltas = client.stream_chat("Count", params=SamplingParams(max_tokens=900, ignore_eos=True))
+        next(deltas)
+        child.send_signal(signal.SIGTERM)
+        wait_until(lambda: not _answers(url))
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(20) == 0
+
+
+def test_a_server_whose_engine_has_died_ends_with_an_error(checkpoint: Path) -> None:
+    with serving(checkpoint, code=DIES + SERVE) as (child, url):
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "one", "max_tokens": 3}, timeout=20)
+        assert answer.status_code in (500, 503) and "error" in answer.json()
+        assert child.wait(20) == 5
+        assert child.stderr is not None and "the engine has stopped: MemoryError('no more')" in child.stderr.read()
+
+
+def test_requests_are_logged_without_their_text(checkpoint: Path) -> None:
+    with serving(checkpoint) as (child, url):
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": "my diary", "max_tokens": 3})
+        child.terminate()
+        assert child.stderr is not None
+        log = child.stderr.read()
+    (line,) = [line for line in log.splitlines() if "POST /v1/completions" in line]
+    assert answer.headers["x-request-id"] in line and " 200, " in line and "diary" not in log
 
 
 def test_a_child_does_not_outlive_its_parent(checkpoint: Path) -> None:
@@ -119,6 +163,24 @@ def test_a_port_in_use_names_the_flag() -> None:
         with pytest.raises(ResourceError) as caught:
             bind(ServeConfig(port=port))
     assert f"port {port} of 127.0.0.1 is in use" in str(caught.value) and "--port" in caught.value.remedy
+
+
+def test_pieces_are_sent_at_once() -> None:
+    async def main() -> int:
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            taken = writer.get_extra_info("socket")
+            accepted.set_result(taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = bind(ServeConfig(port=0))
+        async with await asyncio.start_server(serve, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            writer.close()
+            return await accepted
+
+    assert asyncio.run(main()) == 1
 
 
 def test_an_address_of_another_machine() -> None:
@@ -154,11 +216,3 @@ def test_defaults_come_from_the_models_makers(tmp_path: Path) -> None:
     assert read_defaults(tmp_path) == SamplingParams(temperature=0.7, top_p=0.8, top_k=20)
     path.write_text('{"temperature": 0.7}')
     assert read_defaults(tmp_path) == SamplingParams()
-
-
-def test_the_python_of_the_documentation_runs(url: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = Path("docs/serve.md").read_text(encoding="utf-8")
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        here = code.replace("http://127.0.0.1:8000", url).replace("runs/nano/ppo", str(checkpoint))
-        exec(compile(here.replace('model="ppo"', f'model="{NAME}"'), "docs/serve.md", "exec"), {})
-        assert "I am 浦语." in capsys.readouterr().out

@@ -32,7 +32,7 @@ from puyu.engine.calls.tagged import (
 from puyu.errors import ConfigError, RequestError
 from puyu.tokenizer.chat import is_native
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.types import Message, ToolSpec
+from puyu.types import Guide, Message, ToolSpec
 
 __all__ = ["NAMES", "CallFormat", "CallReader", "join_calls", "pick_format", "react_messages"]
 
@@ -57,11 +57,12 @@ class CallFormat:
         """For one answer. `several=False`: it is over after its first call."""
         return self.make_reader(several)
 
-    def grammar(self, tools: Sequence[ToolSpec], *, several: bool) -> str:
-        """Lark that allows exactly one call of one of these tools, or one and more; RequestError where none can be."""
+    def grammar(self, tools: Sequence[ToolSpec], *, several: bool, otherwise: Guide | None = None) -> str:
+        """Lark that allows exactly one call of one of these tools, or one and more, or an answer of the form
+        `otherwise`; RequestError where none can be."""
         if self.form is None:
             raise RequestError("this model cannot be made to call tools", param="tool_choice", remedy="use 'auto'")
-        return call_grammar(self.form, tools, several=several)
+        return call_grammar(self.form, tools, several=several, otherwise=otherwise)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[ToolSpec]) -> Prompt:
         """Messages and tools for the chat template."""

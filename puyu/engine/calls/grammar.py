@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from puyu.errors import RequestError
-from puyu.types import ToolSpec
+from puyu.types import Guide, ToolSpec
 
 _OPTIONS = {"lenient": True, "whitespace_pattern": "[ \\n]{1,32}"}
 """Of the JSON: keywords that llguidance does not know are not enforced, and space comes to an end."""
@@ -34,17 +34,29 @@ class CallForm:
     """Text between two calls."""
 
 
-def call_grammar(form: CallForm, tools: Sequence[ToolSpec], *, several: bool) -> str:
-    """Lark for one call, or for `several`; RequestError when there is nothing to call."""
+def call_grammar(form: CallForm, tools: Sequence[ToolSpec], *, several: bool, otherwise: Guide | None = None) -> str:
+    """Lark for one call, or for `several`, or for an answer of the form `otherwise`; RequestError when there is nothing
+    to call."""
     if not tools:
         raise RequestError("a call is wanted and no tool is on offer", param="tools")
     more = f"({literal(form.between)} call)*" if form.between else "call*"
-    lines = [
-        f"start: {form.first} call {more if several else ''}",
+    lines = ["start: calls"] if otherwise is None else ["start: calls | answer", f"answer: {_answer(otherwise)}"]
+    lines += [
+        f"calls: {form.first} call {more if several else ''}",
         "call: " + " | ".join(f"call_{index}" for index in range(len(tools))),
         *(f"call_{index}: {_rule(form, tool)}" for index, tool in enumerate(tools)),
     ]
     return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _answer(guide: Guide) -> str:
+    """The form of an answer without calls, as one rule."""
+    if guide.kind == "json_schema":
+        return f"%json {guide.value if isinstance(guide.value, str) else json.dumps(guide.value, ensure_ascii=False)}"
+    if guide.kind == "choice" and not isinstance(guide.value, str):
+        return " | ".join(literal(str(text)) for text in guide.value)
+    remedy = "use a JSON Schema or a choice, or offer no tools"
+    raise RequestError(f"a {guide.kind} cannot stand beside tools", param="guide", remedy=remedy)
 
 
 def _rule(form: CallForm, tool: ToolSpec) -> str:
