@@ -17,6 +17,7 @@ from typing import Any
 
 import fuzz_bodies as words
 from fuzz_client import Step
+from fuzz_grammars import grammar_body
 
 WEIGHTS = {"schema": 20, "mutated": 34, "grammar": 12, "protocol": 16, "normal": 18}
 OPEN_SECONDS = 12.0
@@ -71,7 +72,12 @@ def make_case(id: int, place: Place, *, seed: int) -> Case:
 
 
 def request(
-    method: str, target: str, body: bytes | None = None, *, case: int | None = None, headers: Mapping[str, str] | None = None
+    method: str,
+    target: str,
+    body: bytes | None = None,
+    *,
+    case: int | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> bytes:
     """A request as bytes; a header that is given empty is left out."""
     rows = {"Host": "localhost", "Content-Type": "application/json"}
@@ -122,7 +128,9 @@ def _mutated(rng: random.Random, place: Place, id: int) -> Case:
     if roll < 0.22:
         return _sent(request("POST", path, words.mangled(words.dumps(body), rng), case=id), f"{path} mangled")
     if roll < 0.27:
-        kind = rng.choice(("text/plain", "", "application/json; charset=utf-16", "multipart/form-data; boundary=x", "*/*", "é"))
+        kind = rng.choice(
+            ("text/plain", "", "application/json; charset=utf-16", "multipart/form-data; boundary=x", "*/*", "é")
+        )
         data = request("POST", path, words.dumps(body), case=id, headers={"Content-Type": kind})
         return _sent(data, f"{path} content type")
     return _sent(request("POST", path, words.dumps(words.spoiled(body, rng)), case=id), f"{path} spoiled")
@@ -131,36 +139,69 @@ def _mutated(rng: random.Random, place: Place, id: int) -> Case:
 def _odd_route(rng: random.Random, place: Place, id: int) -> Case:
     """Unknown routes and methods, strange paths, wrong keys, pages beside the API."""
     control = place.routes and any(path.startswith("/control/") for path in place.routes)
-    paths = ["/", "/health", "/metrics", "/v1/models", "/v1/models/tiny", "/v1/models/no%20such", "/openapi.json", "/docs", "/v1",
-             "/v1/chat/completions/", "//v1/models", "/../etc/passwd", "/%00", "/%ff%fe", "/v1/models/%2e%2e/x", "/v1/models?a=1&a=%zz",
-             "/" + "a" * 3_000, "/v1/models/" + "%E6%B5%A6" * 50, "/health#x", "/v1/completions?stream=true", "/*", "/v1/models/../models"]  # fmt: skip
+    paths = [
+        "/",
+        "/health",
+        "/metrics",
+        "/v1/models",
+        "/v1/models/tiny",
+        "/v1/models/no%20such",
+        "/openapi.json",
+        "/docs",
+        "/v1",
+        "/v1/chat/completions/",
+        "//v1/models",
+        "/../etc/passwd",
+        "/%00",
+        "/%ff%fe",
+        "/v1/models/%2e%2e/x",
+        "/v1/models?a=1&a=%zz",
+        "/" + "a" * 3_000,
+        "/v1/models/" + "%E6%B5%A6" * 50,
+        "/health#x",
+        "/v1/completions?stream=true",
+        "/*",
+        "/v1/models/../models",
+    ]
     if control:
         paths += ["/control/state", "/control/sleep", "/control/nothing", "/control/adapters/x", "/CONTROL/state"]
     method = rng.choice(("GET", "GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD", "TRACE", "BREW", "get"))
     headers = {}
     if rng.random() < 0.3:
-        headers["Authorization"] = rng.choice(("Bearer x", "Basic eDp5", "Bearer", "bearer " + "k" * 5_000, "Bearer \xff", place.control_key))
+        headers["Authorization"] = rng.choice(
+            ("Bearer x", "Basic eDp5", "Bearer", "bearer " + "k" * 5_000, "Bearer \xff", place.control_key)
+        )
     if rng.random() < 0.2:
-        headers["Host"] = rng.choice(("evil.example", "localhost:99999", "[::1]:80", "127.0.0.1.evil", "local host", "a" * 500))
+        headers["Host"] = rng.choice(
+            ("evil.example", "localhost:99999", "[::1]:80", "127.0.0.1.evil", "local host", "a" * 500)
+        )
     if rng.random() < 0.1:
         headers["Origin"] = "http://evil.example"
     if rng.random() < 0.05 and control:  # what an operator may do at any time
         key = {"Authorization": f"Bearer {place.control_key}"}
-        return _sent(request("POST", "/control/reset_prefix_cache", b"", case=id, headers=key), "reset the prefix cache")
+        return _sent(
+            request("POST", "/control/reset_prefix_cache", b"", case=id, headers=key), "reset the prefix cache"
+        )
     body = b"{}" if method in ("POST", "PUT", "PATCH", "DELETE") else None
     data = request(method, rng.choice(paths), body, case=id, headers=headers)
     return _sent(data, f"route {method}", heads=(method == "HEAD",))
 
 
 def _grammar(rng: random.Random, place: Place, id: int) -> Case:
-    body = words.grammar_body(place.dialect, rng)
-    return _sent(request("POST", "/v1/chat/completions", words.dumps(body), case=id), "grammar", form="chat", wants=_wants(body))
+    body = grammar_body(place.dialect, rng)
+    return _sent(
+        request("POST", "/v1/chat/completions", words.dumps(body), case=id), "grammar", form="chat", wants=_wants(body)
+    )
 
 
 def _normal(rng: random.Random, place: Place, id: int) -> Case:
     path, body = _body(rng, place)
     body = copy.deepcopy(body)
-    if "max_tokens" in body and not {"structured_outputs", "echo"} & set(body) and body.get("tool_choice") != "required":
+    if (
+        "max_tokens" in body
+        and not {"structured_outputs", "echo"} & set(body)
+        and body.get("tool_choice") != "required"
+    ):
         body["max_tokens"] = max(rng.choice((1, 3, 8, 20, 90)), body.get("min_tokens", 0))
     if path in ("/v1/chat/completions", "/v1/completions", "/v1/responses") and not body.get("echo"):
         if not {"best_of", "beam_width", "stream_options"} & set(body):
@@ -207,7 +248,10 @@ def _leave(rng: random.Random, place: Place, id: int) -> Case:
 
 
 def _leave_stream(rng: random.Random, place: Place, id: int) -> Case:
-    steps = (Step("send", _chat_bytes(rng, id, stream=True, max_tokens=300)), Step("await", value=rng.choice((1, 400, 4_000))))
+    steps = (
+        Step("send", _chat_bytes(rng, id, stream=True, max_tokens=300)),
+        Step("await", value=rng.choice((1, 400, 4_000))),
+    )
     return Case(0, "", "", (*steps, Step("leave")))
 
 
@@ -221,7 +265,9 @@ def _slow_request(rng: random.Random, place: Place, id: int) -> Case:
     """It comes, but in small pieces."""
     data = _chat_bytes(rng, id, max_tokens=4)
     cut = rng.choice((0, data.index(b"\r\n\r\n") + 4))
-    return Case(0, "", "", (Step("send", data[:cut]), Step("trickle", data[cut:], rng.choice((0.3, 1.5)))), is_slow=True)
+    return Case(
+        0, "", "", (Step("send", data[:cut]), Step("trickle", data[cut:], rng.choice((0.3, 1.5)))), is_slow=True
+    )
 
 
 def _never_whole(rng: random.Random, place: Place, id: int) -> Case:
@@ -235,7 +281,9 @@ def _slow_reader(rng: random.Random, place: Place, id: int) -> Case:
     """Asks for much and takes nothing for a while: the server may cut it off."""
     many = {"n": 4, "logprobs": True, "top_logprobs": 20, "ignore_eos": True} if place.dialect == "puyu" else {}
     data = _chat_bytes(rng, id, stream=True, max_tokens=300, temperature=1.0, **many)
-    return Case(0, "", "", (Step("send", data), Step("deaf", value=rng.choice((0.5, 4.0)))), may_close=True, is_slow=True)
+    return Case(
+        0, "", "", (Step("send", data), Step("deaf", value=rng.choice((0.5, 4.0)))), may_close=True, is_slow=True
+    )
 
 
 def _chunked(rng: random.Random, place: Place, id: int) -> Case:
@@ -251,7 +299,9 @@ def _chunked(rng: random.Random, place: Place, id: int) -> Case:
 def _lengths(rng: random.Random, place: Place, id: int) -> Case:
     """Lengths that are missing, wrong, doubled, or beside a chunked body."""
     body = words.dumps({"messages": words.HELLO, "max_tokens": 3})
-    wrong = rng.choice(("", "0", "1", str(len(body) - 1), str(len(body) + 5), "-1", "x", "1e3", "+5", " ", "9" * 17, "9" * 30, "٣"))
+    wrong = rng.choice(
+        ("", "0", "1", str(len(body) - 1), str(len(body) + 5), "-1", "x", "1e3", "+5", " ", "9" * 17, "9" * 30, "٣")
+    )
     headers = {"Content-Length": wrong}
     if rng.random() < 0.3:
         headers["Transfer-Encoding"] = rng.choice(("chunked", "gzip, chunked", "identity", "chunked, chunked"))
@@ -277,23 +327,43 @@ def _pipelined(rng: random.Random, place: Place, id: int) -> Case:
 
 
 def _garbage(rng: random.Random, place: Place, id: int) -> Case:
-    data = rng.choice((
-        rng.randbytes(rng.choice((1, 30, 3_000, 300_000))) + b"\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.randbytes(500) + b"\r\n\r\n",
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET /\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"GET  / HTTP/1.1\r\n\r\n", b"\r\n\r\n\r\nGET /x HTTP/1.1\r\n\r\n",
-        b"GET / HTTP/1.1\nHost: localhost\n\n", b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\n folded\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: local\0host\r\n\r\n", b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"CONNECT localhost:1 HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET http://evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET \xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\r\n", b"GET /health HTTP/1.0\r\n\r\n", b"\0" * 100 + b"\r\n\r\n",
-    ))  # fmt: skip
+    data = rng.choice(
+        (
+            rng.randbytes(rng.choice((1, 30, 3_000, 300_000))) + b"\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.randbytes(500) + b"\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+            b"GET /\r\n\r\n",
+            b"GET / HTTP/9.9\r\n\r\n",
+            b"GET  / HTTP/1.1\r\n\r\n",
+            b"\r\n\r\n\r\nGET /x HTTP/1.1\r\n\r\n",
+            b"GET / HTTP/1.1\nHost: localhost\n\n",
+            b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: localhost\r\n folded\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"GET / HTTP/1.1\r\nHost: local\0host\r\n\r\n",
+            b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"CONNECT localhost:1 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET http://evil.example/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"GET \xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n\r\n",
+            b"GET /health HTTP/1.0\r\n\r\n",
+            b"\0" * 100 + b"\r\n\r\n",
+        )
+    )
     return _sent(data, "", may_close=True, is_slow=True)
 
 
 def _long_head(rng: random.Random, place: Place, id: int) -> Case:
     kind = rng.choice(("one", "many", "target", "endless"))
     if kind == "target":
-        return _sent(request("GET", "/v1/models?" + "a" * rng.choice((9_000, 70_000, 300_000)), case=id), "", may_close=True)
+        return _sent(
+            request("GET", "/v1/models?" + "a" * rng.choice((9_000, 70_000, 300_000)), case=id), "", may_close=True
+        )
     if kind == "endless":
-        return _sent(b"GET / HTTP/1.1\r\n" + b"X-A: b\r\n" * 100_000, "", may_close=True, limit=OPEN_SECONDS, is_slow=True)
+        return _sent(
+            b"GET / HTTP/1.1\r\n" + b"X-A: b\r\n" * 100_000, "", may_close=True, limit=OPEN_SECONDS, is_slow=True
+        )
     size = rng.choice((9_000, 63_000, 300_000))
     headers = {"X-Long": "a" * size} if kind == "one" else {f"X-{at}": "a" for at in range(size // 10)}
     return _sent(request("GET", "/v1/models", case=id, headers=headers), "", may_close=True)
@@ -307,7 +377,11 @@ def _expects(rng: random.Random, place: Place, id: int) -> Case:
 
 
 def _upgrade(rng: random.Random, place: Place, id: int) -> Case:
-    headers = {"Connection": "Upgrade", "Upgrade": rng.choice(("websocket", "h2c", "TLS/1.0")), "Sec-WebSocket-Version": "13"}
+    headers = {
+        "Connection": "Upgrade",
+        "Upgrade": rng.choice(("websocket", "h2c", "TLS/1.0")),
+        "Sec-WebSocket-Version": "13",
+    }
     headers |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
     path = rng.choice(("/v1/models", "/v1/realtime", "/"))
     return _sent(request("GET", path, case=id, headers=headers), "", may_close=True)
@@ -323,7 +397,11 @@ def _again(rng: random.Random, place: Place, id: int) -> Case:
 _ABUSES = (
     *(_leave, _leave, _leave_stream, _leave_stream, _half_close, _slow_request, _never_whole, _slow_reader, _chunked),
     *(_chunked, _lengths, _lengths, _pipelined, _pipelined, _garbage, _garbage, _long_head, _expects, _upgrade, _again),
-)  # fmt: skip
+)
 _MAKERS: dict[str, Callable[[random.Random, Place, int], Case]] = {
-    "schema": _schema, "mutated": _mutated, "grammar": _grammar, "protocol": _protocol, "normal": _normal,
-}  # fmt: skip
+    "schema": _schema,
+    "mutated": _mutated,
+    "grammar": _grammar,
+    "protocol": _protocol,
+    "normal": _normal,
+}

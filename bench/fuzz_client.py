@@ -24,8 +24,8 @@ NO_BODY = (204, 304)
 
 
 class Step(NamedTuple):
-    """One thing that a client does: send `data`; pause `value` seconds; trickle `data` over `value` seconds; half-close;
-    leave; await `value` bytes of the answer; be deaf (take nothing) for `value` seconds."""
+    """What a client does: send `data`; pause `value` seconds; trickle `data` over `value` seconds; half-close; leave;
+    await `value` bytes of the answer; be deaf (take nothing) for `value` seconds."""
 
     kind: Kind
     data: bytes = b""

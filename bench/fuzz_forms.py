@@ -1,6 +1,6 @@
 """What an answer must look like: OpenAI's forms, whole and streamed, and its error object.
 
-    complaint(answer, form="chat", wants={"stream": False, "answers": 1, "usage": True})      "" where all is well
+complaint(answer, form="chat", wants={"stream": False, "answers": 1, "usage": True})      "" where all is well
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes from a server's own /openapi.json: data that fits the schema, and data that does not.
+"""Requests that schemathesis makes from a server's own /openapi.json: data that fits it, and data that does not.
 
 schemathesis (MIT; https://github.com/schemathesis/schemathesis) only makes the data; serve_harness.py sends it by its
 own client, mixed with everything else. The same seed and count give the same requests.
@@ -87,5 +87,3 @@ def _bytes(body: Any) -> bytes:
         return json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")
     except TypeError:  # no body at all
         return b""
-
-

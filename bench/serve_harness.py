@@ -165,8 +165,16 @@ def show(name: str, found: dict[str, Any]) -> str:
     """A report as text."""
     failures = ", ".join(f"{count} {kind}" for kind, count in found["failures"].items())
     held = {key: f"{found['before'][key]:.0f} -> {found['after'][key]:.0f}" for key in found["before"]}
-    lines = [f"{name}: {found['requests']} requests in {found['seconds']} s", "", table(found["statuses"]), "", failures]
-    lines += [f"struck by faults: {found['struck_by_faults']}, of these 500 or an error event: {found['explained_500']}"]
+    lines = [
+        f"{name}: {found['requests']} requests in {found['seconds']} s",
+        "",
+        table(found["statuses"]),
+        "",
+        failures,
+    ]
+    lines += [
+        f"struck by faults: {found['struck_by_faults']}, of these 500 or an error event: {found['explained_500']}"
+    ]
     lines += [f"held: {held}", f"slowest: {found['slowest']}"]
     for kind, rows in found["first_failures"].items():
         lines += [f"{kind}: case {row['case']}: {row['note']}\n    {row['sent']}" for row in rows]
