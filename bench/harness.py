@@ -137,8 +137,8 @@ def _timed(function: Callable[[], object]) -> float:
 
 
 def drift(before: Mapping[str, float], after: Mapping[str, float]) -> float:
-    """The largest relative change of any probe."""
-    return max(abs(after[name] / value - 1) for name, value in before.items())
+    """The largest relative change of any probe; 0 without probes."""
+    return max((abs(after[name] / value - 1) for name, value in before.items()), default=0.0)
 
 
 def machine() -> str:
@@ -251,7 +251,10 @@ def comparison(
 
 @dataclass
 class Run:
-    """One run of a bench: probes at both ends, facts, samples; `finish` prints the JSON line and records it."""
+    """One run of a bench: probes at both ends, facts, samples; `finish` prints the JSON line and records it.
+
+    A bench that counts and does not time is made with `before={}` and goes without probes.
+    """
 
     bench: str
     versions: dict[str, str] = field(default_factory=dict)
@@ -262,7 +265,7 @@ class Run:
 
     def finish(self, found: Sequence[Samples], *, save: bool) -> dict[str, Any]:
         """Probe again, judge, print; a void run is never kept."""
-        result = self.result(found, after=probe())
+        result = self.result(found, after=probe() if self.before else {})
         path = RESULTS / f"{result['date'][:10]}-{self.bench}.json"
         if result["void"]:
             print(f"void: {result['void']}; run again on a quiet machine", file=sys.stderr)

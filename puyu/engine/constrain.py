@@ -10,12 +10,15 @@ llguidance's (https://github.com/guidance-ai/llguidance), which walks the tokeni
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 from puyu.engine.request import Matcher
 from puyu.errors import DependencyError, RequestError
@@ -29,9 +32,20 @@ MAX_UNROLLED = 20_000
 the first step, and nested ones take it seconds."""
 CACHED = 64
 """Compiled grammars that are kept."""
+VOCABULARIES = 8
+"""Tries of the vocabulary that are kept, one for each set of stop ids that requests come with."""
+STACK_BYTES = 512 * 1024 * 1024
+"""Of the thread that compiles a grammar: llguidance descends along chains of rules and references, up to 1,000 bytes
+for each byte of the grammar. What is not used takes no memory."""
+LARGE_BYTES = 16 * 1024
+"""Grammars from here on are compiled one at a time, since they may use much of that."""
 TRIAL = 8
 """Tokens that a new grammar is tried with: some exceed their limits only after the first ones."""
 
+K = TypeVar("K")
+T = TypeVar("T")
+_STACK_SIZE = threading.Lock()
+"""Held while the size of new threads' stacks, which the whole process shares, is changed."""
 _LIMITS = {
     "max_items_in_row": 2_000,
     "initial_lexer_fuel": 1_000_000,
@@ -48,22 +62,19 @@ class Compiler:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._vocabularies: dict[frozenset[int], Any] = {}
-        self._compiled: OrderedDict[tuple[str, frozenset[int]], Matcher] = OrderedDict()
-        self._lock = threading.Lock()
+        self._vocabularies: Recent[frozenset[int], Any] = Recent(VOCABULARIES)
+        self._compiled: Recent[tuple[str, frozenset[int]], Matcher] = Recent(CACHED)
+        self._large = threading.Lock()
 
     def compile(self, guide: Guide, *, stop_ids: frozenset[int]) -> Matcher:
         """A matcher before its first token, to be copied; RequestError says what is wrong with the grammar."""
         grammar = grammar_of(guide)
-        key = (grammar, stop_ids)
-        with self._lock:
-            found = self._compiled.pop(key, None)
-        found = found or self._build(grammar, stop_ids)
-        with self._lock:
-            self._compiled[key] = found
-            while len(self._compiled) > CACHED:
-                self._compiled.popitem(last=False)
-        return found
+
+        def build() -> Matcher:
+            with self._large if len(grammar) > LARGE_BYTES else contextlib.nullcontext():
+                return with_deep_stack(partial(self._build, grammar, stop_ids))
+
+        return self._compiled.get((grammar, stop_ids), build)
 
     def _build(self, grammar: str, stop_ids: frozenset[int]) -> Matcher:
         llguidance = _library()
@@ -75,16 +86,56 @@ class Compiler:
         return matcher
 
     def _vocabulary(self, stop_ids: frozenset[int]) -> Any:
-        if stop_ids not in self._vocabularies:
-            ends = sorted(stop_ids) or [self.tokenizer.eos_id or 0]
-            try:
-                vocabulary = _library().LLTokenizer(
-                    self.tokenizer.json_text, eos_token=ends, n_vocab=self.tokenizer.vocab_size
-                )
-            except (ValueError, RuntimeError) as error:
-                raise RequestError(f"this tokenizer cannot be constrained: {error}", param="guide") from error
-            self._vocabularies[stop_ids] = vocabulary
-        return self._vocabularies[stop_ids]
+        return self._vocabularies.get(stop_ids, partial(self._new_vocabulary, stop_ids))
+
+    def _new_vocabulary(self, stop_ids: frozenset[int]) -> Any:
+        ends = sorted(stop_ids) or [self.tokenizer.eos_id or 0]
+        try:
+            return _library().LLTokenizer(self.tokenizer.json_text, eos_token=ends, n_vocab=self.tokenizer.vocab_size)
+        except (ValueError, RuntimeError) as error:
+            raise RequestError(f"this tokenizer cannot be constrained: {error}", param="guide") from error
+
+
+class Recent(Generic[K, T]):
+    """The few things that were made or asked for last, by key; any thread may ask."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._kept = most, OrderedDict[K, T]()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: K, make: Callable[[], T]) -> T:
+        """What is kept under the key, or what `make` gives."""
+        with self._lock:
+            found = self._kept.pop(key, None)
+        found = make() if found is None else found
+        with self._lock:
+            self._kept[key] = found
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+        return found
+
+
+def with_deep_stack(work: Callable[[], T]) -> T:
+    """What `work` gives, or raises, in a thread of its own that has STACK_BYTES of stack."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again by the caller's thread
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="puyu-grammar", daemon=True)
+    with _STACK_SIZE:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return future.result()
 
 
 def _trial(matcher: Matcher) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -33,7 +33,7 @@ from puyu.serve.completions import CompletionBody, DetokenizeBody, ScoreBody, To
 from puyu.serve.config import ServeConfig
 from puyu.serve.control import BODIES, add_control
 from puyu.serve.guard import SPENT, Guard
-from puyu.serve.http import EventResponse, Gone, Refused, until_gone
+from puyu.serve.http import CheckedRoute, EventResponse, Gone, Refused, until_gone
 from puyu.serve.keys import KeyRing
 from puyu.serve.protocol import error_body, explain
 from puyu.serve.responses import ResponsesBody, ResponseWriter, whole_response
@@ -62,7 +62,8 @@ def build_app(llm: LLM, config: ServeConfig, *, defaults: SamplingParams | None 
         await asyncio.to_thread(llm.close)
 
     # The documentation pages of FastAPI load scripts from the network; the schema itself stays at /openapi.json.
-    app = FastAPI(title="Puyu", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="Puyu", docs_url=None, redoc_url=None, redirect_slashes=False, lifespan=lifespan)
+    app.router.route_class = CheckedRoute
     app.state.service = service
     app.add_middleware(
         Guard,
@@ -327,10 +328,12 @@ _BODIES: dict[str, type[BaseModel]] = {
 def _add_errors(app: FastAPI, service: Service) -> None:
     """Every error is OpenAI's error object."""
 
-    def answer(status: int, body: dict[str, Any], retry_after: int | None = None) -> Response:
+    def answer(
+        status: int, body: dict[str, Any], retry_after: int | None = None, *, headers: Mapping[str, str] | None = None
+    ) -> Response:
         service.metrics.refused[status] += 1
-        headers = {"Retry-After": str(retry_after)} if retry_after is not None else None
-        return JSONResponse(body, status, headers=headers)
+        waits = {"Retry-After": str(retry_after)} if retry_after is not None else {}
+        return JSONResponse(body, status, headers={**(headers or {}), **waits})
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> Response:
@@ -360,7 +363,7 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(HTTPException)
     async def plain(http: Request, error: HTTPException) -> Response:
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return answer(error.status_code, error_body(str(error.detail), kind=kind))
+        return answer(error.status_code, error_body(str(error.detail), kind=kind), headers=error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(http: Request, error: Exception) -> Response:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from puyu.errors import InputError, RequestError
-from puyu.serve.protocol import Part, Sampling, json_guide
+from puyu.serve.protocol import List, Part, Sampling, json_guide
 from puyu.types import GenerateRequest, Guide, Message, SamplingParams, ToolChoice, ToolSpec
 
 
@@ -21,9 +21,9 @@ class ChatMessage(Part):
     """One turn; what OpenAI's own answers carry beside it may come back and is not read."""
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | List[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: List[dict[str, Any]] | None = None
     tool_call_id: str | None = None
     refusal: Any = None
     annotations: Any = None
@@ -55,8 +55,8 @@ class ChatBody(Sampling):
         "store": (False,),
     }
 
-    messages: list[ChatMessage]
-    tools: list[ToolBody] | None = None
+    messages: List[ChatMessage]
+    tools: List[ToolBody] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     max_completion_tokens: int | None = None

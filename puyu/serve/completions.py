@@ -14,7 +14,7 @@ from pydantic import Field
 
 from puyu.errors import RequestError
 from puyu.serve.chat import ChatMessage, ToolBody, tool_spec
-from puyu.serve.protocol import Body, Sampling
+from puyu.serve.protocol import Body, List, Sampling
 from puyu.types import GenerateRequest, SamplingParams, ToolSpec
 
 MAX_PROMPTS = 1024
@@ -26,7 +26,7 @@ class CompletionBody(Sampling):
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {**Sampling.neutral, "suffix": ("",)}
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | List[str] | List[int] | List[List[int]]
     best_of: int | None = None
     logprobs: int | None = Field(default=None, ge=0)
     echo: bool | None = None
@@ -67,7 +67,7 @@ class CompletionBody(Sampling):
 class ScoreBody(Body):
     """POST /score: log-likelihood of each (context, continuation)."""
 
-    pairs: list[list[str]] = Field(max_length=MAX_PAIRS)
+    pairs: List[List[str]] = Field(max_length=MAX_PAIRS)
 
     def to_pairs(self) -> list[tuple[str, str]]:
         for index, pair in enumerate(self.pairs):
@@ -80,8 +80,8 @@ class TokenizeBody(Body):
     """POST /tokenize: ids of a text, or of a rendered chat."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    tools: list[ToolBody] | None = None
+    messages: List[ChatMessage] | None = None
+    tools: List[ToolBody] | None = None
     add_special_tokens: bool = True
 
     @property
@@ -92,4 +92,4 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """POST /detokenize: the text of ids."""
 
-    tokens: list[int]
+    tokens: List[int]

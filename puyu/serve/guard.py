@@ -124,7 +124,8 @@ class _Body:
             async with asyncio.timeout(max(self.until - time.monotonic(), 0.001)):
                 message = await self.receive()
         except TimeoutError as error:
-            raise HTTPException(408, f"the body did not come within {self.guard.body_seconds:g} s") from error
+            late = f"the body did not come within {self.guard.body_seconds:g} s"
+            raise HTTPException(408, late, headers={"Connection": "close"}) from error
         self.seen += len(message.get("body", b""))
         self.is_complete = not message.get("more_body", False)
         if self.seen > self.guard.max_body:

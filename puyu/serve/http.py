@@ -7,20 +7,56 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from puyu.errors import PuyuError
 from puyu.log import logger
 
 T = TypeVar("T")
+MAX_PARTS = 200_000
+"""Objects, lists and keys of a body: eight megabytes of `[],[],` would be hundreds in memory, and seconds of work."""
+_TEXTS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 DIRECT = "puyu.send"
 """Key of the ASGI scope under which a guard leaves the server's own `send`."""
+
+
+class CheckedRoute(APIRoute):
+    """A route that refuses bodies of too many parts before anything is made of them."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            return await handler(_CheckedRequest(request.scope, request.receive))
+
+        return checked
+
+
+class _CheckedRequest(Request):
+    async def json(self) -> Any:
+        if num_parts(await self.body()) > MAX_PARTS:
+            raise HTTPException(400, f"the body holds more than {MAX_PARTS} objects, lists and keys")
+        return await super().json()
+
+
+def num_parts(data: bytes) -> int:
+    """Objects, lists and keys of JSON text, at most; what stands within texts is left out where it matters."""
+    if _marks(data) <= MAX_PARTS:
+        return _marks(data)
+    return _marks(_TEXTS.sub(b"", data))
+
+
+def _marks(data: bytes) -> int:
+    return sum(data.count(mark) for mark in (b"[", b"{", b":"))
 
 
 class Refused(PuyuError):

@@ -1,12 +1,14 @@
 """Connections that begin a request and do not go on: closed after a while, so that they cannot fill the server.
 
 uvicorn closes connections that are idle after an answer. A connection that never sends a whole request head is not
-idle to it; here it is.
+idle to it; here it is. A head that has no end is refused (431), where uvicorn's quick parser would keep all of it. And
+what is no HTTP at all is answered by the same error object as everything else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from types import FrameType
 from typing import Any, Literal
 
@@ -14,6 +16,11 @@ import uvicorn
 from starlette.types import ASGIApp, Scope
 
 from puyu.serve.config import ServeConfig
+from puyu.serve.protocol import error_body
+
+MAX_HEAD = 64 * 1024
+"""Bytes of a request's head, or of what follows its body, beyond the first piece that is read."""
+_HEAD = "HTTP/1.1 {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n"
 
 
 def patient(base: Any, *, seconds: float) -> Any:
@@ -21,13 +28,20 @@ def patient(base: Any, *, seconds: float) -> Any:
 
     class Patient(base):  # type: ignore[misc]
         _timer: asyncio.TimerHandle | None = None
+        _begun = False
+        """Whether the quick parser is within a request."""
+        _size = 0
+        """Bytes since the request began, or since a piece of its body came."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._timer = self.loop.call_later(seconds, self._give_up)
 
         def data_received(self, data: bytes) -> None:
+            self._size += len(data)
             super().data_received(data)
+            if self._begun and self._size > MAX_HEAD and not self.transport.is_closing():
+                self._refuse("431 Request Header Fields Too Large", f"a head may have {MAX_HEAD} bytes")
             if self._is_waiting and self._timer is None:
                 self._timer = self.loop.call_later(seconds, self._give_up)
             elif not self._is_waiting:
@@ -36,6 +50,29 @@ def patient(base: Any, *, seconds: float) -> Any:
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel()
             super().connection_lost(exc)
+
+        def on_message_begin(self) -> None:
+            self._begun, self._size = True, 0
+            super().on_message_begin()
+
+        def on_body(self, body: bytes) -> None:
+            self._size = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._begun = False
+            super().on_message_complete()
+
+        def send_400_response(self, msg: str) -> None:
+            """Called for what cannot be read."""
+            self._refuse("400 Bad Request", msg)
+
+        def _refuse(self, status: str, message: str) -> None:
+            """Say so and close; answers that have begun, or come first, are only cut off."""
+            comes_next = not getattr(self, "pipeline", None)  # uvicorn's two protocols share no base class
+            if self._is_waiting or (comes_next and not self.cycle.response_started):
+                self.transport.write(refusal(status, message))
+            self.transport.close()
 
         def _cancel(self) -> None:
             if self._timer is not None:
@@ -53,6 +90,12 @@ def patient(base: Any, *, seconds: float) -> Any:
                 self.transport.close()
 
     return Patient
+
+
+def refusal(status: str, message: str) -> bytes:
+    """The whole answer to what never becomes a request."""
+    data = json.dumps(error_body(message, kind="invalid_request_error")).encode()
+    return _HEAD.format(status, len(data)).encode() + data
 
 
 class PatientServer(uvicorn.Server):

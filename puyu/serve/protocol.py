@@ -11,14 +11,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from puyu.errors import RequestError
 from puyu.types import GenerateRequest, Guide, SamplingParams
 
+T = TypeVar("T")
 MAX_DEPTH = 64
+List = Annotated[list[T], Field(fail_fast=True)]
+"""A list that is refused at its first wrong item: a report of every one of a million would take seconds."""
 SEED = Field(default=None, ge=-(2**63), lt=2**63)
 
 
@@ -47,16 +50,14 @@ def _not_plain(value: Any) -> str:
     for _ in range(MAX_DEPTH):
         if any(isinstance(item, str) and not _is_unicode(item) for item in level):
             return "the body holds a lone surrogate, which is not valid Unicode"
-        level = [inner for item in level for inner in _inside(item)]
+        level = [inner for item in level if isinstance(item, dict | list) for inner in _inside(item)]
         if not level:
             return ""
     return f"the body is nested more than {MAX_DEPTH} levels deep"
 
 
-def _inside(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return [*value.keys(), *value.values()]
-    return value if isinstance(value, list) else []
+def _inside(value: dict[Any, Any] | list[Any]) -> list[Any]:
+    return [*value.keys(), *value.values()] if isinstance(value, dict) else value
 
 
 def _is_unicode(text: str) -> bool:
@@ -74,7 +75,7 @@ class StructuredOutputs(Part):
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: List[str] | None = None
     grammar: str | None = None
 
     def guide(self) -> Guide:
@@ -102,7 +103,7 @@ class Sampling(Body):
     top_p: float | None = None
     n: int | None = None
     seed: int | None = SEED
-    stop: str | list[str] | None = None
+    stop: str | List[str] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -117,8 +118,8 @@ class Sampling(Body):
     length_penalty: float | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    stop_token_ids: List[int] | None = None
+    bad_words: List[str] | None = None
     beam_width: int | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)

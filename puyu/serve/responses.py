@@ -17,7 +17,7 @@ from pydantic import Field
 from puyu.errors import InputError, RequestError
 from puyu.serve.answers import BROKEN, dumps
 from puyu.serve.chat import FunctionSpec, ToolBody, response_guide, tool_choice
-from puyu.serve.protocol import SEED, Body, Part, same
+from puyu.serve.protocol import SEED, Body, List, Part, same
 from puyu.types import CallPart, Completion, Delta, FinishReason, GenerateRequest, Message, SamplingParams, Usage
 
 _TEXT_KINDS = ("input_text", "output_text", "text")
@@ -49,12 +49,12 @@ class ResponsesBody(Body):
         "reasoning": ({"effort": "none"},),
     }
 
-    input: str | list[dict[str, Any]]
+    input: str | List[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
-    tools: list[FlatTool] | None = None
+    tools: List[FlatTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from puyu.errors import RequestError
 from puyu.serve.chat import ChatMessage, read_messages
-from puyu.serve.protocol import Body
+from puyu.serve.protocol import Body, List
 from puyu.types import Message
 
 MAX_INPUTS = 2048
@@ -26,7 +26,7 @@ MAX_INPUTS = 2048
 class EmbeddingBody(Body):
     """POST /v1/embeddings. `input` is a text, several texts, the ids of one text or of several."""
 
-    input: str | list[str] | list[int] | list[list[int]]
+    input: str | List[str] | List[int] | List[List[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(default=None, ge=1)
     user: str | None = None
@@ -58,7 +58,7 @@ class RerankBody(Body):
     """POST /v1/rerank."""
 
     query: str = Field(min_length=1)
-    documents: list[str] = Field(min_length=1, max_length=MAX_INPUTS)
+    documents: List[str] = Field(min_length=1, max_length=MAX_INPUTS)
     top_n: int | None = Field(default=None, ge=1)
     return_documents: bool | None = None
 
@@ -66,7 +66,7 @@ class RerankBody(Body):
 class RewardBody(Body):
     """POST /v1/reward: conversations that each end with the answer that is judged."""
 
-    conversations: list[list[ChatMessage]] = Field(min_length=1, max_length=MAX_INPUTS)
+    conversations: List[List[ChatMessage]] = Field(min_length=1, max_length=MAX_INPUTS)
 
     def messages(self) -> list[tuple[Message, ...]]:
         rows = [read_messages(item) for item in self.conversations]

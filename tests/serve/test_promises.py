@@ -285,7 +285,7 @@ def test_a_reader_that_takes_nothing_is_cut_off(slow: LLM) -> None:
             wait_until(lambda: slow.stats().num_running == 16)
             wait_until(lambda: slow.stats().num_running == 0)
             assert slow.stats().num_free_blocks == total
-            wait_until(lambda: num_descriptors() == before)  # the reader's own is left, the server's is closed
+            wait_until(lambda: num_descriptors() <= before)  # the reader's own is left, the server's is closed
             assert slow.stats().num_generated_tokens < 16 * 900, "it was written to its end"
         assert post(url, TEXT).status_code == 200
 
