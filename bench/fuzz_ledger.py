@@ -120,7 +120,7 @@ def _ended(case: Case, outcome: Outcome) -> Iterable[tuple[str, str]]:
             yield "hang", f"{len(outcome.answers)} of {case.owed} answers after {outcome.seconds:.1f} s"
     elif outcome.ended == "refused":
         yield "lost", "no connection"
-    elif outcome.ended == "closed" and len(outcome.answers) < case.owed and not case.may_close:
+    elif outcome.ended == "closed" and len(outcome.answers) < case.owed and not case.may_close and case.wire:
         how = "within an answer" if outcome.torn else "without an answer"
         yield "lost", f"closed {how} ({len(outcome.answers)} of {case.owed})"
 
