@@ -15,11 +15,12 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from puyu.engine.grammar_limits import check_numbers, check_repetitions, embedded, strings
 from puyu.engine.request import Matcher
 from puyu.errors import DependencyError, RequestError
 from puyu.tokenizer.tokenizer import Tokenizer
@@ -27,9 +28,6 @@ from puyu.types import Guide
 
 MAX_BYTES = 256 * 1024
 """Size of a grammar as text."""
-MAX_UNROLLED = 20_000
-"""Characters that a regular expression has when its counted repetitions are written out. llguidance writes them out at
-the first step, and nested ones take it seconds."""
 CACHED = 64
 """Compiled grammars that are kept."""
 VOCABULARIES = 8
@@ -170,7 +168,10 @@ def grammar_of(guide: Guide) -> str:
         raise RequestError(message, param="guide", remedy="known: json_schema, choice, regex, grammar")
     if not isinstance(value, str) or not value:
         raise RequestError(f"a {guide.kind} is a text that is not empty", param="guide")
-    _check_repetitions([value])
+    check_repetitions([value])
+    if guide.kind == "grammar":
+        for schema in embedded(value):
+            check_numbers(schema)
     return str(matcher.grammar_from_regex(value) if guide.kind == "regex" else matcher.grammar_from_lark(value))
 
 
@@ -181,41 +182,6 @@ def _as_json(value: Any) -> str:
         raise RequestError(f"the guide's value is not JSON: {error}", param="guide") from error
 
 
-def _check_repetitions(texts: Iterable[str]) -> None:
-    """Refuse nested counted repetitions. In a Lark grammar brackets need not be classes, so both readings count."""
-    size = 0
-    for text in texts:
-        size += max(unrolled_size(text), unrolled_size(text.replace("[", " ").replace("]", " "))) - len(text)
-    if size > MAX_UNROLLED:
-        raise RequestError(
-            f"its counted repetitions, as in (a{{100}}){{100}}, unroll to {size} characters",
-            param="guide",
-            remedy=f"at most {MAX_UNROLLED}; use * or + instead",
-        )
-
-
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?P<low>\d+)(?:,(?P<high>\d*))?\}|.", re.DOTALL)
-
-
-def unrolled_size(regex: str) -> int:
-    """Characters of a regular expression whose `{n,m}` are written out m times (n times where m is open)."""
-    sizes, last = [0], 0
-    for match in _TOKEN.finditer(regex):
-        if match["low"]:
-            count = int(match["high"] or match["low"])
-            sizes[-1] += last * max(count - 1, 0)
-            last *= max(count, 1)
-        elif match[0] == "(":
-            sizes.append(0)
-        elif match[0] == ")" and len(sizes) > 1:
-            last = sizes.pop()
-            sizes[-1] += last
-        else:
-            last = 1
-            sizes[-1] += 1
-    return sum(sizes)
-
-
 def _schema_grammar(text: str) -> str:
     try:
         schema = json.loads(text)
@@ -223,22 +189,9 @@ def _schema_grammar(text: str) -> str:
         raise RequestError(f"the JSON Schema is not JSON: {error}", param="guide") from error
     if not isinstance(schema, dict):
         raise RequestError("a JSON Schema is an object", param="guide")
-    _check_repetitions(_strings(schema))
+    check_repetitions(strings(schema))
+    check_numbers(schema)
     return str(_library().LLMatcher.grammar_from_json_schema(text))
-
-
-def _strings(schema: Any) -> Iterator[str]:
-    """All texts of a schema that a repetition may stand in: patterns, and the keys of `patternProperties`."""
-    waiting = [schema]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            if "{" in item:
-                yield item
-        elif isinstance(item, dict):
-            waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list):
-            waiting += item
 
 
 def _library() -> Any:
