@@ -15,7 +15,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -78,7 +78,9 @@ class Compiler:
         llguidance = _library()
         limits = llguidance.LLParserLimits(**_LIMITS)
         matcher = llguidance.LLMatcher(self._vocabulary(stop_ids), grammar, log_level=0, limits=limits)
-        wrong = matcher.get_error() if matcher.is_error() else _trial(matcher.deep_copy())
+        wrong = matcher.get_error() if matcher.is_error() else ""
+        for pick in (min, max):  # the ways of the lowest and of the highest ids
+            wrong = wrong or _trial(matcher.deep_copy(), pick)
         if wrong:
             raise RequestError(f"the grammar cannot be used: {_first_line(wrong)}", param="guide")
         return matcher
@@ -136,16 +138,18 @@ def with_deep_stack(work: Callable[[], T]) -> T:
     return future.result()
 
 
-def _trial(matcher: Matcher) -> str:
+def _trial(matcher: Matcher, pick: Callable[[Sequence[int]], int]) -> str:
     """What goes wrong along one way through the grammar; empty when nothing does."""
     for _ in range(TRIAL):
         bits = matcher.compute_bitmask()
-        first = next((at * 8 + (byte & -byte).bit_length() - 1 for at, byte in enumerate(bits) if byte), None)
         if matcher.is_error():
             return matcher.get_error()
-        if first is None:
+        places = [at for at, byte in enumerate(bits) if byte]
+        if not places:
             return "no token of this vocabulary can begin or go on"
-        if not matcher.consume_token(first) or matcher.is_stopped():
+        at = pick(places)
+        bit = pick([bit for bit in range(8) if bits[at] >> bit & 1])
+        if not matcher.consume_token(at * 8 + bit) or matcher.is_stopped():
             break
     return matcher.get_error() if matcher.is_error() else ""
 

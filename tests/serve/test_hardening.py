@@ -75,6 +75,12 @@ def test_numbers_that_end_the_process_or_never_end_are_refused(url: str, schema:
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "guide"
 
 
+def test_a_form_that_is_too_much_on_one_of_its_ways_is_refused_before_it_runs(url: str) -> None:
+    body = CHAT | {"structured_outputs": {"choice": ["red", "é" * 100_000]}}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400 and "too many states" in answer.json()["error"]["message"]
+
+
 def test_ordinary_numbers_are_not() -> None:
     for number in (0, -(2**62), 2**64, 1e300, -1e18, True):
         check_numbers({"enum": [number], "multipleOf": 0.01, "properties": {"multipleOf": {"const": 0}}})
