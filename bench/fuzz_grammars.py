@@ -13,6 +13,7 @@ from typing import Any
 from fuzz_bodies import HELLO, SCHEMA, Body, Dialect
 
 SIZES = (3, 30, 300, 3_000)
+NUMBERS = (0, -1, 0.1, 12_345.678, 2**31, -(2**31), 2**53, -(2**63) + 1, -(2**63), 2**63, 2**64, -1e300, 1e300, 5e-324)
 
 
 def grammar_body(dialect: Dialect, rng: random.Random) -> Body:
@@ -149,6 +150,10 @@ def _schema(rng: random.Random) -> Any:
             {"type": "object", "patternProperties": {_regex(rng): {"type": "string"}}},
             {"type": "object", "required": ["not there"]},
             {"type": "integer", "minimum": 10, "maximum": 1},
+            {"type": ["integer", "string"], "const": rng.choice(NUMBERS)},
+            {"enum": [rng.choice(NUMBERS), "a"]},
+            {"type": "integer", "minimum": rng.choice(NUMBERS), "maximum": rng.choice(NUMBERS)},
+            {"type": "number", "exclusiveMinimum": rng.choice(NUMBERS), "multipleOf": rng.choice(NUMBERS)},
             {"type": "number", "multipleOf": 1e-9},
             {"type": "integer", "multipleOf": 0},
             {"type": "integer", "minimum": -(10**30), "maximum": 10**30},

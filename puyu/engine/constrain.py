@@ -15,11 +15,12 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from puyu.engine.grammar_limits import check_numbers, check_repetitions, embedded, strings
 from puyu.engine.request import Matcher
 from puyu.errors import DependencyError, RequestError
 from puyu.tokenizer.tokenizer import Tokenizer
@@ -27,9 +28,6 @@ from puyu.types import Guide
 
 MAX_BYTES = 256 * 1024
 """Size of a grammar as text."""
-MAX_UNROLLED = 20_000
-"""Characters that a regular expression has when its counted repetitions are written out. llguidance writes them out at
-the first step, and nested ones take it seconds."""
 CACHED = 64
 """Compiled grammars that are kept."""
 VOCABULARIES = 8
@@ -80,7 +78,9 @@ class Compiler:
         llguidance = _library()
         limits = llguidance.LLParserLimits(**_LIMITS)
         matcher = llguidance.LLMatcher(self._vocabulary(stop_ids), grammar, log_level=0, limits=limits)
-        wrong = matcher.get_error() if matcher.is_error() else _trial(matcher.deep_copy())
+        wrong = matcher.get_error() if matcher.is_error() else ""
+        for pick in (min, max):  # the ways of the lowest and of the highest ids
+            wrong = wrong or _trial(matcher.deep_copy(), pick)
         if wrong:
             raise RequestError(f"the grammar cannot be used: {_first_line(wrong)}", param="guide")
         return matcher
@@ -138,16 +138,18 @@ def with_deep_stack(work: Callable[[], T]) -> T:
     return future.result()
 
 
-def _trial(matcher: Matcher) -> str:
+def _trial(matcher: Matcher, pick: Callable[[Sequence[int]], int]) -> str:
     """What goes wrong along one way through the grammar; empty when nothing does."""
     for _ in range(TRIAL):
         bits = matcher.compute_bitmask()
-        first = next((at * 8 + (byte & -byte).bit_length() - 1 for at, byte in enumerate(bits) if byte), None)
         if matcher.is_error():
             return matcher.get_error()
-        if first is None:
+        places = [at for at, byte in enumerate(bits) if byte]
+        if not places:
             return "no token of this vocabulary can begin or go on"
-        if not matcher.consume_token(first) or matcher.is_stopped():
+        at = pick(places)
+        bit = pick([bit for bit in range(8) if bits[at] >> bit & 1])
+        if not matcher.consume_token(at * 8 + bit) or matcher.is_stopped():
             break
     return matcher.get_error() if matcher.is_error() else ""
 
@@ -170,7 +172,10 @@ def grammar_of(guide: Guide) -> str:
         raise RequestError(message, param="guide", remedy="known: json_schema, choice, regex, grammar")
     if not isinstance(value, str) or not value:
         raise RequestError(f"a {guide.kind} is a text that is not empty", param="guide")
-    _check_repetitions([value])
+    check_repetitions([value])
+    if guide.kind == "grammar":
+        for schema in embedded(value):
+            check_numbers(schema)
     return str(matcher.grammar_from_regex(value) if guide.kind == "regex" else matcher.grammar_from_lark(value))
 
 
@@ -181,41 +186,6 @@ def _as_json(value: Any) -> str:
         raise RequestError(f"the guide's value is not JSON: {error}", param="guide") from error
 
 
-def _check_repetitions(texts: Iterable[str]) -> None:
-    """Refuse nested counted repetitions. In a Lark grammar brackets need not be classes, so both readings count."""
-    size = 0
-    for text in texts:
-        size += max(unrolled_size(text), unrolled_size(text.replace("[", " ").replace("]", " "))) - len(text)
-    if size > MAX_UNROLLED:
-        raise RequestError(
-            f"its counted repetitions, as in (a{{100}}){{100}}, unroll to {size} characters",
-            param="guide",
-            remedy=f"at most {MAX_UNROLLED}; use * or + instead",
-        )
-
-
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(?P<low>\d+)(?:,(?P<high>\d*))?\}|.", re.DOTALL)
-
-
-def unrolled_size(regex: str) -> int:
-    """Characters of a regular expression whose `{n,m}` are written out m times (n times where m is open)."""
-    sizes, last = [0], 0
-    for match in _TOKEN.finditer(regex):
-        if match["low"]:
-            count = int(match["high"] or match["low"])
-            sizes[-1] += last * max(count - 1, 0)
-            last *= max(count, 1)
-        elif match[0] == "(":
-            sizes.append(0)
-        elif match[0] == ")" and len(sizes) > 1:
-            last = sizes.pop()
-            sizes[-1] += last
-        else:
-            last = 1
-            sizes[-1] += 1
-    return sum(sizes)
-
-
 def _schema_grammar(text: str) -> str:
     try:
         schema = json.loads(text)
@@ -223,22 +193,9 @@ def _schema_grammar(text: str) -> str:
         raise RequestError(f"the JSON Schema is not JSON: {error}", param="guide") from error
     if not isinstance(schema, dict):
         raise RequestError("a JSON Schema is an object", param="guide")
-    _check_repetitions(_strings(schema))
+    check_repetitions(strings(schema))
+    check_numbers(schema)
     return str(_library().LLMatcher.grammar_from_json_schema(text))
-
-
-def _strings(schema: Any) -> Iterator[str]:
-    """All texts of a schema that a repetition may stand in: patterns, and the keys of `patternProperties`."""
-    waiting = [schema]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, str):
-            if "{" in item:
-                yield item
-        elif isinstance(item, dict):
-            waiting += [*item.keys(), *item.values()]
-        elif isinstance(item, list):
-            waiting += item
 
 
 def _library() -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from puyu.engine.constrain import MAX_UNROLLED, Compiler, unrolled_size
+from puyu.engine.constrain import Compiler
 from puyu.engine.core import EngineConfig
+from puyu.engine.grammar_limits import MAX_UNROLLED, unrolled_size
 from puyu.engine.llm import LLM
 from puyu.errors import RequestError
 from puyu.tokenizer.tokenizer import Tokenizer

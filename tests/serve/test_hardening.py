@@ -13,6 +13,7 @@ import pytest
 
 from puyu.engine.constrain import VOCABULARIES, Compiler
 from puyu.engine.core import EngineConfig
+from puyu.engine.grammar_limits import check_numbers, embedded
 from puyu.engine.llm import LLM
 from puyu.model.heads import CausalLM
 from puyu.serve.http import MAX_PARTS, num_parts
@@ -52,6 +53,40 @@ def test_long_chains_in_grammars_do_not_overflow_the_stack(url: str, chain: dict
     body = CHAT | {"structured_outputs": chain}
     assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
     assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 200
+
+
+NUMBERS = (
+    {"const": -(2**63)},
+    {"enum": [-(2**63) + 1, "blue"]},
+    {"type": "integer", "const": -1e300},
+    {"type": "integer", "minimum": -(2**64), "maximum": 5},
+    {"type": "integer", "multipleOf": -(2**31)},
+    {"type": "integer", "multipleOf": 2**31},
+    {"type": "integer", "multipleOf": 1234.567},
+    {"type": "integer", "multipleOf": 0},
+)
+
+
+@pytest.mark.parametrize("schema", NUMBERS, ids=range(len(NUMBERS)))
+def test_numbers_that_end_the_process_or_never_end_are_refused(url: str, schema: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"anyOf": [schema]}}}}}
+    for form in ({"structured_outputs": {"json": schema}}, {"tools": [tool], "tool_choice": "required"}):
+        answer = httpx.post(f"{url}/v1/chat/completions", json=CHAT | form, timeout=60)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "guide"
+
+
+def test_a_form_that_is_too_much_on_one_of_its_ways_is_refused_before_it_runs(url: str) -> None:
+    body = CHAT | {"structured_outputs": {"choice": ["red", "é" * 100_000]}}
+    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400 and "too many states" in answer.json()["error"]["message"]
+
+
+def test_ordinary_numbers_are_not() -> None:
+    for number in (0, -(2**62), 2**64, 1e300, -1e18, True):
+        check_numbers({"enum": [number], "multipleOf": 0.01, "properties": {"multipleOf": {"const": 0}}})
+    for number in (1, 10**9, 65_536, 0.001, 99.99, 1e-7):
+        check_numbers({"multipleOf": number})
+    assert list(embedded('start: a\na: %json {"const": 1} %json[2]\nb: "%json" %json {')) == [{"const": 1}, [2]]
 
 
 def test_tries_for_stop_ids_of_requests_do_not_pile_up(tokenizer: Tokenizer) -> None:
