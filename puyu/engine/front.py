@@ -20,7 +20,7 @@ from typing import Any
 from puyu.engine.calls import pick_format
 from puyu.engine.constrain import Compiler
 from puyu.engine.reader import Reader
-from puyu.engine.request import Request
+from puyu.engine.request import Matcher, Request
 from puyu.errors import InputError, RequestError
 from puyu.tokenizer.chat import render_prompt
 from puyu.tokenizer.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ class Front:
         )
         guide = self._guide(request)
         if guide is not None:
-            first = replace(first, guide=self._compiler.compile(guide, stop_ids=first.stop_ids))
+            first = replace(first, guide=self._compiled(guide, first, of_tools=guide is not params.guide))
         count = 1 if params.beam_width else max(params.n, params.best_of)
         return (first, *(self._sibling(first, index) for index in range(1, count)))
 
@@ -101,6 +101,15 @@ class Front:
         if guide is None or not tools or choice.mode == "none" or self.calls.form is None:
             return guide
         return Guide("grammar", self.calls.grammar(tools, several=choice.parallel, otherwise=guide))
+
+    def _compiled(self, guide: Guide, part: Request, *, of_tools: bool) -> Matcher:
+        """The grammar; what is wrong with one that was made of tools is the tools' fault."""
+        try:
+            return self._compiler.compile(guide, stop_ids=part.stop_ids)
+        except RequestError as error:
+            if not of_tools:
+                raise
+            raise RequestError(error.message, param="tools", remedy=error.remedy) from error
 
     def reader(self, request: GenerateRequest, part: Request) -> Reader:
         """What reads the answer. Calls are looked for where tools are offered; InternLM2's are special tokens, which

@@ -131,6 +131,14 @@ def test_forced_calls_fit_the_schema_streamed_or_not(client: openai.OpenAI, seed
         assert all(call.function.name == "shout" or choice == "required" for call in calls)
 
 
+def test_a_tool_whose_schema_cannot_be_followed_is_named(client: openai.OpenAI) -> None:
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"multipleOf": 1e-9}}}}
+    tools = [{"type": "function", "function": function}]
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model=NAME, messages=WHO, tools=tools, tool_choice="required")
+    assert bad.value.param == "tools" and "multipleOf" in str(bad.value)
+
+
 def test_a_form_and_a_forced_call_exclude_each_other(client: openai.OpenAI) -> None:
     form = {"type": "json_object"}
     with pytest.raises(openai.BadRequestError) as both:
