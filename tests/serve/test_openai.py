@@ -132,7 +132,7 @@ def test_forced_calls_fit_the_schema_streamed_or_not(client: openai.OpenAI, seed
 
 
 def test_a_tool_whose_schema_cannot_be_followed_is_named(client: openai.OpenAI) -> None:
-    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"multipleOf": 1e-9}}}}
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": {"multipleOf": 1.23456789}}}}
     tools = [{"type": "function", "function": function}]
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model=NAME, messages=WHO, tools=tools, tool_choice="required")
