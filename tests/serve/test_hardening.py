@@ -72,7 +72,7 @@ def test_numbers_that_end_the_process_or_never_end_are_refused(url: str, schema:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"anyOf": [schema]}}}}}
     for form in ({"structured_outputs": {"json": schema}}, {"tools": [tool], "tool_choice": "required"}):
         answer = httpx.post(f"{url}/v1/chat/completions", json=CHAT | form, timeout=60)
-        assert answer.status_code == 400 and answer.json()["error"]["param"] == "structured_outputs"
+        assert answer.status_code == 400 and answer.json()["error"]["param"] in form
 
 
 def test_a_form_that_is_too_much_on_one_of_its_ways_is_refused_before_it_runs(url: str) -> None:
