@@ -23,73 +23,84 @@ MAX_HEAD = 64 * 1024
 _HEAD = "HTTP/1.1 {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n"
 
 
-def patient(base: Any, *, seconds: float) -> Any:
-    """A subclass of one of uvicorn's HTTP protocols that waits for a request's head no longer than `seconds`."""
+_Protocol: Any = object
+"""What the methods below find in the class that comes after theirs."""
 
-    class Patient(base):  # type: ignore[misc]
-        _timer: asyncio.TimerHandle | None = None
-        _begun = False
-        """Whether the quick parser is within a request."""
-        _size = 0
-        """Bytes since the request began, or since a piece of its body came."""
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self._timer = self.loop.call_later(seconds, self._give_up)
+class Patient(_Protocol):
+    """What is laid over one of uvicorn's HTTP protocols, which share no base class."""
 
-        def data_received(self, data: bytes) -> None:
-            self._size += len(data)
-            super().data_received(data)
-            if self._begun and self._size > MAX_HEAD and not self.transport.is_closing():
-                self._refuse("431 Request Header Fields Too Large", f"a head may have {MAX_HEAD} bytes")
-            if self._is_waiting and self._timer is None:
-                self._timer = self.loop.call_later(seconds, self._give_up)
-            elif not self._is_waiting:
-                self._cancel()
+    patience: float
+    """Seconds to wait for a request's head."""
+    loop: Any
+    cycle: Any
+    transport: Any
+    _timer: asyncio.TimerHandle | None = None
+    _begun = False
+    """Whether the quick parser is within a request."""
+    _size = 0
+    """Bytes since the request began, or since a piece of its body came."""
 
-        def connection_lost(self, exc: Exception | None) -> None:
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(self.patience, self._give_up)
+
+    def data_received(self, data: bytes) -> None:
+        self._size += len(data)
+        super().data_received(data)
+        if self._begun and self._size > MAX_HEAD and not self.transport.is_closing():
+            self._refuse("431 Request Header Fields Too Large", f"a head may have {MAX_HEAD} bytes")
+        if self._is_waiting and self._timer is None:
+            self._timer = self.loop.call_later(self.patience, self._give_up)
+        elif not self._is_waiting:
             self._cancel()
-            super().connection_lost(exc)
 
-        def on_message_begin(self) -> None:
-            self._begun, self._size = True, 0
-            super().on_message_begin()
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel()
+        super().connection_lost(exc)
 
-        def on_body(self, body: bytes) -> None:
-            self._size = 0
-            super().on_body(body)
+    def on_message_begin(self) -> None:
+        self._begun, self._size = True, 0
+        super().on_message_begin()
 
-        def on_message_complete(self) -> None:
-            self._begun = False
-            super().on_message_complete()
+    def on_body(self, body: bytes) -> None:
+        self._size = 0
+        super().on_body(body)
 
-        def send_400_response(self, msg: str) -> None:
-            """Called for what cannot be read."""
-            self._refuse("400 Bad Request", msg)
+    def on_message_complete(self) -> None:
+        self._begun = False
+        super().on_message_complete()
 
-        def _refuse(self, status: str, message: str) -> None:
-            """Say so and close; answers that have begun, or come first, are only cut off."""
-            comes_next = not getattr(self, "pipeline", None)  # uvicorn's two protocols share no base class
-            if self._is_waiting or (comes_next and not self.cycle.response_started):
-                self.transport.write(refusal(status, message))
+    def send_400_response(self, msg: str) -> None:
+        """Called for what cannot be read."""
+        self._refuse("400 Bad Request", msg)
+
+    def _refuse(self, status: str, message: str) -> None:
+        """Say so and close; answers that have begun, or come first, are only cut off."""
+        comes_next = not getattr(self, "pipeline", None)  # which one of the two has
+        if self._is_waiting or (comes_next and not self.cycle.response_started):
+            self.transport.write(refusal(status, message))
+        self.transport.close()
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether no request is under way."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if self._is_waiting and not self.transport.is_closing():
             self.transport.close()
 
-        def _cancel(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
 
-        @property
-        def _is_waiting(self) -> bool:
-            """Whether no request is under way."""
-            return self.cycle is None or self.cycle.response_complete
-
-        def _give_up(self) -> None:
-            self._timer = None
-            if self._is_waiting and not self.transport.is_closing():
-                self.transport.close()
-
-    return Patient
+def patient(base: Any, *, seconds: float) -> Any:
+    """A subclass of one of uvicorn's HTTP protocols that waits for a request's head no longer than `seconds`."""
+    return type("PatientProtocol", (Patient, base), {"patience": seconds})
 
 
 def refusal(status: str, message: str) -> bytes:
