@@ -38,7 +38,7 @@ AT_ONCE, SLOW_AT_ONCE = 32, 6
 LIMIT_SECONDS = 60.0
 PLACE = re.compile(r"(?:/[\w.-]+)+/(?=site-packages|llama_cpp|lib/)")
 """Where a server is installed is nobody's business."""
-STUCK_SECONDS = 20.0
+STUCK_SECONDS = 40.0
 """A server that answers nobody for so long, while half of all clients wait, is dead though its process is not."""
 
 
