@@ -27,6 +27,7 @@ REQUESTS = 400
 PLACE = Place("puyu", tuple(bodies("puyu")), (("GET", "/health", b""),), "key")
 
 
+@pytest.mark.slow
 def test_the_server_stands_some_hundred_requests_and_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fuzz_target.SETTINGS, "body_seconds", 1.0)
     monkeypatch.setattr(serve_harness, "schema_requests", few_schema_requests)
@@ -43,7 +44,7 @@ def few_schema_requests(openapi: dict[str, object], *, count: int, seed: int) ->
 
     paths = openapi["paths"]
     assert isinstance(paths, dict)
-    kept = ("/v1/completions", "/v1/embeddings", "/v1/models/{name}", "/detokenize")
+    kept = ("/v1/embeddings", "/v1/rerank", "/v1/models/{name}", "/detokenize")
     return schema_requests({**openapi, "paths": {path: paths[path] for path in kept}}, count=count, seed=seed)
 
 
