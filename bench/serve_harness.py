@@ -1,7 +1,7 @@
 """serve.5: 10,000 requests that hurt, against our server, and the same against llama-cpp-python's.
 
     python bench/serve_harness.py [--requests 10000] [--seed 0] [--save]
-    python bench/serve_harness.py --peer             the peer alone
+    python bench/serve_harness.py --peer [--save]    the peer alone; --save adds its table to the newest kept result
     python bench/serve_harness.py --only 1234        one case again, with what was sent and what came back
 
 Requests come from schemathesis over the server's own /openapi.json, from valid bodies with something wrong, from hard
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fuzz_schema import schema_requests
 from fuzz_server import make_model
 from fuzz_target import CONTROL_KEY, PEER_FLAGS, Ours, Peer, Target
 
+PEER = "llama-cpp-python"
 AT_ONCE, SLOW_AT_ONCE = 32, 6
 LIMIT_SECONDS = 60.0
 PLACE = re.compile(r"(?:/[\w.-]+)+/(?=site-packages|llama_cpp|lib/)")
@@ -204,6 +206,16 @@ def peer(folder: Path, python: Path | None) -> Peer:
     return Peer(folder, python=harness.peer_python("llama", python), model=model)
 
 
+def keep_peer(found: dict[str, Any], folder: Path = harness.RESULTS) -> None:
+    """Add the peer's report to the notes of the newest kept result: nothing is timed, so the runs may be apart."""
+    path = max(folder.glob("*-serve_harness.json"), default=None)
+    if path is None:
+        raise SystemExit("no result of ours is kept; run: python bench/serve_harness.py --no-peer --save")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["notes"][PEER] = found | {"date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=10_000)
@@ -227,8 +239,10 @@ def main() -> None:
             found["ours"] = attack(ours, **sizes)
             say(show("ours", found["ours"]))
         if not options.no_peer:
-            found["llama-cpp-python"] = attack(peer(folder, options.peer_python), **sizes)
-            say(show("llama-cpp-python", found["llama-cpp-python"]))
+            found[PEER] = attack(peer(folder, options.peer_python), **sizes)
+            say(show(PEER, found[PEER]))
+    if "ours" not in found and options.save:
+        keep_peer(found[PEER])
     if "ours" in found:
         run = harness.Run("serve_harness", before={}, peer_flags=PEER_FLAGS, notes=found)
         run.finish([harness.Samples("serve.5", [float(found["ours"]["value"])])], save=options.save)
