@@ -33,6 +33,8 @@ from puyu.types import (
 
 MAX_STOPS, MAX_BAD_WORDS = 16, 256
 MAX_ANSWERS, MAX_BEAMS, MAX_TOP_LOGPROBS = 128, 32, 50
+LONG_TOKEN = 16
+"""Characters to a token that hardly any text has on the whole: what is longer is judged by its beginning."""
 _SEED_STEP = 0x9E3779B1
 """Between the seeds of several answers to one prompt; the first has the request's own."""
 
@@ -68,6 +70,7 @@ class Front:
         check_params(params, vocab_size=self.tokenizer.vocab_size)
         _check_limits(request)
         self.check_adapter(request.adapter)
+        self.check_size(request)
         ids = self.prompt_ids(request)
         room = self._room(len(ids), field="messages" if request.is_chat else "prompt")
         first = Request(
@@ -144,15 +147,30 @@ class Front:
         return replace(first, id=self.new_id(), params=params, leader=first.id)
 
     def _room(self, count: int, *, field: str) -> int:
-        room = self.context - count
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {count} tokens, which leaves no room to answer in a context of {self.context}",
-                param=field,
-                remedy="shorten the prompt, or start the engine with a larger cache if the model allows it",
-                code="context_length_exceeded",
-            )
-        return room
+        if count >= self.context:
+            raise self._too_long(f"{count}", field=field)
+        return self.context - count
+
+    def _too_long(self, count: str, *, field: str) -> RequestError:
+        return RequestError(
+            f"the prompt has {count} tokens, which leaves no room to answer in a context of {self.context}",
+            param=field,
+            remedy="shorten the prompt, or start the engine with a larger cache if the model allows it",
+            code="context_length_exceeded",
+        )
+
+    def check_size(self, request: GenerateRequest) -> None:
+        """Refuse a prompt that is far too long by its beginning: to encode megabytes takes seconds, and a hundred times
+        their memory."""
+        prompt: Any = request.prompt
+        if not isinstance(prompt, str) and not request.is_chat:
+            return
+        texts = [prompt] if isinstance(prompt, str) else [message.text for message in prompt]
+        most = self.context * LONG_TOKEN
+        if sum(len(text) for text in texts) > most:
+            count = len(self.tokenizer.encode("".join(texts)[:most]))
+            if count > 2 * self.context:  # the cut may change its last tokens, but not half of all
+                raise self._too_long(f"more than {count}", field="messages" if request.is_chat else "prompt")
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         ends = () if params.ignore_eos else self.tokenizer.stop_ids

@@ -29,7 +29,7 @@ from puyu.engine.front import as_messages
 from puyu.engine.loop import AsyncEngine, last_deltas
 from puyu.engine.overlap import make_engine
 from puyu.engine.request import Request, Running
-from puyu.engine.score import score
+from puyu.engine.score import encode_pairs, score_encoded
 from puyu.engine.speculate import ModelDrafter
 from puyu.engine.weights import Model, drop_weights, refill_weights, update_weights
 from puyu.errors import CheckpointError, ConfigError, RequestError, ResourceError
@@ -256,10 +256,11 @@ class LLM:
         model = self.model
         if not isinstance(model, CausalLM):
             raise RequestError("this is a reward model, it has no likelihoods", param="model", remedy="use LLM.reward")
+        encoded = encode_pairs(self.tokenizer, pairs)  # before the lock, so that the engine does not wait for it
         with self.driver.lock:
             if self._is_empty:
                 self._require_awake()
-            return score(model, self.tokenizer, pairs)
+            return score_encoded(model, encoded, pairs)
 
     def embed(
         self, texts: Sequence[str], *, pooling: str = "mean", normalize: bool = True, adapter: str = ""

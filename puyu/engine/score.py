@@ -34,8 +34,17 @@ class Pair(NamedTuple):
 
 
 def score(model: CausalLM, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
-    """One result for each pair, in order; long and short pairs are batched by length."""
-    encoded = [encode_pair(tokenizer, context, continuation) for context, continuation in pairs]
+    """One result for each pair, in order."""
+    return score_encoded(model, encode_pairs(tokenizer, pairs), pairs)
+
+
+def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Pair]:
+    """`encode_pair` of all."""
+    return [encode_pair(tokenizer, context, continuation) for context, continuation in pairs]
+
+
+def score_encoded(model: CausalLM, encoded: Sequence[Pair], pairs: Sequence[tuple[str, str]]) -> list[Scored]:
+    """`score` of pairs that have been encoded; long and short ones are batched by length."""
     fitted = _fit(encoded, limit=model.config.max_positions)
     results: dict[int, Scored] = {}
     for batch in _batches(fitted):

@@ -164,9 +164,15 @@ class Service:
         """Pooled states of texts or ids."""
         if isinstance(self.llm.model, ScalarModel):
             raise RequestError("this is a reward model, it embeds nothing", param="model", remedy="use /v1/reward")
-        front = self.llm.driver.front
+        front, requests = self.llm.driver.front, [GenerateRequest(item) for item in inputs]
+
+        def encoded() -> list[list[int]]:
+            for request in requests:
+                front.check_size(request)
+            return [front.prompt_ids(request) for request in requests]
+
         with in_words({"prompt": param, "input": param}):
-            rows = await asyncio.to_thread(lambda: [front.prompt_ids(GenerateRequest(item)) for item in inputs])
+            rows = await asyncio.to_thread(encoded)
             return await self._pooled(rows, adapter, pooling=pooling)
 
     async def rewards(self, conversations: Sequence[Sequence[Message]]) -> list[Vector]:

@@ -13,13 +13,14 @@ import pytest
 
 from puyu.engine.constrain import VOCABULARIES, Compiler
 from puyu.engine.core import EngineConfig
+from puyu.engine.front import LONG_TOKEN, Front
 from puyu.engine.grammar_limits import check_numbers, embedded
 from puyu.engine.llm import LLM
 from puyu.model.heads import CausalLM
 from puyu.serve.http import MAX_PARTS, num_parts
 from puyu.serve.patience import MAX_HEAD
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.types import Guide
+from puyu.types import GenerateRequest, Guide
 from tests.serve.conftest import NAME, served
 
 JSON = {"Content-Type": "application/json"}
@@ -126,6 +127,36 @@ def test_brackets_within_texts_are_no_parts(url: str) -> None:
     assert num_parts(b'"' + b'\\"' * 300_000 + b"[" * (MAX_PARTS + 1)) == 0  # a text that never ends
     answer = httpx.post(f"{url}/tokenize", json={"prompt": text}, timeout=60)
     assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "word " * 600_000}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "word " * 200_000}] * 3}),
+        ("embeddings", {"input": ["one", "word " * 600_000]}),
+        ("rerank", {"query": "one", "documents": ["word " * 600_000]}),
+    ],
+)
+def test_a_prompt_of_megabytes_is_refused_by_its_beginning(
+    url: str, llm: LLM, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    encode, lengths = Tokenizer.encode, [0]
+
+    def noted(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", noted)
+    answer = httpx.post(f"{url}/v1/{path}", json=body, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert max(lengths) <= llm.driver.engine.context * LONG_TOKEN
+
+
+def test_a_long_text_of_few_tokens_is_none_too_long(tokenizer: Tokenizer) -> None:
+    front, text = Front(tokenizer, context=12), "description" * 18  # a token each
+    assert len(text) > 12 * LONG_TOKEN and len(front.text_ids(text)) < 2 * 12
+    front.check_size(GenerateRequest(text))
 
 
 # -- connections ------------------------------------------------------------------------------------------------
