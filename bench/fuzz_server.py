@@ -143,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from puyu.serve.config import ServeConfig
 
     config = ServeConfig(model=str(make_model(options.folder)), port=options.port, **options.settings)
+    server.share_memory()
     with contextlib.closing(server.bind(config)) as listener:
         running, _ = server._load(config)
         app: Any = running.config.app

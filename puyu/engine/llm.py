@@ -289,6 +289,8 @@ class LLM:
         if not isinstance(reward_id, int):
             raise CheckpointError("config.json has no reward_token_id", remedy="train it with `puyu reward`")
         whole = [item if isinstance(item, Conversation) else Conversation(tuple(item)) for item in conversations]
+        for item in whole:
+            self.driver.front.check_size(GenerateRequest(item.messages))
         return [[*render(item, self.tokenizer).ids, reward_id] for item in whole]
 
     def _pooled(self, requests: Sequence[Request]) -> list[list[float]]:

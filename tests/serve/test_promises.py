@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -258,8 +258,12 @@ def test_preempted_requests_give_what_they_give_alone(model: CausalLM, tokenizer
 # -- clients that misbehave -------------------------------------------------------------------------------------
 
 
-def num_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def num_accepted(url: str) -> int:
+    """Connections that the server has open."""
+    port = f":{int(url.rsplit(':', 1)[1]):04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    # columns: local address, foreign address, state (0A listens), ..., inode (0 when no process has it any more)
+    return sum(row[1].endswith(port) and row[3] != "0A" and row[9] != "0" for row in rows)
 
 
 def connection(url: str) -> socket.socket:
@@ -276,16 +280,16 @@ def test_a_reader_that_takes_nothing_is_cut_off(slow: LLM) -> None:
     total = slow.stats().num_free_blocks
     with served(slow, slow_seconds=0.5) as url:
         with socket.socket() as reader:
-            before = num_descriptors()
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
             reader.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
             many = ENDLESS | {"stream": True, "n": 16, "logprobs": 20, "temperature": 1.0}
             request = head(json.dumps(many).encode())  # what a proxy, or anybody, says about the client is not believed
             reader.sendall(request.replace(b"Host: localhost", b"Host: localhost\r\nX-Forwarded-For: 192.0.2.7"))
             wait_until(lambda: slow.stats().num_running == 16)
+            assert num_accepted(url) == 1
             wait_until(lambda: slow.stats().num_running == 0)
             assert slow.stats().num_free_blocks == total
-            wait_until(lambda: num_descriptors() <= before)  # the reader's own is left, the server's is closed
+            wait_until(lambda: num_accepted(url) == 0)
             assert slow.stats().num_generated_tokens < 16 * 900, "it was written to its end"
         assert post(url, TEXT).status_code == 200
 
@@ -305,7 +309,6 @@ def test_idle_means_idle(lone: LLM) -> None:
     with served(lone) as url:
         total = lone.stats().num_free_blocks
         post(url, TEXT)
-        before = num_descriptors()
         for at in range(30):
             body = (TEXT, ENDLESS, TEXT | {"stream": True}, TEXT | {"max_tokens": -1})[at % 4]
             with connection(url) as client:
@@ -313,7 +316,7 @@ def test_idle_means_idle(lone: LLM) -> None:
                 if at % 4 != 1:
                     client.recv(100)
         wait_until(lambda: lone.stats().num_running + lone.stats().num_waiting == 0)
-        wait_until(lambda: num_descriptors() <= before and lone.stats().num_free_blocks == total)
+        wait_until(lambda: num_accepted(url) == 0 and lone.stats().num_free_blocks == total)
         lone.driver.engine.audit()
 
 
