@@ -128,12 +128,17 @@ def _our_state(
     for ours, theirs in name_pairs(config, head=head):
         for suffix in (key[len(ours) + 1 :] for key in expected if key.startswith(ours + ".")):
             parts = [stored.take(f"{name}.{suffix}") for name in theirs]
-            tensor = fuse_qkv(parts, num_kv_heads=config.num_kv_heads) if ours.endswith(".qkv") else torch.cat(parts)
+            if ours.endswith(".qkv"):
+                tensor = fuse_qkv(parts, num_kv_heads=config.num_kv_heads)
+            else:
+                tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
             key = f"{ours}.{suffix}"
             if tensor.shape != expected[key]:
                 shapes = f"{tuple(tensor.shape)} stored, {tuple(expected[key])} by config.json"
                 raise CheckpointError(f"{folder}: tensor {theirs[0]}.{suffix} has the wrong shape: {shapes}")
-            state[key] = tensor.to(dtype).contiguous() if tensor.is_floating_point() else tensor.contiguous()
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            # one that stands in the file alone is copied, since the file may change under its pages
+            state[key] = tensor.to(kind, copy=len(parts) == 1).contiguous()
     left = sorted(name for name in stored.unused if not _ignorable(name))
     if left:
         raise CheckpointError(f"{folder}: {len(left)} tensors are not part of a {config.family} model: {left[:3]}")

@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
+import importlib.util
 import json
 import logging
 import os
@@ -23,12 +25,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
-
-import httpx
 
 from puyu.configure import build, dump
 from puyu.errors import DependencyError, ResourceError
@@ -38,6 +40,7 @@ from puyu.serve.config import ServeConfig
 from puyu.types import SamplingParams
 
 if TYPE_CHECKING:
+    from puyu.engine.llm import LLM
     from puyu.serve.drain import DrainingServer
 
 __all__ = ["ServeConfig", "bind", "run", "running_server"]
@@ -132,6 +135,18 @@ def share_memory() -> None:
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 
+@contextlib.contextmanager
+def untroubled() -> Iterator[None]:
+    """No search for garbage while modules are imported; what they have made stays and is never looked through again,
+    which would take 100 ms each time, and no stream goes on meanwhile."""
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
 def outlive_signals() -> None:
     """uvicorn drains on these signals and then raises them again; by then the work is done."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -149,30 +164,36 @@ def _already_handled(number: int, frame: FrameType | None) -> None:
 
 
 def _require_web() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise DependencyError("serving needs FastAPI and uvicorn", remedy="pip install 'puyu-llm[serve]'") from error
+    if not all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
+        raise DependencyError("serving needs FastAPI and uvicorn", remedy="pip install 'puyu-llm[serve]'")
 
 
 def _load(config: ServeConfig) -> tuple[DrainingServer, str]:
     """The server, ready to run, and the model's name in the API."""
-    from puyu.engine.core import EngineConfig
-    from puyu.engine.llm import LLM
     from puyu.hub import resolve
-    from puyu.serve.app import build_app
-    from puyu.serve.drain import DrainingServer
 
     folder = resolve(config.model)
+    with untroubled(), ThreadPoolExecutor(1) as beside:  # weights are read and packed while the web's modules are imported
+        loading = beside.submit(_engine(config, folder))
+        from puyu.serve.app import build_app
+        from puyu.serve.drain import DrainingServer
+
+        llm = loading.result()
+    llm.name = Path(config.model).name
+    app = build_app(llm, config, defaults=read_defaults(folder))
+    return DrainingServer(app, llm, config), app.state.service.name
+
+
+def _engine(config: ServeConfig, folder: Path) -> Callable[[], LLM]:
+    """What loads the model; its modules are imported."""
+    from puyu.engine.core import EngineConfig
+    from puyu.engine.llm import LLM
+
     shared = EngineConfig.model_fields.keys() & ServeConfig.model_fields.keys()
     engine = EngineConfig(**{name: getattr(config, name) for name in shared})
     draft = config.draft_model or None
     places: dict[str, Any] = {"device": config.device, "dtype": config.dtype}
-    llm = LLM(folder, **places, config=engine, draft_model=draft, adapters=config.adapters)
-    llm.name = Path(config.model).name
-    app = build_app(llm, config, defaults=read_defaults(folder))
-    return DrainingServer(app, llm, config), app.state.service.name
+    return partial(LLM, folder, **places, config=engine, draft_model=draft, adapters=config.adapters)
 
 
 def read_defaults(folder: Path) -> SamplingParams:
@@ -240,6 +261,8 @@ def child_input(config: ServeConfig) -> bytes:
 
 
 def _wait_until_up(child: subprocess.Popen[bytes], url: str, output: IO[bytes]) -> None:
+    import httpx  # here, since a server that starts does without
+
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if child.poll() is not None:
