@@ -173,7 +173,7 @@ def _load(config: ServeConfig) -> tuple[DrainingServer, str]:
     from puyu.hub import resolve
 
     folder = resolve(config.model)
-    with untroubled(), ThreadPoolExecutor(1) as beside:  # weights are read and packed while the web's modules are imported
+    with untroubled(), ThreadPoolExecutor(1) as beside:  # weights are read while modules are imported
         loading = beside.submit(_engine(config, folder))
         from puyu.serve.app import build_app
         from puyu.serve.drain import DrainingServer
