@@ -21,6 +21,10 @@ from typing import Any
 import harness
 
 
+FORM = 2
+"""Of the files; those of another one are made again."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a model of the llama family, which computes what InternLM2 does under other names."""
@@ -89,13 +93,14 @@ def prompt(count: int, *, start: int = 0) -> list[int]:
 def inputs(shape: Shape) -> Path:
     """The folder with `bf16`, `int4`, `int8`, `q4_0.gguf` and `q8_0.gguf`; made on the first call."""
     folder = shape.folder
-    if not (folder / "ready.json").is_file():
+    ready = folder / "ready.json"
+    if not ready.is_file() or json.loads(ready.read_text()).get("form") != FORM:
         folder.mkdir(parents=True, exist_ok=True)
         _save_model(shape, folder / "bf16")
         _save_quantized(folder)
         _save_gguf(folder)
         sizes = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*.*"))}
-        (folder / "ready.json").write_text(json.dumps(sizes))
+        ready.write_text(json.dumps({"form": FORM} | sizes))
     return folder
 
 
@@ -118,10 +123,11 @@ def _save_model(shape: Shape, folder: Path) -> None:
 
 
 def _merges() -> Iterator[tuple[bytes, bytes]]:
-    """Pairs of bytes that are no text, then those with one byte more."""
-    pairs = [(bytes([a]), bytes([b])) for a, b in product(range(128, 256), range(256))]
-    yield from pairs
-    yield from ((a + b, bytes([c])) for (a, b), c in product(pairs, range(256)))
+    """Letters of two bytes, then all pairs of such letters: no prompt has them, and every token of an answer is text that
+    a server can send at once."""
+    letters = [(bytes([first]), bytes([second])) for first, second in product(range(0xC2, 0xE0), range(0x80, 0xC0))]
+    yield from letters
+    yield from product([a + b for a, b in letters], repeat=2)
 
 
 def _save_quantized(folder: Path) -> None:
