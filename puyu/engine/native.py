@@ -76,6 +76,8 @@ def load() -> ctypes.CDLL | None:
     library.puyu_step.restype, library.puyu_step.argtypes = None, [ctypes.c_void_p] * 3
     for function in (library.puyu_pack, library.puyu_unpack):
         function.restype, function.argtypes = None, [ctypes.c_void_p]
+    numbers = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
+    library.puyu_round_rows.restype, library.puyu_round_rows.argtypes = None, numbers
     library.puyu_give_back.restype, library.puyu_give_back.argtypes = None, []
     return library
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from puyu.engine import native
-from puyu.engine.packed_weights import UNITS, Packed, Room, head_of, pointer
+from puyu.engine.packed_weights import KINDS, UNITS, Packed, Room, head_of, pointer
 from puyu.model.attention import Attention
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
@@ -30,7 +30,6 @@ from puyu.model.transformer import Block
 MAX_BATCH = 8
 """Rows of a dense model, beyond which torch's products catch up with one dot product after another."""
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _STORAGES = {"int8": 2, "int4": 3}
 
 
@@ -65,7 +64,7 @@ class NativeStep:
             *(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
             *(config.intermediate_size, config.vocab_size, config.num_layers),
             *(cache.block_size, cache.num_slots, 1, int(invariant)),
-            *(_KINDS[model.trunk.embedding.weight.dtype], _cache_kind(cache), config.norm_eps),
+            *(KINDS[model.trunk.embedding.weight.dtype], _cache_kind(cache), config.norm_eps),
         )
         self._packed: dict[int, Packed] = {}
         self._head: Packed | None = None
@@ -171,7 +170,7 @@ class NativeStep:
         head = self.model.trunk.embedding.weight if self.model.head is None else self.model.head.weight
         if isinstance(self.model.head, QuantLinear) or head.shape[1] % UNITS[-1]:
             return None
-        layer = head_of(head)
+        layer = head_of(self._library, head)
         return layer if Packed.fits(layer) else None
 
     def _head_matrix(self) -> native.Matrix:
@@ -200,12 +199,12 @@ class NativeStep:
 
 def _dense(weight: Tensor, bias: Tensor | None) -> native.Matrix:
     out, inputs = weight.shape
-    return native.Matrix(_KINDS[weight.dtype], inputs, out, 0, 0, weight.data_ptr(), None, None, pointer(bias), None)
+    return native.Matrix(KINDS[weight.dtype], inputs, out, 0, 0, weight.data_ptr(), None, None, pointer(bias), None)
 
 
 def _cache_kind(cache: KVCache) -> int | None:
     """What the rows of a cache are made of, as common.h calls it."""
-    return _KINDS.get(cache.rows.dtype) if cache.storage == "auto" else _STORAGES[cache.storage]
+    return KINDS.get(cache.rows.dtype) if cache.storage == "auto" else _STORAGES[cache.storage]
 
 
 def _is_known(model: CausalLM, cache: KVCache) -> bool:
@@ -217,7 +216,7 @@ def _is_known(model: CausalLM, cache: KVCache) -> bool:
     known = products == 4 * layers + (model.head is not None) and leaves == {RMSNorm: norms, nn.Embedding: 1}
     known = known and all(_is_known_block(block) for block in model.trunk.layers)
     types = {parameter.dtype for parameter in model.parameters()}
-    floats = len(types) == 1 and types <= _KINDS.keys() and all(p.is_contiguous() for p in model.parameters())
+    floats = len(types) == 1 and types <= KINDS.keys() and all(p.is_contiguous() for p in model.parameters())
     quantized = [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     fits = all(Packed.fits(module, gated=name.endswith("gate_up")) for name, module in quantized)
     mixed = bool(quantized) or cache.storage != "auto"

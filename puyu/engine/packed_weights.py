@@ -25,10 +25,10 @@ UNITS = (64, 32, 16)
 """Inputs that may share a scale of the activations; the largest that divides a layer's group."""
 LINE, HUGE_PAGE = 64, 1 << 21
 """Bytes of a cache line, and of a large page."""
-HEAD_ROWS = 512
-"""Rows of a head that are rounded at a time, so that what stands between stays in the cache."""
 
 _INT8, _INT4 = 2, 3
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+"""Numbers of dense weights, as the library names them."""
 
 
 class Room:
@@ -118,16 +118,17 @@ def _offsets(layer: QuantLinear) -> Tensor | None:
     return ((8 - layer.zeros).float() * layer.scales.float()).half().contiguous()
 
 
-def head_of(weight: Tensor) -> QuantLinear:
-    """A language head as int8 with one scale a row: a quantized model reads it for every token."""
+def head_of(library: ctypes.CDLL, weight: Tensor) -> QuantLinear:
+    """A language head [V, D], bfloat16 or float32, as int8 with one scale a row: a quantized model reads it for every
+    token."""
+    weight = weight.detach().contiguous()
     codes = torch.empty(weight.shape, dtype=torch.int8)
-    scales = torch.empty(len(weight), 1, dtype=torch.float16)
-    for at in range(0, len(weight), HEAD_ROWS):
-        wide = weight[at : at + HEAD_ROWS].detach().float()
-        scale = (wide.abs().amax(dim=1, keepdim=True) / 127).half()
-        steps = (wide / torch.where(scale > 0, scale, 1.0).float()).round_().clamp_(-127, 127)
-        codes[at : at + HEAD_ROWS], scales[at : at + HEAD_ROWS] = steps, scale
-    return QuantLinear.of(QuantWeight(codes, scales, bits=8))
+    low, high = torch.aminmax(weight, dim=1)
+    scales = (torch.maximum(-low, high).float() / 127).half()
+    steps = torch.where(scales > 0, scales, 1.0).float()
+    kind = KINDS[weight.dtype]
+    library.puyu_round_rows(kind, weight.data_ptr(), *weight.shape, steps.data_ptr(), codes.data_ptr())
+    return QuantLinear.of(QuantWeight(codes, scales[:, None], bits=8))
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -199,7 +199,7 @@ def test_quantized_layers_equal_rounded_inputs_times_dequantized_weights(
     assert step is not None and step.suits(64, 19)
     oracle = copy.deepcopy(model)
     head = model.trunk.embedding.weight if model.head is None else model.head.weight
-    oracle.head = head_of(head)  # which a quantized model reads as int8
+    oracle.head = head_of(native.load(), head)  # which a quantized model reads as int8
     for name, layer in list(oracle.named_modules()):
         if isinstance(layer, QuantLinear):
             setattr(oracle.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], Rounded(layer))
@@ -210,6 +210,19 @@ def test_quantized_layers_equal_rounded_inputs_times_dequantized_weights(
     # now and then a number stands so near to half a code that both sides round it apart; rows without that are equal
     assert float(torch.cat(errors).median()) < 2e-6 and float(torch.cat(errors).max()) < 0.05
     native.load.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_is_rounded_to_the_nearest_code(dtype: torch.dtype) -> None:
+    weight = torch.randn(300, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[7] = 0.0
+    weight[8], weight[8, 3] = 0.5, 127.0  # half a code: to the even one
+    weight[9], weight[9, 3] = 1.5, -127.0
+    layer, wide = head_of(native.load(), weight), weight.double()
+    scales = (wide.abs().amax(1, keepdim=True).float() / 127).half()
+    assert torch.equal(layer.scales, scales)
+    steps = (weight.float() / torch.where(scales > 0, scales, 1.0).float()).round().clamp(-127, 127)
+    assert torch.equal(layer.matrix().codes, steps.to(torch.int8))
 
 
 @pytest.mark.parametrize(("outputs", "gated"), [(32, False), (64, True), (70, False)])

@@ -83,6 +83,22 @@ inline void unpack(const Pack &p) {
     });
 }
 
+// Dense weights [rows, in] -> int8 codes with a scale for each row, to the nearest, ties to even.
+template <typename T>
+void round_rows(const T *weights, int64_t rows, int64_t in, const float *scales, int8_t *codes) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const T *from = weights + row * in;
+        int8_t *to = codes + row * in;
+        float scale = scales[row];
+        for (int64_t i = 0; i < in; i++) {
+            float step = __builtin_rintf(get(from[i]) / scale);
+            step = step > 127.0f ? 127.0f : step;
+            to[i] = int8_t(step < -127.0f ? -127.0f : step);
+        }
+    }
+}
+
 // What the codes of a whole model stood in goes back to the system; the allocator would keep it.
 inline void give_back() {
 #ifdef __GLIBC__

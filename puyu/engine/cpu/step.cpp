@@ -305,6 +305,12 @@ void puyu_step(const puyu::Shape *shape, const puyu::Layer *layers, const puyu::
 
 void puyu_pack(const puyu::Pack *pack) { puyu::pack(*pack); }
 
+void puyu_round_rows(int64_t kind, const void *weights, int64_t rows, int64_t in, const float *scales, int8_t *codes) {
+    using namespace puyu;
+    if (kind == BFLOAT) return round_rows(static_cast<const bf16 *>(weights), rows, in, scales, codes);
+    round_rows(static_cast<const float *>(weights), rows, in, scales, codes);
+}
+
 void puyu_give_back() { puyu::give_back(); }
 
 void puyu_unpack(const puyu::Pack *pack) { puyu::unpack(*pack); }
