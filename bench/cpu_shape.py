@@ -20,7 +20,6 @@ from typing import Any
 
 import harness
 
-
 FORM = 2
 """Of the files; those of another one are made again."""
 
@@ -123,8 +122,8 @@ def _save_model(shape: Shape, folder: Path) -> None:
 
 
 def _merges() -> Iterator[tuple[bytes, bytes]]:
-    """Letters of two bytes, then all pairs of such letters: no prompt has them, and every token of an answer is text that
-    a server can send at once."""
+    """Letters of two bytes, then all pairs of such letters: no prompt has them, and every token of an answer is text
+    that a server can send at once."""
     letters = [(bytes([first]), bytes([second])) for first, second in product(range(0xC2, 0xE0), range(0x80, 0xC0))]
     yield from letters
     yield from product([a + b for a, b in letters], repeat=2)

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("puyu", deadline=None)  # the first example may load a model; a shared machine may pause
+settings.load_profile("puyu")
 
 ROOT = Path(__file__).resolve().parent.parent
 

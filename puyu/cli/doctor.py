@@ -93,8 +93,13 @@ def _torch_checks() -> Iterator[tuple[bool, str, str]]:
 
 
 def _native_checks() -> Iterator[tuple[bool, str, str]]:
-    from puyu.engine.native import library_path
+    from puyu.documents.texts import LIBRARY
+    from puyu.engine.native import library
 
-    built = library_path().is_file()
-    remedy = "not built, PyTorch does its work; remedy: python -m puyu.engine.native"
-    yield built, "native", f"step of the engine: {library_path()}" if built else f"step of the engine: {remedy}"
+    steps = "not built, PyTorch does its work; remedy: python -m puyu.engine.native"
+    texts = "not built, Python does its work; remedy: python -m puyu.documents.texts"
+    for what, path, remedy in (
+        ("step of the engine", library().path(), steps),
+        ("measures of texts", LIBRARY.path(), texts),
+    ):
+        yield path.is_file(), "native", f"{what}: {path if path.is_file() else remedy}"

@@ -15,7 +15,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from puyu.configure import Config, dump
 from puyu.data import pii
 from puyu.data.dedup import DedupConfig, ExactDedup, NearDedup, ParagraphDedup
 from puyu.data.filters import LanguageFilter, Policies, RuleFilter, bounds, margins
+from puyu.documents import texts
 from puyu.documents.document import Document
 from puyu.documents.ledger import Ledger, funnel_lines, funnel_steps
 from puyu.documents.readers import ReadReport, SourceConfig, input_files, read
@@ -36,6 +37,9 @@ from puyu.log import Progress, say
 VERSION = 1
 """Raised by hand when the same config gives other bytes."""
 HEAD = 160
+BATCH = 512
+"""Documents that stages see at a time, at most."""
+_BATCH_CHARACTERS = 4_000_000
 # Below this size the start of worker processes costs more than they save.
 _POOL_FROM_BYTES = 32_000_000
 
@@ -79,11 +83,16 @@ class _SourceRows:
     quarantined: list[dict[str, Any]]
     files: int
     files_not_selected: int
+    records_not_selected: dict[str, int]
 
 
 def run(config: DataConfig, *, out: Path) -> dict[str, Any]:
     """Clean the corpus into `out`; prints the funnel and returns its numbers."""
     _check_names(config.sources)
+    if texts.load() is None:
+        say(
+            "texts are measured in Python, many times more slowly; to build the library: python -m puyu.documents.texts"
+        )
     sources = _map_all(config, out / "work")
     rows = _group_all([row for source in sources.values() for row in source.rows], _group_stages(config.dedup))
     ledger = Ledger(stage_names(config))
@@ -159,24 +168,38 @@ def _map_source(config: DataConfig, path: Path) -> int:
     source, report = config.sources[0], ReadReport()
     stages: tuple[MapStage, ...] = (LanguageFilter(config.languages), RuleFilter(config.policies, enforce=source.rules))
     bad: list[dict[str, Any]] = []
-    rows = [
-        _map_one(document, stages)
-        for document in read(source, lambda record: bad.append(_quarantine_row(source.name, record)), report=report)
-    ]
+    documents = read(source, lambda record: bad.append(_quarantine_row(source.name, record)), report=report)
+    rows = [row for batch in batches(documents) for row in _map_batch(batch, stages)]
     head = {"quarantined": bad, "files": report.files, "files_not_selected": len(report.not_selected)}
+    head |= {"records_not_selected": dict(report.records_not_selected)}
     write_jsonl(path, [head, *(_pack(row) for row in rows)])
     return len(rows)
 
 
-def _map_one(document: Document, stages: Sequence[MapStage]) -> _Row:
-    scores: dict[str, float] = {}
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """As many at a time as make native calls cheap and memory small."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if len(batch) == BATCH or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _map_batch(documents: Sequence[Document], stages: Sequence[MapStage]) -> list[_Row]:
+    """Every document through the stages, as far as it comes."""
+    rows = [_Row(document) for document in documents]
     for stage in stages:
-        verdict = stage(document, scores)
-        document = verdict.document
-        scores |= verdict.scores
-        if verdict.drop:
-            return _Row(document, scores, stage.name, verdict.drop)
-    return _Row(document, scores)
+        alive = [at for at, row in enumerate(rows) if row.drop is None]
+        verdicts = stage([rows[at].document for at in alive], [rows[at].scores for at in alive])
+        for at, verdict in zip(alive, verdicts, strict=True):
+            name = stage.name if verdict.drop else ""
+            rows[at] = _Row(verdict.document, {**rows[at].scores, **verdict.scores}, name, verdict.drop)
+    return rows
 
 
 def _quarantine_row(source: str, bad: BadRecord) -> dict[str, Any]:
@@ -194,9 +217,7 @@ def _pack(row: _Row) -> dict[str, Any]:
 def _load(path: Path) -> _SourceRows:
     values = read_jsonl(path)
     head = next(values)
-    return _SourceRows(
-        [_unpack(value) for value in values], head["quarantined"], head["files"], head["files_not_selected"]
-    )
+    return _SourceRows(rows=[_unpack(value) for value in values], **head)
 
 
 def _unpack(value: Mapping[str, Any]) -> _Row:
@@ -223,9 +244,10 @@ def _group_all(rows: list[_Row], stages: Sequence[GroupStage[Any]]) -> list[_Row
         alive = [row for row in rows if row.drop is None]
         progress = Progress(f"data: {stage.name} duplicates", len(alive), unit="doc")
         keys = []
-        for row in alive:
-            keys.append(stage.key(row.document, row.scores))
-            progress.update()
+        for start in range(0, len(alive), BATCH):
+            part = alive[start : start + BATCH]
+            keys += stage.keys([row.document for row in part], [row.scores for row in part])
+            progress.update(len(part))
         drops = stage.decide(keys)
         progress.close()
         rows = [_dropped(row, stage.name, drops.get(row.document.id)) for row in rows]
@@ -270,6 +292,7 @@ def _count(ledger: Ledger, sources: Mapping[str, _SourceRows], rows: Sequence[_R
     for name, source in sources.items():
         counts = ledger.source(name)
         counts.files, counts.files_not_selected = source.files, source.files_not_selected
+        counts.records_not_selected.update(source.records_not_selected)
         ledger.read(name, len(source.rows) + len(source.quarantined))
         for bad in source.quarantined:
             ledger.quarantine(name, bad["reason"].partition(":")[0])

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 
 from puyu.configure import Config
 from puyu.data.measure import UNIT, Units, ngram_hashes, unit_hashes
+from puyu.documents.characters import folded
 from puyu.documents.document import Document
-from puyu.documents.stages import Drop, rank
+from puyu.documents.stages import Drop, Scores, rank
+from puyu.documents.texts import Texts, load
 
 Signature = NDArray[np.uint32]
 _DIGITS = re.compile(r"\d+")
@@ -77,12 +79,19 @@ def best_first(keys: Iterable[_Key]) -> list[_Key]:
     return sorted(keys, key=lambda key: rank(key.quality, key.size, key.id))
 
 
-def _key(document: Document, scores: Mapping[str, float], **parts: object) -> _Key:
+def _key(document: Document, scores: Scores, **parts: object) -> _Key:
     return _Key(document.id, scores.get("quality", 0.0), len(document.text), **parts)  # type: ignore[arg-type]
 
 
+def _digests(texts: Sequence[str]) -> list[bytes]:
+    library = load()
+    if library is None:
+        return [_digest(text) for text in texts]
+    return [row.tobytes() for row in library.digests(Texts(texts))]
+
+
 def _digest(text: str) -> bytes:
-    return hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8"), digest_size=16).digest()
+    return hashlib.blake2b(" ".join(folded(text).split()).encode("utf-8"), digest_size=16).digest()
 
 
 class ExactDedup:
@@ -90,8 +99,10 @@ class ExactDedup:
 
     name = "exact"
 
-    def key(self, document: Document, scores: Mapping[str, float]) -> _Key:
-        return _key(document, scores, digest=_digest(document.text))
+    def keys(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[_Key]:
+        digests = _digests([document.text for document in documents])
+        rows = zip(documents, scores, digests, strict=True)
+        return [_key(document, row, digest=digest) for document, row, digest in rows]
 
     def decide(self, keys: Sequence[_Key]) -> dict[str, Drop]:
         owner: dict[bytes, str] = {}
@@ -111,9 +122,12 @@ class ParagraphDedup:
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
 
-    def key(self, document: Document, scores: Mapping[str, float]) -> _Key:
-        long = (part for part in _PARAGRAPH.split(document.text) if len(part) >= _SHORT_PARAGRAPH)
-        return _key(document, scores, paragraphs=tuple((_digest(part), len(part)) for part in long))
+    def keys(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[_Key]:
+        return [_key(*row, paragraphs=self._paragraphs(row[0].text)) for row in zip(documents, scores, strict=True)]
+
+    def _paragraphs(self, text: str) -> tuple[tuple[bytes, int], ...]:
+        long = [part for part in _PARAGRAPH.split(text) if len(part) >= _SHORT_PARAGRAPH]
+        return tuple(zip(_digests(long), map(len, long), strict=True))
 
     def decide(self, keys: Sequence[_Key]) -> dict[str, Drop]:
         owner: dict[bytes, str] = {}
@@ -144,12 +158,16 @@ class NearDedup:
         self._factors = random.integers(0, 2**63, size, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self._offsets = random.integers(0, 2**63, size, dtype=np.uint64)
 
-    def key(self, document: Document, scores: Mapping[str, float]) -> _Key:
-        return _key(document, scores, signature=self.signature(document.text))
+    def keys(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[_Key]:
+        signatures, counts = self.signatures([document.text for document in documents])
+        return [
+            _key(document, row, signature=signature if count else None)
+            for document, row, signature, count in zip(documents, scores, signatures, counts.tolist(), strict=True)
+        ]
 
     def shingles(self, text: str) -> Units:
         """Hashes of n-grams of words (characters for Chinese), without case, punctuation and the value of numbers."""
-        hashes = unit_hashes(UNIT.findall(_DIGITS.sub("0", text.lower())))
+        hashes = unit_hashes(UNIT.findall(_DIGITS.sub("0", folded(text))))
         return ngram_hashes(hashes, min(self.config.ngram, len(hashes))) if len(hashes) else hashes
 
     def signature(self, text: str) -> Signature | None:
@@ -164,6 +182,19 @@ class NearDedup:
             hashed += self._offsets[:, None]
             np.minimum(smallest, hashed.min(axis=1), out=smallest)
         return (smallest >> np.uint64(32)).astype(np.uint32)
+
+    def signatures(self, texts: Sequence[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """`signature` of each text [texts, bands * rows], natively where that was built; and how many shingles each
+        has: with none there is no signature."""
+        library = load()
+        if library is not None and len(self._factors) % 32 == 0:
+            functions = self._factors, self._offsets
+            return library.minhash(Texts(texts), functions, ngram=self.config.ngram)
+        found = [self.signature(text) for text in texts]
+        none = np.full(len(self._factors), np.iinfo(np.uint32).max, dtype=np.uint32)
+        rows = np.array([none if row is None else row for row in found], dtype=np.uint32)
+        counts = np.array([len(self.shingles(text)) for text in texts], dtype=np.int64)
+        return rows.reshape(-1, len(none)), counts
 
     @staticmethod
     def estimate(a: Signature, b: Signature) -> float:

@@ -11,13 +11,14 @@ be moved without computing a score again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from puyu.configure import Config
-from puyu.data.measure import measure
+from puyu.data.measure import measure_all, scores_of
 from puyu.documents.document import Document
-from puyu.documents.language import detect
-from puyu.documents.stages import Drop, Verdict
+from puyu.documents.language import Guess, detect_all
+from puyu.documents.stages import Drop, Scores, Verdict
 
 Bound = float | None
 
@@ -212,13 +213,15 @@ class LanguageFilter:
     def __init__(self, wanted: tuple[str, ...]) -> None:
         self.wanted = wanted
 
-    def __call__(self, document: Document, scores: Mapping[str, float]) -> Verdict:
-        if document.language:
-            return Verdict(document)
-        guess = detect(document.text)
-        found = Document(
-            document.id, document.text, document.source, document.domain, guess.language, document.metadata
-        )
+    def __call__(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[Verdict]:
+        asked = [document for document in documents if not document.language]
+        guesses = iter(detect_all([document.text for document in asked]))
+        return [
+            Verdict(document) if document.language else self._judge(document, next(guesses)) for document in documents
+        ]
+
+    def _judge(self, document: Document, guess: Guess) -> Verdict:
+        found = replace(document, language=guess.language)
         wanted = not self.wanted or guess.language in self.wanted
         drop = None if wanted else Drop("language", guess.language, " ".join(self.wanted))
         return Verdict(found, {"language_confidence": round(guess.confidence, 4)}, drop)
@@ -232,9 +235,12 @@ class RuleFilter:
     def __init__(self, policies: Policies, *, enforce: bool = True) -> None:
         self.policies, self.enforce = policies, enforce
 
-    def __call__(self, document: Document, scores: Mapping[str, float]) -> Verdict:
+    def __call__(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[Verdict]:
+        table = measure_all([document.text for document in documents], [document.language for document in documents])
+        return [self._judge(document, row) for document, row in zip(documents, scores_of(table), strict=True)]
+
+    def _judge(self, document: Document, measured: dict[str, float]) -> Verdict:
         policy = self.policies.of(document.language)
-        measured = measure(document.text, language=document.language)
         drop = judge(measured, policy)
         scores = {**measured, "quality": 0.0 if drop else quality(measured, policy)}
         return Verdict(document, scores, drop if self.enforce else None)

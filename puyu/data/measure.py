@@ -11,39 +11,90 @@ and, for odd characters, punctuation and line breaks, of the rules that InternLM
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
 
-from puyu.documents.language import HAN
+from puyu.documents.characters import HAN, KANA, ODD, PUNCTUATION
+from puyu.documents.texts import Automaton, TextLibrary, Texts, load
 
 Units = NDArray[np.uint64]
 
-UNIT = re.compile(rf"[{HAN}\u3040-\u30ff]|[^\W{HAN}\u3040-\u30ff]+")
+UNIT = re.compile(rf"[{HAN}{KANA}]|[^\W{HAN}{KANA}]+")
 STOP_WORDS = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
-_PUNCTUATION = re.compile(
-    r"[!-/:-@\[-`{-~\u2010-\u2027\u2030-\u205e\u3001-\u303f\uff01-\uff0f\uff1a-\uff20\uff3b-\uff65]"
-)
+_PUNCTUATION = re.compile(f"[{PUNCTUATION}]")
 _SENTENCE_MARK = re.compile(r"[，。！？；：、,.!?;:]")
 _HAN = re.compile(f"[{HAN}]")
 _DIGIT = re.compile(r"\d")
 _SPACE = re.compile(r"\s")
-_ODD = re.compile("[\ufffd\ue000-\uf8ff\u0080-\u009f\U000f0000-\U0010ffff]")
+_ODD = re.compile(f"[{ODD}]")
 _RUN = re.compile(r"(\S)\1{19,}")
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _BULLETS = ("•", "-", "*", "●", "·", "▪", "◦")
 _ENDS = (".", "!", "?", '"', "”", "。", "！", "？", "…", "；", "：", ":", "」", "』", ")", "）")
-_BOILERPLATE = re.compile(
-    r"cookie policy|privacy policy|terms of (use|service)|uses? (of )?cookies|enable javascript|all rights reserved"
-    r"|sign up for our newsletter|click here to|subscribe now|buy now|add to cart|free shipping|advertisement"
-    r"|版权所有|隐私政策|使用条款|用户协议|ICP备|点击下载|扫码关注|立即购买|免费领取|加微信|广告合作|启用 ?javascript",
-    re.IGNORECASE,
+BOILERPLATE = (
+    *("cookie policy", "privacy policy", "terms of use", "terms of service", "use cookies", "uses cookies"),
+    *("use of cookies", "uses of cookies", "enable javascript", "all rights reserved", "sign up for our newsletter"),
+    *("click here to", "subscribe now", "buy now", "add to cart", "free shipping", "advertisement"),
+    *(
+        "版权所有",
+        "隐私政策",
+        "使用条款",
+        "用户协议",
+        "icp备",
+        "点击下载",
+        "扫码关注",
+        "立即购买",
+        "免费领取",
+        "加微信",
+    ),
+    *("广告合作", "启用javascript", "启用 javascript"),
 )
-_LOREM = re.compile(r"lorem ipsum", re.IGNORECASE)
+"""Phrases of pages about themselves; in any case of ASCII letters."""
+_BOILERPLATE = re.compile("|".join(BOILERPLATE), re.IGNORECASE | re.ASCII)
+_LOREM = re.compile(r"lorem ipsum", re.IGNORECASE | re.ASCII)
 _P = np.uint64(0x9E3779B97F4A7C15)
+
+
+SCORES = (
+    *("chars", "punctuation", "digits", "whitespace", "odd_chars", "char_runs", "lorem_ipsum"),
+    *("lines", "mean_line", "bullet_lines", "ellipsis_lines", "ended_lines", "boilerplate_lines"),
+    *("dup_lines", "dup_line_chars", "dup_paragraphs", "dup_paragraph_chars"),
+    *("top_2gram", "top_3gram", "top_4gram"),
+    *("dup_5gram", "dup_6gram", "dup_7gram", "dup_8gram", "dup_9gram", "dup_10gram"),
+    *("words", "mean_word", "alpha_words", "symbols", "stop_words"),
+    *("han", "han_share", "sentence_marks"),
+    *("longest_line", "letters"),
+)
+"""Names of the columns of `measure_all`; a text has those that mean something for its language."""
+
+
+def measure_all(texts: Sequence[str], languages: Sequence[str]) -> NDArray[np.float64]:
+    """`measure` of each text -> [texts, SCORES], NaN where a score has no meaning; natively where that was built."""
+    library = load()
+    if library is None:
+        rows = [measure(text, language=language) for text, language in zip(texts, languages, strict=True)]
+        return np.array([[row.get(name, math.nan) for name in SCORES] for row in rows]).reshape(-1, len(SCORES))
+    hows = [_HOWS.get(language, 0) for language in languages]
+    return library.measure(Texts(texts), hows, _automaton(library))
+
+
+def scores_of(table: NDArray[np.float64]) -> list[dict[str, float]]:
+    """Rows of `measure_all` as `measure` gives them."""
+    return [{name: value for name, value in zip(SCORES, row, strict=True) if value == value} for row in table.tolist()]
+
+
+_HOWS = {"zh": 1, "code": 2}
+
+
+@lru_cache(maxsize=1)
+def _automaton(library: TextLibrary) -> Automaton:
+    return library.automaton(BOILERPLATE)
 
 
 def measure(text: str, *, language: str) -> dict[str, float]:
@@ -57,7 +108,8 @@ def measure(text: str, *, language: str) -> dict[str, float]:
 
 
 def _rounded(scores: dict[str, float]) -> dict[str, float]:
-    return {name: round(float(value), 4) for name, value in scores.items()}
+    """Four places, so that what a rule judges is what a person reads."""
+    return {name: math.floor(value * 1e4 + 0.5) / 1e4 for name, value in scores.items()}
 
 
 def _share(part: float, whole: float) -> float:

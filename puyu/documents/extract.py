@@ -38,13 +38,14 @@ class Page:
         return f"{self.title}\n\n{self.text}" if self.text else ""
 
 
-def decode_html(data: bytes) -> str:
-    """Text of a page: byte-order mark, declared charset, UTF-8, then a guess. Raises UnicodeDecodeError."""
+def decode_html(data: bytes, *, charset: str = "") -> str:
+    """Text of a page: byte-order mark, charset declared by the server or the page, UTF-8, then a guess. Raises
+    UnicodeDecodeError."""
     for mark, name in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
         if data.startswith(mark):
             return data.decode(name)
-    if declared := _META_CHARSET.search(data[:4096]):
-        name = declared.group(1).decode("ascii").lower()
+    declared = _META_CHARSET.search(data[:4096])
+    for name in filter(None, (charset, declared.group(1).decode("ascii").lower() if declared else "")):
         try:
             return data.decode(_WIDER.get(name, name))
         except LookupError:
@@ -58,9 +59,10 @@ def decode_html(data: bytes) -> str:
         return data.decode(_WIDER.get(guess.lower(), guess))
 
 
-def page(html: bytes | str) -> Page:
-    """Title and main text. Raises UnicodeDecodeError for bytes that fit no encoding."""
-    text = html if isinstance(html, str) else decode_html(html)
+def page(html: bytes | str, *, charset: str = "") -> Page:
+    """Title and main text; `charset` is what the server declared. Raises UnicodeDecodeError for bytes that fit no
+    encoding."""
+    text = html if isinstance(html, str) else decode_html(html, charset=charset)
     extractor = _resiliparse()
     tree = extractor.HTMLTree.parse(text)
     main = extractor.extract_plain_text(

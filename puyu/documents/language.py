@@ -12,12 +12,18 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from puyu.documents.characters import HAN
+from puyu.documents.texts import Bayes, Texts, load
 from puyu.errors import DependencyError
 
-HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _HAN = re.compile(f"[{HAN}]")
 _KANA = re.compile("[\u3040-\u30ff]")
 _HANGUL = re.compile("[\uac00-\ud7af]")
@@ -39,18 +45,47 @@ class Guess:
 def detect(text: str) -> Guess:
     """Guess from three places of the text, so that one table or listing does not decide."""
     sample = _sample(text)
+    guess = _by_script(sample)
+    return _classify(sample) if guess is None else guess
+
+
+def detect_all(texts: Sequence[str]) -> list[Guess]:
+    """`detect` of each, natively where that was built."""
+    library = load()
+    if library is None:
+        return [detect(text) for text in texts]
+    samples = [_sample(text) for text in texts]
+    guesses = [_judge(*counts) for counts in library.scripts(Texts(samples)).tolist()]
+    left = [at for at, guess in enumerate(guesses) if guess is None]
+    scores, _ = library.languages(Texts([_encodable(samples[at]) for at in left]), _tables())
+    names, pairs = _identifier().nb_classes, _identifier()._alias_pairs
+    likely = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-np.inf))
+    likely /= likely.sum(axis=1, keepdims=True)
+    for first, second in pairs:  # two scripts of one language
+        likely[:, first] += likely[:, second]
+        likely[:, second] = 0.0
+    for at, row in zip(left, likely, strict=True):
+        best = int(row.argmax())
+        guesses[at] = Guess(str(names[best]), float(row[best]))
+    return [guess for guess in guesses if guess is not None]
+
+
+def _by_script(sample: str) -> Guess | None:
+    """What the scripts alone say; None where the classifier must be asked."""
     han, kana, hangul = (len(pattern.findall(sample)) for pattern in (_HAN, _KANA, _HANGUL))
-    words = len(_LATIN_WORD.findall(sample))
+    letters = any(map(str.isalpha, sample))
+    return _judge(han, kana, hangul, len(_LATIN_WORD.findall(sample)), letters)
+
+
+def _judge(han: int, kana: int, hangul: int, words: int, letters: int) -> Guess | None:
     total = han + kana + hangul + words
     if total == 0:
-        return Guess("und", 0.0) if not any(c.isalpha() for c in sample) else _classify(sample)
+        return None if letters else Guess("und", 0.0)
     if kana > 0.1 * (han + kana) and kana + han > words:
         return Guess("ja", (han + kana) / total)
     if hangul > max(han, words):
         return Guess("ko", hangul / total)
-    if han / total >= HAN_SHARE:
-        return Guess("zh", han / total)
-    return _classify(sample)
+    return Guess("zh", han / total) if han / total >= HAN_SHARE else None
 
 
 def _sample(text: str) -> str:
@@ -64,6 +99,24 @@ def _sample(text: str) -> str:
 def _classify(sample: str) -> Guess:
     language, confidence = _identifier().classify(sample)
     return Guess(str(language), float(confidence))
+
+
+def _encodable(sample: str) -> str:
+    """As the classifier was trained: capitals alone say nothing, accents are part of their letters."""
+    return unicodedata.normalize("NFC", sample.lower() if sample.isupper() else sample)
+
+
+@functools.lru_cache(maxsize=1)
+def _tables() -> Bayes:
+    """What the classifier knows, as the native library reads it."""
+    found = _identifier()
+    moves, rows, outputs = (_integers(part) for part in (found.tk_nextmove, found.tk_row, found.tk_output))
+    weights, priors = (np.ascontiguousarray(part, dtype=np.float32) for part in (found.nb_ptc, found.nb_pc))
+    return Bayes(moves, rows, outputs, weights, priors)
+
+
+def _integers(values: Any) -> NDArray[np.int32]:
+    return np.ascontiguousarray(values, dtype=np.int32)
 
 
 @functools.lru_cache(maxsize=1)

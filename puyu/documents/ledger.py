@@ -27,6 +27,8 @@ class Counts:
     kept_characters: int = 0
     files: int = 0
     files_not_selected: int = 0
+    records_not_selected: Counter[str] = field(default_factory=Counter)
+    """Records of archives that are no documents; they do not count as read."""
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     quarantined: Counter[str] = field(default_factory=Counter)
 
@@ -36,6 +38,7 @@ class Counts:
         self.kept_characters += other.kept_characters
         self.files += other.files
         self.files_not_selected += other.files_not_selected
+        self.records_not_selected.update(other.records_not_selected)
         self.dropped.update(other.dropped)
         self.quarantined.update(other.quarantined)
 
@@ -56,6 +59,7 @@ class Counts:
             "quarantined": dict(sorted(self.quarantined.items())),
             "files": self.files,
             "files_not_selected": self.files_not_selected,
+            "records_not_selected": dict(sorted(self.records_not_selected.items())),
         }
 
 
@@ -113,6 +117,7 @@ class Ledger:
             counts.read, counts.kept, counts.kept_characters = row["read"], row["kept"], row["kept_characters"]
             counts.files, counts.files_not_selected = row["files"], row["files_not_selected"]
             counts.quarantined.update(row["quarantined"])
+            counts.records_not_selected.update(row.get("records_not_selected", {}))
             for stage, rules in row["dropped"].items():
                 counts.dropped.update({(stage, rule): count for rule, count in rules.items()})
         return ledger

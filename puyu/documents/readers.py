@@ -1,4 +1,4 @@
-"""Files of four kinds -> Documents: `html`, `text`, `jsonl`, `code`. What cannot be read goes to quarantine.
+"""Files -> Documents, by kind: `html`, `text`, `jsonl`, `code`, `warc`. What cannot be read goes to quarantine.
 
     >>> source = SourceConfig(name="notes", path="notes/*.txt", kind="text")
     >>> documents = list(read(source, quarantine=print))                      # doctest: +SKIP
@@ -15,19 +15,22 @@ import contextlib
 import glob
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from puyu.configure import Config
 from puyu.documents.document import Document, make_document, normalize
-from puyu.documents.extract import page
+from puyu.documents.extract import decode_html, page
 from puyu.documents.split import split
+from puyu.documents.warc import Answer, Damaged, Record, http_answer, records
 from puyu.errors import InputError
 from puyu.files import BadRecord, open_bytes, torn_errors
 
-Kind = Literal["html", "text", "jsonl", "code"]
+Kind = Literal["html", "text", "jsonl", "code", "warc"]
 Quarantine = Callable[[BadRecord], None]
 
 PROGRAMMING = {
@@ -41,8 +44,10 @@ _SUFFIXES: dict[Kind, frozenset[str]] = {
     "text": frozenset({".txt", ".md", ".rst", ".text", ".tex"}),
     "jsonl": frozenset({".jsonl", ".ndjson"}),
     "code": frozenset(PROGRAMMING),
+    "warc": frozenset({".warc", ".wet", ".arc"}),
 }
 _PACKED = (".gz", ".zst")
+_HTML = ("text/html", "application/xhtml+xml")
 
 
 class SourceConfig(Config):
@@ -53,7 +58,7 @@ class SourceConfig(Config):
     path: str | list[str]
     """File, folder, glob or .zip (or a list of them)."""
     kind: Kind = "text"
-    """html, text, jsonl or code."""
+    """html, text, jsonl, code or warc (WARC, WET and ARC files)."""
     domain: str = "web"
     """What the text is about, for mixtures: web, book, wiki, docs, dialogue, code."""
     language: str = ""
@@ -74,6 +79,9 @@ class ReadReport:
 
     files: int = 0
     not_selected: list[str] = field(default_factory=list)
+    """Files of another kind."""
+    records_not_selected: Counter[str] = field(default_factory=Counter)
+    """Records of archives that are no documents, by what they are: `request`, `image/png`, `status 404`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,7 @@ def read(source: SourceConfig, quarantine: Quarantine, *, report: ReadReport | N
     count = 0
     for member in members:
         seen.files += 1
-        for document in _read_member(source, member, quarantine):
+        for document in _read_member(source, member, quarantine, seen):
             if source.max_documents is not None and count >= source.max_documents:
                 return
             count += 1
@@ -174,7 +182,12 @@ def _zip_members(source: SourceConfig, path: Path, report: ReadReport, quarantin
 # ---- one file
 
 
-def _read_member(source: SourceConfig, member: _Member, quarantine: Quarantine) -> Iterator[Document]:
+def _read_member(
+    source: SourceConfig, member: _Member, quarantine: Quarantine, report: ReadReport
+) -> Iterator[Document]:
+    if source.kind == "warc":
+        yield from _read_archive(source, member, quarantine, report)
+        return
     if member.suffix in (".jsonl", ".ndjson") or source.kind == "jsonl":
         yield from _read_jsonl(source, member, quarantine)
         return
@@ -188,6 +201,17 @@ def _read_member(source: SourceConfig, member: _Member, quarantine: Quarantine) 
     else:
         text = _decode_lines(data, member.label, quarantine)
         yield from _documents(source, normalize(text), {"path": member.origin})
+
+
+@contextlib.contextmanager
+def _open_packed(member: _Member) -> Iterator[IO[bytes]]:
+    """The member's bytes as they are stored."""
+    if member.inside:
+        with _open_member(member) as stream:
+            yield stream
+    else:
+        with open(member.path, "rb") as stream:
+            yield stream
 
 
 @contextlib.contextmanager
@@ -250,16 +274,73 @@ def _bad_bytes(label: str, data: bytes, error: UnicodeDecodeError) -> BadRecord:
 
 
 def _read_page(
-    source: SourceConfig, data: bytes | str, label: str, metadata: dict[str, Any], quarantine: Quarantine
+    source: SourceConfig,
+    data: bytes | str,
+    label: str,
+    metadata: dict[str, Any],
+    quarantine: Quarantine,
+    *,
+    charset: str = "",
 ) -> Iterator[Document]:
     try:
-        found = page(data)
+        found = page(data, charset=charset)
     except UnicodeDecodeError as error:
         assert isinstance(data, bytes)
         quarantine(_bad_bytes(label, data, error))
         return
     named = {**metadata, "title": found.title} if found.title else metadata
     yield from _documents(source, normalize(found.full_text()), named)
+
+
+def _read_archive(
+    source: SourceConfig, member: _Member, quarantine: Quarantine, report: ReadReport
+) -> Iterator[Document]:
+    """Pages and plain texts of a web archive; each record that is none is counted by what it is."""
+    with _open_packed(member) as stream:
+        for found in records(stream, member.label, quarantine=quarantine):
+            try:
+                answer = _content(found)
+            except Damaged as error:
+                quarantine(BadRecord(member.label, 0, found.offset, f"record: {error}", found.url[:80]))
+                continue
+            if isinstance(answer, str):
+                report.records_not_selected[answer] += 1
+                continue
+            place: Quarantine = partial(_quarantine_at, quarantine, found.offset)
+            metadata = {"path": member.origin, "url": found.url, "date": found.date}
+            yield from _read_answer(source, answer, member.label, metadata, place)
+
+
+def _quarantine_at(quarantine: Quarantine, offset: int, bad: BadRecord) -> None:
+    """What is wrong inside a record is said of where the record begins."""
+    quarantine(replace(bad, line=0, offset=offset))
+
+
+def _content(found: Record) -> Answer | str:
+    """The text of a record, or what it is instead."""
+    if found.kind == "response":
+        answer = http_answer(found.body)
+        if not 200 <= answer.status < 300:
+            return f"status {answer.status}"
+    elif found.kind in ("conversion", "resource"):
+        answer = Answer(200, found.media, "", found.body)
+    else:
+        return found.kind or "no type"
+    return answer if answer.media in (*_HTML, "text/plain") else answer.media or "no media type"
+
+
+def _read_answer(
+    source: SourceConfig, answer: Answer, label: str, metadata: dict[str, Any], quarantine: Quarantine
+) -> Iterator[Document]:
+    if answer.media in _HTML:
+        yield from _read_page(source, answer.body, label, metadata, quarantine, charset=answer.charset)
+        return
+    try:
+        text = decode_html(answer.body, charset=answer.charset)
+    except UnicodeDecodeError as error:
+        quarantine(_bad_bytes(label, answer.body, error))
+        return
+    yield from _documents(source, normalize(text), metadata)
 
 
 def _read_jsonl(source: SourceConfig, member: _Member, quarantine: Quarantine) -> Iterator[Document]:

@@ -1,9 +1,10 @@
-"""The stage contract: `map` looks at one document, `group` at the keys of all; neither does I/O.
+"""The stage contract: `map` looks at each document by itself, `group` at the keys of all; neither does I/O.
 
-A runner owns files, processes and order. Because a map stage sees one document at a time and a group stage answers by
-document id, the result depends neither on the order of the input nor on how it is cut into shards.
+A runner owns files, processes and order. Because a map stage says of a document what it would say of it alone, and a
+group stage answers by document id, the result depends neither on the order of the input nor on how it is cut into
+batches and shards. Documents come many at a time, since native code measures a thousand texts in one call.
 
-    map     Document -> Verdict       the (changed) document, its scores, and a Drop or None
+    map     documents -> a Verdict each       the (changed) document, its scores, and a Drop or None
     group   keys of all -> {id: Drop}
 """
 
@@ -43,22 +44,23 @@ class Verdict:
 
 
 K = TypeVar("K")
+Scores = Mapping[str, float]
 
 
 class MapStage(Protocol):
-    """A pure function of one document; `name` labels it in the ledger."""
+    """A pure function of each document and the scores that it has so far; `name` labels it in the ledger."""
 
     name: str
 
-    def __call__(self, document: Document, scores: Mapping[str, float]) -> Verdict: ...
+    def __call__(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[Verdict]: ...
 
 
 class GroupStage(Protocol[K]):
-    """`key` is a map (runs beside the text); `decide` sees keys only and answers by id."""
+    """`keys` is a map (runs beside the texts); `decide` sees keys only and answers by id."""
 
     name: str
 
-    def key(self, document: Document, scores: Mapping[str, float]) -> K: ...
+    def keys(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[K]: ...
 
     def decide(self, keys: Sequence[K]) -> Mapping[str, Drop]: ...
 

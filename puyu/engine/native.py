@@ -12,74 +12,44 @@ than torch's faster products; quantized ones always.
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
-import platform
-import shutil
-import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
 
-from puyu.device import cpu_flags
-from puyu.errors import DependencyError
-from puyu.files import hash_json
+from puyu.native import Library
 
-logger = logging.getLogger(__name__)
-
-SOURCES = Path(__file__).with_name("cpu")
+SOURCE = Path(__file__).parent / "cpu" / "step.cpp"
 _MATH = ["-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros"]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp-simd", *_MATH]
 
 
-def library_path() -> Path:
-    """Where the library for these sources and this processor belongs."""
-    folder = Path(os.environ.get("PUYU_NATIVE_DIR") or Path.home() / ".cache" / "puyu" / "native")
-    texts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()) if path.suffix in (".cpp", ".h")]
-    key = hash_json([texts, FLAGS, platform.machine(), sorted(cpu_flags())])
-    return folder / f"step-{key[:16]}.so"
+def library() -> Library:
+    """The step for this machine."""
+    return Library("step", SOURCE, FLAGS, without="torch computes alone")
 
 
 def build() -> Path:
     """Compile, unless it is there; DependencyError when there is no compiler or it fails."""
-    path = library_path()
-    if path.is_file():
-        return path
-    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if compiler is None:
-        raise DependencyError("no C++ compiler was found", remedy="install g++; without it the engine uses torch alone")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, source = path.with_name(f"{path.name}.tmp-{os.getpid()}"), SOURCES / "step.cpp"
-    for threads in (["-fopenmp"], []):  # some compilers come without OpenMP; one thread is better than none
-        command = [compiler, *FLAGS, *threads, str(source), "-o", str(temporary)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode == 0:
-            os.replace(temporary, path)
-            load.cache_clear()
-            return path
-    raise DependencyError(f"{compiler} cannot build {source.name}: {result.stderr.strip()[-500:]}")
+    path = library().build()
+    load.cache_clear()
+    return path
 
 
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
     """The library, when it has been built for this machine."""
-    path = library_path()
-    if not path.is_file():
+    found = library().open()
+    if found is None:
         return None
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError as error:  # a home folder shared with another system
-        logger.warning("%s cannot be loaded, torch computes alone: %s", path, error)
-        return None
-    library.puyu_scratch_bytes.restype = ctypes.c_int64
-    library.puyu_scratch_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    library.puyu_step.restype, library.puyu_step.argtypes = None, [ctypes.c_void_p] * 3
-    for function in (library.puyu_pack, library.puyu_unpack):
+    found.puyu_scratch_bytes.restype = ctypes.c_int64
+    found.puyu_scratch_bytes.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    found.puyu_step.restype, found.puyu_step.argtypes = None, [ctypes.c_void_p] * 3
+    for function in (found.puyu_pack, found.puyu_unpack):
         function.restype, function.argtypes = None, [ctypes.c_void_p]
     numbers = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-    library.puyu_round_rows.restype, library.puyu_round_rows.argtypes = None, numbers
-    library.puyu_give_back.restype, library.puyu_give_back.argtypes = None, []
-    return library
+    found.puyu_round_rows.restype, found.puyu_round_rows.argtypes = None, numbers
+    found.puyu_give_back.restype, found.puyu_give_back.argtypes = None, []
+    return found
 
 
 class Matrix(ctypes.Structure):

@@ -71,7 +71,7 @@ def test_recall_and_precision_on_planted_near_duplicates():
     texts, pairs = planted(2)
     documents = [make_document(text, source="s") for text in dict.fromkeys(texts)]
     by_id = {document.id: document.text for document in documents}
-    drops = near.decide([near.key(document, {}) for document in documents])
+    drops = near.decide(near.keys(documents, [{}] * len(documents)))
     gone = {by_id[id] for id in drops}
     high = [pair for pair in pairs if 1 > jaccard(near, *pair) >= 0.8]
     assert len(high) > 60
@@ -88,7 +88,7 @@ def test_decisions_do_not_depend_on_order(stage):
     rng = random.Random(4)
     texts += [text.upper() for text in texts[:40]] + ["\n\n".join(rng.sample(texts[:50], 4)) for _ in range(30)]
     documents = [make_document(text, source=rng.choice("ab")) for text in dict.fromkeys(texts)]
-    keys = [stage.key(document, {"quality": rng.choice([0.1, 0.5])}) for document in documents]
+    keys = stage.keys(documents, [{"quality": rng.choice([0.1, 0.5])} for _ in documents])
     expected = stage.decide(keys)
     assert expected
     for _ in range(3):
@@ -99,9 +99,9 @@ def test_decisions_do_not_depend_on_order(stage):
 def test_the_best_then_the_longer_then_the_smaller_id_stays():
     stage = ExactDedup()
     documents = [make_document(text, source="s") for text in ("A text.", "a text.", "a  text.", "A  TEXT.")]
-    keys = [stage.key(d, {"quality": 0.9 if d is documents[0] else 0.2}) for d in documents]
+    keys = stage.keys(documents, [{"quality": 0.9 if d is documents[0] else 0.2} for d in documents])
     assert {drop.of for drop in stage.decide(keys).values()} == {documents[0].id}
-    equal = [stage.key(d, {"quality": 0.5}) for d in documents]
+    equal = stage.keys(documents, [{"quality": 0.5}] * len(documents))
     longest = min(documents[2].id, documents[3].id)
     assert {drop.of for drop in stage.decide(equal).values()} == {longest}
 
@@ -113,12 +113,12 @@ def test_paragraphs_elsewhere_keeps_one_owner():
     whole = make_document("\n\n".join([*shared, text_of(rng, 30)]), source="s")
     part = make_document("\n\n".join([*shared, "short"]), source="s")
     other = make_document("\n\n".join([shared[0], text_of(rng, 90)]), source="s")
-    drops = stage.decide([stage.key(d, {}) for d in (part, other, whole)])
+    drops = stage.decide(stage.keys([part, other, whole], [{}] * 3))
     assert set(drops) == {part.id} and drops[part.id].of == whole.id and drops[part.id].value > 0.6
 
 
 def test_texts_without_units_are_no_copies():
     near = NearDedup(NearConfig())
     documents = [make_document(text, source="s") for text in ("", "...", "!!!", "one", "two", "one!")]
-    drops = near.decide([near.key(d, {}) for d in documents])
+    drops = near.decide(near.keys(documents, [{}] * len(documents)))
     assert [d.text for d in documents if d.id in drops] == ["one"], "the longer of the two stays"

@@ -117,14 +117,16 @@ def test_margin_is_nought_at_the_threshold():
 
 def test_language_filter_sets_and_drops():
     stage = LanguageFilter(("en", "zh"))
-    assert stage(make_document(GOOD_ZH, source="s"), {}).document.language == "zh"
+    chinese = make_document(GOOD_ZH, source="s")
     french = make_document("La rivière traverse la vallée et les enfants jouent au bord de l'eau en été.", source="s")
-    drop = stage(french, {}).drop
-    assert drop is not None and (drop.rule, drop.value, drop.threshold) == ("language", "fr", "en zh")
     declared = make_document(french.text, source="s", language="fr")
-    assert stage(declared, {}).drop is None, "a declared language is wanted"
+    first, second, third = stage([chinese, french, declared], [{}] * 3)
+    assert first.document.language == "zh" and first.drop is None
+    drop = second.drop
+    assert drop is not None and (drop.rule, drop.value, drop.threshold) == ("language", "fr", "en zh")
+    assert third.drop is None, "a declared language is wanted"
 
 
 def test_rule_filter_stores_scores_with_the_document():
-    verdict = RuleFilter(Policies())(make_document(GOOD_EN, source="s", language="en"), {})
+    [verdict] = RuleFilter(Policies())([make_document(GOOD_EN, source="s", language="en")], [{}])
     assert verdict.drop is None and verdict.scores["words"] > 80 and verdict.scores["quality"] > 0

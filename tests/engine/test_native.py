@@ -295,7 +295,7 @@ def test_a_library_of_another_system_leaves_the_work_to_torch(
 ) -> None:
     """A home folder may be shared by machines whose C libraries differ."""
     monkeypatch.setenv("PUYU_NATIVE_DIR", str(tmp_path))
-    native.library_path().write_bytes(b"no library")
+    native.library().path().write_bytes(b"no library")
     native.load.cache_clear()
     assert native.load() is None and "torch computes alone" in caplog.text
     native.load.cache_clear()

@@ -1,0 +1,79 @@
+// The plain C interface. Every call takes many texts, and may be made by several threads at once.
+
+#include "digest.h"
+#include "language.h"
+#include "measure.h"
+#include "minhash.h"
+
+using namespace puyu;
+
+extern "C" {
+
+int64_t puyu_num_scores() { return NUM_SCORES; }
+
+void *puyu_automaton(const Texts *phrases) { return new Automaton(*phrases); }
+void puyu_automaton_free(void *automaton) { delete static_cast<Automaton *>(automaton); }
+
+// Places [begin, end, phrase] of all phrases, as many as fit in `room`; ends [texts] counts them up to each text, also
+// those for which there was no room. Begin and end are bytes of the text.
+void puyu_find(const void *automaton, const Texts *texts, int64_t *places, int64_t room, int64_t *ends) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < texts->count; i++) {
+        auto take = [&](int64_t begin, int64_t end, int64_t phrase) {
+            if (count < room) places[3 * count] = begin, places[3 * count + 1] = end, places[3 * count + 2] = phrase;
+            count++;
+        };
+        int64_t start = texts->starts[i];
+        static_cast<const Automaton *>(automaton)->each(texts->bytes + start, texts->starts[i + 1] - start, take);
+        ends[i] = count;
+    }
+}
+
+// scores [texts, NUM_SCORES]; hows: a `Units_of` each.
+void puyu_measure(const Unicode *unicode, const void *boilerplate, const Texts *texts, const uint8_t *hows, double *scores) {
+    Measure measure(*unicode, *static_cast<const Automaton *>(boilerplate));
+    for (int64_t i = 0; i < texts->count; i++, scores += NUM_SCORES)
+        measure(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], hows[i], scores);
+}
+
+// digests [texts, 16]
+void puyu_digests(const Unicode *unicode, const Texts *texts, uint8_t *digests) {
+    Characters text;
+    for (int64_t i = 0; i < texts->count; i++) {
+        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        folded_digest(*unicode, text, 0, text.size, digests + 16 * i);
+    }
+}
+
+// signatures [texts, size]; counts [texts]: shingles of each, 0 where there is no signature.
+void puyu_minhash(const Unicode *unicode, const Texts *texts, int64_t ngram, const uint64_t *factors,
+                  const uint64_t *offsets, int64_t size, uint32_t *signatures, int64_t *counts) {
+    Characters text;
+    Units units;
+    std::vector<uint64_t> shingles;
+    for (int64_t i = 0; i < texts->count; i++) {
+        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        shingles_of(*unicode, text, ngram, units, shingles);
+        counts[i] = int64_t(shingles.size());
+        signature_of(shingles, factors, offsets, size, signatures + i * size);
+    }
+}
+
+// counts [texts, 5]: Han, kana, hangul, Latin words, letters.
+void puyu_scripts(const Unicode *unicode, const Texts *texts, int64_t *counts) {
+    Characters text;
+    for (int64_t i = 0; i < texts->count; i++, counts += 5) {
+        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        count_scripts(text, counts);
+    }
+}
+
+// scores [texts, languages]; known [texts]: whether any feature was seen.
+void puyu_languages(const Bayes *model, const Texts *texts, float *scores, uint8_t *known) {
+    std::vector<int32_t> seen(size_t(model->num_features), 0);
+    for (int64_t i = 0; i < texts->count; i++)
+        known[i] = classify(*model, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], seen,
+                            scores + i * model->num_languages);
+}
+
+}  // extern "C"

@@ -1,0 +1,198 @@
+"""Many texts at once through the native library: scores, digests, MinHash signatures, languages.
+
+    library = load()                               # None where it was not built
+    library.digests(["one", "two"])                # [2, 16] bytes
+
+Each has a slower twin in plain Python, which gives the same and says what it means (`puyu.data.measure`,
+`puyu.data.dedup`, `puyu.documents.language`); tests compare them character by character. Calls release the interpreter.
+
+    python -m puyu.documents.texts                 # build, print the path of the library
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puyu.documents.characters import read_tables
+from puyu.native import Library, native_folder
+
+SOURCE = Path(__file__).parent / "cpp" / "texts.cpp"
+FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-ffp-contract=off"]
+
+LIBRARY = Library("texts", SOURCE, FLAGS, without="texts are measured in Python, many times more slowly")
+
+
+class _Unicode(ctypes.Structure):
+    _fields_ = [("kinds", ctypes.c_void_p), ("lower", ctypes.c_void_p), ("num_lower", ctypes.c_int64)]
+
+
+class _Texts(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_void_p), ("starts", ctypes.c_void_p), ("count", ctypes.c_int64)]
+
+
+class _Bayes(ctypes.Structure):
+    _names = ("moves", "rows", "outputs", "weights", "priors")
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _names),
+        ("num_features", ctypes.c_int64),
+        ("num_languages", ctypes.c_int64),
+    ]
+
+
+class Texts:
+    """Texts one after the other, as the library reads them."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        encoded = [text.encode("utf-8") for text in texts]
+        self._bytes = b"".join(encoded)
+        self._starts = np.zeros(len(encoded) + 1, dtype=np.int64)
+        np.cumsum([len(text) for text in encoded], out=self._starts[1:])
+        self.count = len(encoded)
+        self.native = _Texts(
+            ctypes.cast(ctypes.c_char_p(self._bytes), ctypes.c_void_p), self._starts.ctypes.data, self.count
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Bayes:
+    """Tables of a classifier over n-grams of bytes (`cpp/language.h`)."""
+
+    moves: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    outputs: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    priors: NDArray[np.float32]
+
+    def native(self) -> _Bayes:
+        arrays = (self.moves, self.rows, self.outputs, self.weights, self.priors)
+        return _Bayes(*(array.ctypes.data for array in arrays), *self.weights.shape)
+
+
+class Automaton:
+    """Many phrases, found in one walk; ASCII in any case."""
+
+    def __init__(self, library: ctypes.CDLL, phrases: Sequence[str]) -> None:
+        assert all(phrases), "an empty phrase stands everywhere"
+        self._library = library
+        texts = Texts(phrases)  # which must live as long as the call
+        self.handle = ctypes.c_void_p(library.puyu_automaton(ctypes.byref(texts.native)))
+
+    def __del__(self) -> None:
+        self._library.puyu_automaton_free(self.handle)
+
+
+class TextLibrary:
+    """The native library with the tables of characters."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.puyu_automaton.restype = ctypes.c_void_p
+        for function in (library.puyu_automaton, library.puyu_automaton_free):
+            function.argtypes = [ctypes.c_void_p]
+        library.puyu_num_scores.restype = ctypes.c_int64
+        self.num_scores = int(library.puyu_num_scores())
+        self._tables = read_tables(native_folder())
+        kinds, lower = self._tables
+        self._unicode = ctypes.byref(_Unicode(kinds.ctypes.data, lower.ctypes.data, len(lower)))
+
+    def automaton(self, phrases: Sequence[str]) -> Automaton:
+        """Ready to search for these."""
+        return Automaton(self._library, phrases)
+
+    def find(self, texts: Texts, phrases: Automaton) -> list[list[tuple[int, int, int]]]:
+        """(first byte, byte behind it, number of the phrase) of all places in each text, by where they end."""
+        room, ends = 4 * texts.count + 64, np.zeros(texts.count, dtype=np.int64)
+        while True:
+            places = np.empty((room, 3), dtype=np.int64)
+            count = ctypes.c_int64(room)
+            handles = (phrases.handle, ctypes.byref(texts.native))
+            self._library.puyu_find(*handles, _pointer(places), count, _pointer(ends))
+            total = int(ends[-1]) if texts.count else 0
+            if total <= room:
+                break
+            room = total
+        rows = [(begin, end, phrase) for begin, end, phrase in places[:total].tolist()]
+        return [rows[start:stop] for start, stop in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)]
+
+    def measure(self, texts: Texts, hows: Sequence[int], boilerplate: Automaton) -> NDArray[np.float64]:
+        """Scores [texts, num_scores] in the order of `puyu.data.measure.SCORES`; NaN where a score has no meaning."""
+        scores = np.empty((texts.count, self.num_scores))
+        kinds = np.asarray(hows, dtype=np.uint8)
+        assert len(kinds) == texts.count
+        self._call("puyu_measure", boilerplate.handle, texts.native, kinds, scores)
+        return scores
+
+    def digests(self, texts: Texts) -> NDArray[np.uint8]:
+        """[texts, 16]: BLAKE2b of each in lower case, with runs of blanks as one."""
+        found = np.empty((texts.count, 16), dtype=np.uint8)
+        self._call("puyu_digests", texts.native, found)
+        return found
+
+    def minhash(
+        self, texts: Texts, functions: tuple[NDArray[np.uint64], NDArray[np.uint64]], *, ngram: int
+    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        """(signatures [texts, size], shingles of each text: without any there is no signature). `functions`: factors and
+        offsets, one of each for a hash."""
+        factors, offsets = functions
+        size = len(factors)
+        assert size % 32 == 0, "signatures are computed 32 hashes at a time"
+        signatures, counts = np.empty((texts.count, size), dtype=np.uint32), np.empty(texts.count, dtype=np.int64)
+        length, hashes = ctypes.c_int64(ngram), ctypes.c_int64(size)
+        self._call("puyu_minhash", texts.native, length, factors, offsets, hashes, signatures, counts)
+        return signatures, counts
+
+    def scripts(self, texts: Texts) -> NDArray[np.int64]:
+        """[texts, 5]: Han characters, kana, hangul, words of two and more Latin letters, letters of any kind."""
+        counts = np.empty((texts.count, 5), dtype=np.int64)
+        self._call("puyu_scripts", texts.native, counts)
+        return counts
+
+    def languages(self, texts: Texts, model: Bayes) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """(log-probabilities [texts, languages] up to a constant, whether anything was known of a text)."""
+        scores = np.empty((texts.count, model.weights.shape[1]), dtype=np.float32)
+        known = np.empty(texts.count, dtype=np.uint8)
+        arguments = (ctypes.byref(model.native()), ctypes.byref(texts.native))
+        self._library.puyu_languages(*arguments, _pointer(scores), _pointer(known))
+        return scores, known.astype(bool)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        getattr(self._library, name)(self._unicode, *map(_argument, arguments))
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return _pointer(value)
+    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
+
+
+def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+@lru_cache(maxsize=1)
+def load() -> TextLibrary | None:
+    """The library, when it has been built for this machine."""
+    library = LIBRARY.open()
+    return None if library is None else TextLibrary(library)
+
+
+def build() -> Path:
+    """Compile, unless it is there, and make the tables; DependencyError when there is no compiler or it fails."""
+    path = LIBRARY.build()
+    read_tables(native_folder())
+    load.cache_clear()
+    return path
+
+
+if __name__ == "__main__":
+    print(build(), file=sys.stdout)

@@ -1,0 +1,83 @@
+"""Libraries in C++ with a plain C interface, built once for this machine's processor where a compiler is found.
+
+    library = Library("texts", Path("puyu/documents/cpp/texts.cpp"), flags=["-O3"])
+    library.build()                    # at set-up
+    handle = library.open()            # None where it was not built: who asks has a slower way
+
+What a library is named by are its sources, flags and the processor, so that a stale one is never loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from puyu.device import cpu_flags
+from puyu.errors import DependencyError
+from puyu.files import hash_json
+
+logger = logging.getLogger(__name__)
+
+COMPILERS = ("g++", "clang++", "c++")
+
+
+def native_folder() -> Path:
+    """Where built libraries and their tables are kept."""
+    return Path(os.environ.get("PUYU_NATIVE_DIR") or Path.home() / ".cache" / "puyu" / "native")
+
+
+@dataclass(frozen=True)
+class Library:
+    """One library: its main source, whose folder holds all others, and how it is compiled."""
+
+    name: str
+    source: Path
+    flags: Sequence[str]
+    without: str = "without it the work is done more slowly"
+    """What it means when it is not there."""
+
+    def path(self) -> Path:
+        """Where the library for these sources and this processor belongs."""
+        texts = [
+            path.read_text(encoding="utf-8")
+            for path in sorted(self.source.parent.iterdir())
+            if path.suffix in (".cpp", ".h")
+        ]
+        key = hash_json([texts, list(self.flags), platform.machine(), sorted(cpu_flags())])
+        return native_folder() / f"{self.name}-{key[:16]}.so"
+
+    def build(self) -> Path:
+        """Compile, unless it is there; DependencyError when there is no compiler or it fails."""
+        path = self.path()
+        if path.is_file():
+            return path
+        compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+        if compiler is None:
+            raise DependencyError("no C++ compiler was found", remedy=f"install g++; {self.without}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        for threads in (["-fopenmp"], []):  # some compilers come without OpenMP; one thread is better than none
+            command = [compiler, *self.flags, *threads, str(self.source), "-o", str(temporary)]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode == 0:
+                os.replace(temporary, path)
+                return path
+        raise DependencyError(f"{compiler} cannot build {self.source.name}: {result.stderr.strip()[-500:]}")
+
+    def open(self) -> ctypes.CDLL | None:
+        """The library, when it has been built for this machine."""
+        path = self.path()
+        if not path.is_file():
+            return None
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:  # a home folder shared with another system
+            logger.warning("%s cannot be loaded, %s: %s", path, self.without, error)
+            return None
