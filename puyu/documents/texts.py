@@ -140,8 +140,10 @@ class TextLibrary:
     def minhash(
         self, texts: Texts, functions: tuple[NDArray[np.uint64], NDArray[np.uint64]], *, ngram: int
     ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """(signatures [texts, size], shingles of each text: without any there is no signature). `functions`: factors and
-        offsets, one of each for a hash."""
+        """(signatures [texts, size], shingles of each text: without any there is no signature).
+
+        `functions`: factors and offsets, one of each for a hash.
+        """
         factors, offsets = functions
         size = len(factors)
         assert size % 32 == 0, "signatures are computed 32 hashes at a time"

@@ -46,8 +46,9 @@ def load() -> ctypes.CDLL | None:
     found.puyu_step.restype, found.puyu_step.argtypes = None, [ctypes.c_void_p] * 3
     for function in (found.puyu_pack, found.puyu_unpack):
         function.restype, function.argtypes = None, [ctypes.c_void_p]
-    numbers = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-    found.puyu_round_rows.restype, found.puyu_round_rows.argtypes = None, numbers
+    number, place = ctypes.c_int64, ctypes.c_void_p
+    found.puyu_round_rows.restype = None
+    found.puyu_round_rows.argtypes = [number, place, number, number, place, place]
     found.puyu_give_back.restype, found.puyu_give_back.argtypes = None, []
     return found
 
