@@ -79,6 +79,16 @@ def page(html: bytes | str, *, charset: str = "") -> Page:
     return Page(_title(tree), _TABS.sub("\t", main).strip())
 
 
+def whole_page(html: bytes) -> str:
+    """All text of a page that has no navigation, such as a chapter of a book."""
+    extractor = _resiliparse()
+    tree = extractor.HTMLTree.parse(decode_html(html))
+    text = extractor.extract_plain_text(
+        tree, main_content=False, preserve_formatting=True, alt_texts=False, links=False
+    )
+    return str(text).strip()
+
+
 def _title(tree: Any) -> str:
     """The first `h1`, else the `title` element without the site's name after a bar."""
     heading = tree.document.query_selector("h1") if tree.document else None

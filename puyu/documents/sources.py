@@ -1,0 +1,160 @@
+"""Which files a source has: paths, folders, globs and the inside of `.zip` archives, by the kind of what they hold.
+
+    >>> source = SourceConfig(name="notes", path="notes/*.txt")
+    >>> [member.label for member in members(source, ReadReport(), quarantine=print)]      # doctest: +SKIP
+    ['notes/a.txt', 'notes/b.txt.gz']
+
+Files come in the order of their names. It opens nothing but archives, and decides nothing about content.
+"""
+
+from __future__ import annotations
+
+import glob
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from puyu.configure import Config
+from puyu.errors import InputError
+from puyu.files import BadRecord
+
+Kind = Literal["html", "text", "jsonl", "code", "warc", "parquet", "files"]
+Quarantine = Callable[[BadRecord], None]
+
+PROGRAMMING = {
+    ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".hpp": "cpp", ".cu": "cuda", ".cs": "csharp", ".go": "go",
+    ".java": "java", ".js": "javascript", ".ts": "typescript", ".kt": "kotlin", ".lua": "lua", ".php": "php",
+    ".py": "python", ".pyi": "python", ".r": "r", ".rb": "ruby", ".rs": "rust", ".scala": "scala", ".sh": "shell",
+    ".sql": "sql", ".swift": "swift", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml",
+}  # fmt: skip
+TEXT = frozenset({".txt", ".md", ".rst", ".text", ".tex"})
+PAGES = frozenset({".html", ".htm", ".xhtml"})
+_SUFFIXES: dict[Kind, frozenset[str]] = {
+    "html": PAGES | {".jsonl"},
+    "text": TEXT,
+    "jsonl": frozenset({".jsonl", ".ndjson"}),
+    "code": frozenset(PROGRAMMING),
+    "warc": frozenset({".warc", ".wet", ".arc"}),
+    "parquet": frozenset({".parquet"}),
+    "files": TEXT | PAGES | frozenset({".pdf", ".docx", ".epub"}),
+}
+_PACKED = (".gz", ".zst")
+
+
+class SourceConfig(Config):
+    """One source of documents."""
+
+    name: str
+    """Name of the source in the ledger and in every document."""
+    path: str | list[str]
+    """File, folder, glob or .zip (or a list of them)."""
+    kind: Kind = "text"
+    """html, text, jsonl, parquet, code, warc (WARC, WET and ARC files), or files: whatever holds text, by its suffix
+    (txt, md, rst, tex, html, pdf, docx, epub)."""
+    domain: str = "web"
+    """What the text is about, for mixtures: web, book, wiki, docs, dialogue, code."""
+    language: str = ""
+    """Language of all documents; empty: detected one by one."""
+    text_field: str = "text"
+    """The field that holds the text of a JSONL record (for html: the page), or the column of a Parquet file."""
+    rules: bool = True
+    """Whether the heuristic rules drop documents; false for curated text, which is only measured."""
+    max_documents: int | None = None
+    """Read no more than this many documents."""
+    max_characters: int = 20_000
+    """Longer texts are cut into documents of at most this size, at chapters and paragraphs."""
+
+
+@dataclass
+class ReadReport:
+    """What reading saw, for the ledger."""
+
+    files: int = 0
+    not_selected: list[str] = field(default_factory=list)
+    """Files of another kind."""
+    records_not_selected: Counter[str] = field(default_factory=Counter)
+    """Records of archives that are no documents, by what they are: `request`, `image/png`, `status 404`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of a source: where it lies, and its name relative to the source's root."""
+
+    path: Path
+    origin: str
+    inside: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.path.as_posix()}!{self.inside}" if self.inside else self.path.as_posix()
+
+    @property
+    def suffix(self) -> str:
+        return _plain_suffix(self.inside or self.path.name)
+
+
+def input_files(source: SourceConfig) -> list[Path]:
+    """The files on disk that the source reads, for hashing."""
+    return sorted({member.path for member in members(source, ReadReport(), lambda bad: None)})
+
+
+# ---- which files
+
+
+def members(source: SourceConfig, report: ReadReport, quarantine: Quarantine) -> Iterator[Member]:
+    for pattern in [source.path] if isinstance(source.path, str) else source.path:
+        for path, origin, explicit in _expand(pattern, source.name):
+            if path.suffix == ".zip":
+                yield from _zip_members(source, path, report, quarantine)
+            elif explicit or _plain_suffix(path.name) in _SUFFIXES[source.kind]:
+                yield Member(path, origin)
+            else:
+                report.not_selected.append(path.as_posix())
+
+
+def _expand(pattern: str, name: str) -> Iterator[tuple[Path, str, bool]]:
+    """(path, name relative to the root, named by the user) for a file, a folder or a glob."""
+    path = Path(pattern)
+    if path.is_file():
+        yield path, path.name, True
+    elif path.is_dir():
+        inside = (p for p in sorted(path.rglob("*")) if p.is_file() and not _is_hidden(p.relative_to(path)))
+        yield from ((p, p.relative_to(path).as_posix(), False) for p in inside)
+    else:
+        found = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
+        if not found:
+            raise InputError(f"source {name!r}: no such file, folder or glob: {pattern}", remedy="check `path`")
+        root = _fixed_part(pattern)
+        yield from ((p, p.relative_to(root).as_posix(), True) for p in found)
+
+
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") or part in ("__pycache__", "node_modules") for part in relative.parts)
+
+
+def _fixed_part(pattern: str) -> Path:
+    parts = Path(pattern).parts
+    fixed = [part for i, part in enumerate(parts) if not any(glob.has_magic(p) for p in parts[: i + 1])]
+    return Path(*fixed)
+
+
+def _plain_suffix(name: str) -> str:
+    path = Path(name)
+    return Path(path.stem).suffix.lower() if path.suffix in _PACKED else path.suffix.lower()
+
+
+def _zip_members(source: SourceConfig, path: Path, report: ReadReport, quarantine: Quarantine) -> Iterator[Member]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
+    except zipfile.BadZipFile as error:
+        quarantine(BadRecord(path.as_posix(), 0, 0, f"archive: {error}", ""))
+        return
+    for inside in names:
+        if _plain_suffix(inside) in _SUFFIXES[source.kind]:
+            yield Member(path, inside, inside)
+        else:
+            report.not_selected.append(f"{path.as_posix()}!{inside}")

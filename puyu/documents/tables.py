@@ -1,0 +1,56 @@
+"""Parquet files -> rows, a bounded number at a time.
+
+    for number, row in table_rows(stream, "part.parquet", text_field="text", quarantine=print): ...
+
+Only the text and the columns that become metadata are read. A row group that is damaged costs its rows, which are
+counted in what is quarantined; a file whose footer is torn costs the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from puyu.errors import DependencyError, InputError
+from puyu.files import BadRecord
+
+COLUMNS = ("url", "path", "title", "license")
+_ROWS = 256
+
+
+def table_rows(
+    stream: IO[bytes], label: str, *, text_field: str, quarantine: Callable[[BadRecord], None]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(1-based number, row) of every row that can be read. InputError where there is no column for the text."""
+    parquet, damaged = _parquet()
+    try:
+        file = parquet.ParquetFile(stream)
+    except damaged as error:
+        quarantine(BadRecord(label, 0, 0, f"archive: {error}", ""))
+        return
+    names = file.schema_arrow.names
+    if text_field not in names:
+        raise InputError(
+            f"{label} has no column {text_field!r}", remedy=f"set text_field to one of: {', '.join(names)}"
+        )
+    columns = [name for name in (text_field, *COLUMNS) if name in names]
+    first = 1
+    for group in range(file.num_row_groups):
+        number = first
+        first += file.metadata.row_group(group).num_rows
+        try:
+            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                for row in batch.to_pylist():
+                    yield number, row
+                    number += 1
+        except damaged as error:
+            rows = f"archive: rows {number} to {first - 1}: {error}"
+            quarantine(BadRecord(label, number, 0, rows, ""))
+
+
+def _parquet() -> tuple[Any, tuple[type[Exception], ...]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise DependencyError("reading Parquet needs pyarrow", remedy="pip install 'puyu-llm[data]'") from error
+    return parquet, (ArrowException, OSError)
