@@ -32,7 +32,7 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb("doctor", "what this machine can do, what is missing, how to mend it", "puyu.cli.doctor"),
     ),
     "stages (each takes a recipe or its own config)": (
-        Verb("data", "raw files -> clean documents, with an exact ledger", "puyu.cli.stage", stage=True),
+        Verb("data", "raw files -> clean documents, with an exact ledger; check, convert", "puyu.cli.data", stage=True),
         Verb("why", "why a document was kept, dropped or quarantined", "puyu.cli.why"),
         Verb("tokenizer", "train a byte-level BPE tokenizer", "puyu.cli.stage", stage=True),
         Verb("pretrain", "train a model from documents (also under torchrun)", "puyu.cli.stage", stage=True),

@@ -1,6 +1,7 @@
 """JSONL of conversations and preferences -> Conversation, Preference. Torch-free.
 
-A conversation line is OpenAI's form: `{"messages": [...], "tools": [...]?}`. A preference line has `prompt` (text or
+A conversation line is OpenAI's form, `{"messages": [...], "tools": [...]?}`, or another one of `puyu.data.formats`
+(ShareGPT, Alpaca, XTuner, text), told by its fields. A preference line has `prompt` (text or
 messages), `chosen`, `rejected` (text, a message, or a list with one message), `tools`? and `domain`? A torn line is
 quarantined and counted; a line that is valid JSON but no record is an error that names file, line and field.
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from puyu.data.formats import form_of
 from puyu.errors import InputError
 from puyu.files import BadRecord, read_jsonl_lines
 from puyu.types import Conversation, Message, Preference
@@ -47,9 +49,9 @@ def _read(path: Path, build: Callable[[Mapping[str, Any]], R]) -> tuple[list[R],
 
 def conversation_of(value: Mapping[str, Any]) -> Conversation:
     """One record; it needs at least one assistant turn."""
-    conversation = Conversation.from_openai(value)
+    conversation = form_of(value).read(value)
     if not any(message.role == "assistant" for message in conversation.messages):
-        raise InputError("field 'messages' has no assistant turn, so there is nothing to learn")
+        raise InputError("the record has no assistant turn, so there is nothing to learn")
     return conversation
 
 

@@ -43,7 +43,7 @@ def test_torn_lines_are_counted_with_their_place(tmp_path):
     ("record", "words"),
     [
         ({"messages": [{"role": "robot", "content": "x"}]}, "unknown role 'robot'"),
-        ({"text": "x"}, "'messages'"),
+        ({"body": "x"}, "no known form has the fields body"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
         (["x"], "must be a JSON object, not list"),
     ],
