@@ -35,6 +35,10 @@ class BadRecord:
     head: str
 
 
+Quarantine = Callable[[BadRecord], None]
+"""What takes the records that cannot be read."""
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary sibling; on a clean exit fsync and rename it to `path`, else remove it."""
@@ -209,13 +213,13 @@ def _zstandard() -> Any:
     return zstandard
 
 
-def read_jsonl(path: Path, *, quarantine: Callable[[BadRecord], None] | None = None) -> Iterator[Any]:
+def read_jsonl(path: Path, *, quarantine: Quarantine | None = None) -> Iterator[Any]:
     """Yield one value a line. A torn line goes to `quarantine` (file, line, offset) or raises InputError."""
     for _, value in read_jsonl_lines(path, quarantine=quarantine):
         yield value
 
 
-def read_jsonl_lines(path: Path, *, quarantine: Callable[[BadRecord], None] | None = None) -> Iterator[tuple[int, Any]]:
+def read_jsonl_lines(path: Path, *, quarantine: Quarantine | None = None) -> Iterator[tuple[int, Any]]:
     """Like `read_jsonl`, with the 1-based line number. A torn archive ends the reading in the same way."""
     number, offset = 0, 0
     try:

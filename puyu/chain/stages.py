@@ -67,7 +67,7 @@ def open_local(name: str, path: Path) -> Iterator[Any]:
 STAGES: dict[str, Stage] = {
     stage.verb: stage
     for stage in (
-        Stage("data", "raw files -> clean documents, with a ledger", "puyu.data.clean", "DataConfig"),
+        Stage("data", "raw files -> clean documents, with a ledger", "puyu.data.clean", "DataConfig", version=2),
         Stage("tokenizer", "train a byte-level BPE on documents", "puyu.tokenizer.train", "TokenizerConfig"),
         Stage("pretrain", "train a model from documents", "puyu.train.pretrain", "PretrainConfig"),
         Stage("sft", "fine-tune on conversations", "puyu.train.sft", "SFTConfig"),

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from puyu.log import say
 
-FORMS = ("openai", "sharegpt", "alpaca", "xtuner", "text")
-
 
 def main(arguments: Sequence[str]) -> int:
     """The verb, its own name first; returns the exit code."""
@@ -36,14 +34,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(arguments: Sequence[str]) -> int:
+    from puyu.data.check import check, lines_of
+    from puyu.data.formats import FORMS, form_named
+
+    forms = [form.name for form in FORMS]
     options = argparse.ArgumentParser(prog="puyu data check", description="What is wrong with a set, line by line.")
     options.add_argument("files", nargs="+", type=Path, help="JSONL, JSON or CSV")
-    options.add_argument("--form", choices=FORMS, help="what it should be [told by its fields]")
+    options.add_argument("--form", choices=forms, help="what it should be [told by its fields]")
     options.add_argument("--limit", type=int, default=20, metavar="N", help="findings to show of a file [20]")
     given = options.parse_args(list(arguments))
-    from puyu.data.check import check, lines_of
-    from puyu.data.formats import form_named
-
     errors = 0
     for path in given.files:
         report = check(path, form=form_named(given.form) if given.form else None)
@@ -53,15 +52,16 @@ def _check(arguments: Sequence[str]) -> int:
 
 
 def _convert(arguments: Sequence[str]) -> int:
+    from puyu.data.check import convert
+    from puyu.data.formats import FORMS, form_named
+
+    forms = [form.name for form in FORMS]
     options = argparse.ArgumentParser(prog="puyu data convert", description="One form of a set as another.")
     options.add_argument("source", type=Path, metavar="FROM", help="JSONL, JSON or CSV")
     options.add_argument("target", type=Path, metavar="TO", help=".jsonl (also .gz, .zst), .json or .csv")
-    options.add_argument("--to", choices=FORMS, default="openai", help="[openai]")
-    options.add_argument("--form", choices=FORMS, help="what FROM is [told by its fields]")
+    options.add_argument("--to", choices=forms, default="openai", help="[openai]")
+    options.add_argument("--form", choices=forms, help="what FROM is [told by its fields]")
     given = options.parse_args(list(arguments))
-    from puyu.data.check import convert
-    from puyu.data.formats import form_named
-
     form = form_named(given.form) if given.form else None
     count = convert(given.source, given.target, to=form_named(given.to), form=form)
     say(f"{given.target}: {count} records, {given.to}")

@@ -34,7 +34,7 @@ from puyu.errors import ConfigError, InputError
 from puyu.files import BadRecord, clear_folder, hash_file, hash_json, read_json, read_jsonl, write_json, write_jsonl
 from puyu.log import Progress, say
 
-VERSION = 1
+VERSION = 2
 """Raised by hand when the same config gives other bytes."""
 HEAD = 160
 BATCH = 512

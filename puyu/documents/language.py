@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from puyu.documents.characters import HAN
+from puyu.documents.characters import HAN, KANA
 from puyu.documents.texts import Bayes, Texts, load
 from puyu.errors import DependencyError
 
 _HAN = re.compile(f"[{HAN}]")
-_KANA = re.compile("[\u3040-\u30ff]")
+_KANA = re.compile(f"[{KANA}]")
 _HANGUL = re.compile("[\uac00-\ud7af]")
 _LATIN_WORD = re.compile(r"[A-Za-zÀ-ÿ]{2,}")
 # Enough to be sure, and bounded: the classifier walks every byte in Python.
@@ -57,7 +57,7 @@ def detect_all(texts: Sequence[str]) -> list[Guess]:
     samples = [_sample(text) for text in texts]
     guesses = [_judge(*counts) for counts in library.scripts(Texts(samples)).tolist()]
     left = [at for at, guess in enumerate(guesses) if guess is None]
-    scores, _ = library.languages(Texts([_encodable(samples[at]) for at in left]), _tables())
+    scores = library.languages(Texts([_encodable(samples[at]) for at in left]), _tables())
     names, pairs = _identifier().nb_classes, _identifier()._alias_pairs
     likely = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-np.inf))
     likely /= likely.sum(axis=1, keepdims=True)

@@ -24,19 +24,19 @@ from puyu.documents.document import Document, make_document, normalize
 from puyu.documents.extract import decode_html, page
 from puyu.documents.pdf import pdf_text
 from puyu.documents.sources import (
+    BOOKS,
     PAGES,
     PROGRAMMING,
     Member,
-    Quarantine,
     ReadReport,
     SourceConfig,
     input_files,
     members,
 )
 from puyu.documents.split import split
-from puyu.documents.tables import table_rows
+from puyu.documents.tables import METADATA, table_rows
 from puyu.documents.warc import Answer, Damaged, Record, http_answer, records
-from puyu.files import BadRecord, open_bytes, torn_errors
+from puyu.files import BadRecord, Quarantine, open_bytes, torn_errors
 
 __all__ = ["ReadReport", "SourceConfig", "input_files", "read"]
 
@@ -78,7 +78,7 @@ def _read_member(
         yield from _read_page(source, data, member.label, {"path": member.origin}, quarantine)
     elif source.kind == "code":
         yield from _read_code(source, data, member, quarantine)
-    elif source.kind == "files" and member.suffix in (".pdf", ".docx", ".epub"):
+    elif source.kind == "files" and member.suffix in BOOKS:
         yield from _read_book(source, data, member, quarantine)
     else:
         text = _decode_lines(data, member.label, quarantine)
@@ -285,7 +285,7 @@ def _problem(value: Any, text_field: str) -> str:
 
 
 def _record(source: SourceConfig, value: dict[str, Any], label: str, quarantine: Quarantine) -> Iterator[Document]:
-    metadata = {key: value[key] for key in ("url", "path", "title", "license") if isinstance(value.get(key), str)}
+    metadata = {key: value[key] for key in METADATA if isinstance(value.get(key), str)}
     if source.kind == "html":
         yield from _read_page(source, value[source.text_field], label, metadata, quarantine)
     else:

@@ -12,17 +12,16 @@ from __future__ import annotations
 import glob
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from puyu.configure import Config
 from puyu.errors import InputError
-from puyu.files import BadRecord
+from puyu.files import BadRecord, Quarantine
 
 Kind = Literal["html", "text", "jsonl", "code", "warc", "parquet", "files"]
-Quarantine = Callable[[BadRecord], None]
 
 PROGRAMMING = {
     ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".hpp": "cpp", ".cu": "cuda", ".cs": "csharp", ".go": "go",
@@ -32,6 +31,7 @@ PROGRAMMING = {
 }  # fmt: skip
 TEXT = frozenset({".txt", ".md", ".rst", ".text", ".tex"})
 PAGES = frozenset({".html", ".htm", ".xhtml"})
+BOOKS = frozenset({".pdf", ".docx", ".epub"})
 _SUFFIXES: dict[Kind, frozenset[str]] = {
     "html": PAGES | {".jsonl"},
     "text": TEXT,
@@ -39,7 +39,7 @@ _SUFFIXES: dict[Kind, frozenset[str]] = {
     "code": frozenset(PROGRAMMING),
     "warc": frozenset({".warc", ".wet", ".arc"}),
     "parquet": frozenset({".parquet"}),
-    "files": TEXT | PAGES | frozenset({".pdf", ".docx", ".epub"}),
+    "files": TEXT | PAGES | BOOKS,
 }
 _PACKED = (".gz", ".zst")
 

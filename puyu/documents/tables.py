@@ -8,18 +8,19 @@ counted in what is quarantined; a file whose footer is torn costs the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any
 
 from puyu.errors import DependencyError, InputError
-from puyu.files import BadRecord
+from puyu.files import BadRecord, Quarantine
 
-COLUMNS = ("url", "path", "title", "license")
+METADATA = ("url", "path", "title", "license")
+"""Fields of a record that stay with the document."""
 _ROWS = 256
 
 
 def table_rows(
-    stream: IO[bytes], label: str, *, text_field: str, quarantine: Callable[[BadRecord], None]
+    stream: IO[bytes], label: str, *, text_field: str, quarantine: Quarantine
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(1-based number, row) of every row that can be read. InputError where there is no column for the text."""
     parquet, damaged = _parquet()
@@ -33,7 +34,7 @@ def table_rows(
         raise InputError(
             f"{label} has no column {text_field!r}", remedy=f"set text_field to one of: {', '.join(names)}"
         )
-    columns = [name for name in (text_field, *COLUMNS) if name in names]
+    columns = [name for name in (text_field, *METADATA) if name in names]
     first = 1
     for group in range(file.num_row_groups):
         number = first

@@ -1,7 +1,7 @@
 """Many texts at once through the native library: scores, digests, MinHash signatures, languages.
 
     library = load()                               # None where it was not built
-    library.digests(["one", "two"])                # [2, 16] bytes
+    library.digests(Texts(["one", "two"]))         # [2, 16] bytes
 
 Each has a slower twin in plain Python, which gives the same and says what it means (`puyu.data.measure`,
 `puyu.data.dedup`, `puyu.documents.language`); tests compare them character by character. Calls release the interpreter.
@@ -158,13 +158,12 @@ class TextLibrary:
         self._call("puyu_scripts", texts.native, counts)
         return counts
 
-    def languages(self, texts: Texts, model: Bayes) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """(log-probabilities [texts, languages] up to a constant, whether anything was known of a text)."""
+    def languages(self, texts: Texts, model: Bayes) -> NDArray[np.float32]:
+        """Log-probabilities [texts, languages] up to a constant; all 0 where nothing was known of a text."""
         scores = np.empty((texts.count, model.weights.shape[1]), dtype=np.float32)
-        known = np.empty(texts.count, dtype=np.uint8)
         arguments = (ctypes.byref(model.native()), ctypes.byref(texts.native))
-        self._library.puyu_languages(*arguments, _pointer(scores), _pointer(known))
-        return scores, known.astype(bool)
+        self._library.puyu_languages(*arguments, _pointer(scores))
+        return scores
 
     def _call(self, name: str, *arguments: Any) -> None:
         getattr(self._library, name)(self._unicode, *map(_argument, arguments))

@@ -12,11 +12,11 @@ from __future__ import annotations
 import mmap
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO
 
-from puyu.files import BadRecord
+from puyu.files import BadRecord, Quarantine
 
 MAX_RECORD = 64_000_000
 """Bytes of a record, unpacked; longer ones are quarantined."""
@@ -28,7 +28,6 @@ _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 
 Bytes = bytes | mmap.mmap
-Quarantine = Callable[[BadRecord], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +110,7 @@ def _mapped(stream: IO[bytes]) -> mmap.mmap | None:
 
 def _member(window: _Window) -> bytes:
     """Unpack the member at the window's place and go behind it."""
+    window.begin()
     unpacker, size = zlib.decompressobj(wbits=31), 0
     parts: list[bytes] = []
     while not unpacker.eof:
@@ -133,8 +133,8 @@ class _Window:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self._ready, self.offset = stream, b"", 0
-        self._past = b""
-        """What stands before `offset`, as far back as a search may want it."""
+        self._past = bytearray()
+        """What was taken since `begin`: a search may start inside it."""
 
     @property
     def is_empty(self) -> bool:
@@ -148,29 +148,33 @@ class _Window:
     def starts_with(self, mark: bytes) -> bool:
         return self._look(len(mark)) == mark
 
+    def begin(self) -> None:
+        """A member begins here; nobody goes back beyond it."""
+        self._past = bytearray()
+
     def take(self, size: int) -> bytes:
         """Up to `size` bytes; none at the end."""
         block = self._look(size)
         self._ready, self.offset = self._ready[len(block) :], self.offset + len(block)
-        self._past = (self._past + block)[-MAX_RECORD:]
+        self._past += block
         return block
 
     def give_back(self, tail: bytes) -> None:
         """These, taken last, are still to come."""
         if tail:
             self._ready, self.offset = tail + self._ready, self.offset - len(tail)
-            self._past = self._past[: -len(tail)]
+            del self._past[-len(tail) :]
 
     def find(self, mark: bytes, *, beyond: int) -> None:
         """Go to the next place of the mark from `beyond` on, which may have been taken already, or to the end."""
         back = self.offset - beyond
         if 0 < back <= len(self._past):
-            self.give_back(self._past[-back:])
+            self.give_back(bytes(self._past[-back:]))
         while (at := self._ready.find(mark)) < 0 and (block := self._stream.read(_BLOCK)):
             drop = max(len(self._ready) - len(mark), 0)
             self._ready, self.offset = self._ready[drop:] + block, self.offset + drop
         at = len(self._ready) if at < 0 else at
-        self._ready, self.offset, self._past = self._ready[at:], self.offset + at, b""
+        self._ready, self.offset = self._ready[at:], self.offset + at
 
     def rest(self) -> bytes:
         """All that is left."""

@@ -4,7 +4,8 @@ The ids are those of context + continuation encoded as one text after <s>; the c
 the ids of the context alone. Spaces at the end of the context belong to the continuation. A pair that is longer
 than the model's context loses the beginning of its context, and that is logged. An empty context leaves <s>.
 
-    >>> score(model, tokenizer, [("2 + 2 =", " 4")])[0].is_greedy
+    >>> pairs = [("2 + 2 =", " 4")]
+    >>> score_encoded(model, encode_pairs(tokenizer, pairs), pairs)[0].is_greedy
 """
 
 from __future__ import annotations
@@ -33,18 +34,14 @@ class Pair(NamedTuple):
     num_scored: int
 
 
-def score(model: CausalLM, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Scored]:
-    """One result for each pair, in order."""
-    return score_encoded(model, encode_pairs(tokenizer, pairs), pairs)
-
-
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]]) -> list[Pair]:
     """`encode_pair` of all."""
     return [encode_pair(tokenizer, context, continuation) for context, continuation in pairs]
 
 
 def score_encoded(model: CausalLM, encoded: Sequence[Pair], pairs: Sequence[tuple[str, str]]) -> list[Scored]:
-    """`score` of pairs that have been encoded; long and short ones are batched by length."""
+    """One result for each pair, in order; `encoded` is what `encode_pairs` gave for them. Long and short pairs are
+    batched by length."""
     fitted = _fit(encoded, limit=model.config.max_positions)
     results: dict[int, Scored] = {}
     for batch in _batches(fitted):

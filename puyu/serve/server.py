@@ -130,7 +130,7 @@ def leave(code: int) -> NoReturn:
 
 def share_memory() -> None:
     """Let threads take memory from the same two places. glibc gives each thread one of its own, up to eight for a core,
-    and keeps there what was freed: 500 MB more after 10,000 requests of up to 10 MB, and 180 MB with two."""
+    and keeps there what was freed, which large requests make a lot of (docs/log.md)."""
     with contextlib.suppress(OSError, AttributeError):  # another C library has no mallopt
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
@@ -138,7 +138,7 @@ def share_memory() -> None:
 @contextlib.contextmanager
 def untroubled() -> Iterator[None]:
     """No search for garbage while modules are imported; what they have made stays and is never looked through again,
-    which would take 100 ms each time, and no stream goes on meanwhile."""
+    while no stream would go on."""
     gc.disable()
     try:
         yield

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from puyu.configure import build, dump
-from puyu.data import clean
+from puyu.data import clean, dedup, measure
 from puyu.data.clean import DataConfig, run, why
+from puyu.documents import language, texts
 from puyu.documents.ledger import Ledger
 from puyu.errors import ConfigError, InputError
 from puyu.files import read_jsonl
@@ -119,6 +120,16 @@ def test_same_bytes_again_and_with_two_processes(corpus, tmp_path):
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == sorted(NAMES), "no work is left behind"
 
 
+def test_without_the_native_library_the_bytes_are_the_same(corpus, tmp_path, monkeypatch, capsys):
+    run(corpus, out=tmp_path / "native")
+    assert "in Python" not in capsys.readouterr().err
+    for module in (texts, measure, dedup, language):
+        monkeypatch.setattr(module, "load", lambda: None)
+    run(corpus, out=tmp_path / "plain")
+    assert contents(tmp_path / "plain") == contents(tmp_path / "native")
+    assert "python -m puyu.documents.texts" in capsys.readouterr().err
+
+
 def test_shuffled_input_keeps_the_same_documents(corpus, tmp_path):
     run(corpus, out=tmp_path / "a")
     path = Path(corpus.sources[0].path)
@@ -138,7 +149,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from puyu.configure import build
-from puyu.data import clean
+from puyu.data import clean, dedup, measure
 count = int(sys.argv[3])
 def dying(path, rows, write=clean.write_jsonl):
     global count

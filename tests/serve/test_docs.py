@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 import os
 import re
 import shlex
@@ -237,6 +238,14 @@ LLM_STATS: Any = SimpleNamespace(
 
 def test_every_metric_is_listed() -> None:
     assert {name for row in table("metrics")[1] for name in quoted(row[0])} == families()
+
+
+def test_the_harness_is_told_as_it_was_recorded() -> None:
+    newest = max((ROOT / "bench" / "results").glob("*-serve_harness.json"))
+    statuses = json.loads(newest.read_text())["notes"]["ours"]["statuses"]
+    head, rows = table("harness")
+    shown = {row[0]: {name: int(n) for name, n in zip(head[1:], row[1:], strict=True) if n} for row in rows}
+    assert shown == statuses
 
 
 def test_every_link_within_the_page_leads_somewhere() -> None:

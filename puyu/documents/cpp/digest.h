@@ -18,15 +18,6 @@ class Blake {
         buffer[filled++] = byte;
     }
 
-    void add(const uint8_t *bytes, int64_t length) {
-        while (length > 0) {
-            if (filled == 128) block(false);
-            int64_t part = 128 - filled < length ? 128 - filled : length;
-            std::memcpy(buffer + filled, bytes, size_t(part));
-            filled += part, bytes += part, length -= part;
-        }
-    }
-
     void add_point(uint32_t p) {
         if (p < 0x80) return add(uint8_t(p));
         if (p < 0x800) add(uint8_t(0xc0 | p >> 6));

@@ -18,7 +18,7 @@ struct Bayes {
 };
 
 // Log-probabilities of each language, up to a constant, over the root of the length; `seen` is all zero before and after.
-inline bool classify(const Bayes &model, const uint8_t *bytes, int64_t length, std::vector<int32_t> &seen, float *scores) {
+inline void classify(const Bayes &model, const uint8_t *bytes, int64_t length, std::vector<int32_t> &seen, float *scores) {
     std::vector<int32_t> features;
     int32_t state = 0;
     for (int64_t i = 0; i < length; i++) {
@@ -35,7 +35,6 @@ inline bool classify(const Bayes &model, const uint8_t *bytes, int64_t length, s
     }
     float scale = 1.0f / std::sqrt(float(length > 0 ? length : 1));
     for (int64_t l = 0; l < model.num_languages; l++) scores[l] *= scale;
-    return !features.empty();
 }
 
 // How many: Han characters, kana, hangul, words of Latin letters (two or more), and whether there is any letter.

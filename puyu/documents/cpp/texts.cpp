@@ -68,12 +68,12 @@ void puyu_scripts(const Unicode *unicode, const Texts *texts, int64_t *counts) {
     }
 }
 
-// scores [texts, languages]; known [texts]: whether any feature was seen.
-void puyu_languages(const Bayes *model, const Texts *texts, float *scores, uint8_t *known) {
+// scores [texts, languages]
+void puyu_languages(const Bayes *model, const Texts *texts, float *scores) {
     std::vector<int32_t> seen(size_t(model->num_features), 0);
     for (int64_t i = 0; i < texts->count; i++)
-        known[i] = classify(*model, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], seen,
-                            scores + i * model->num_languages);
+        classify(*model, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], seen,
+                 scores + i * model->num_languages);
 }
 
 }  // extern "C"
