@@ -4,6 +4,7 @@
 #include "language.h"
 #include "measure.h"
 #include "minhash.h"
+#include "near.h"
 
 using namespace puyu;
 
@@ -57,6 +58,11 @@ void puyu_minhash(const Unicode *unicode, const Texts *texts, int64_t ngram, con
         counts[i] = int64_t(shingles.size());
         signature_of(shingles, factors, offsets, size, signatures + i * size);
     }
+}
+
+// 0 when all were compared, 1 when a signature could not be read.
+int32_t puyu_near_copies(const NearTask *task, const Signatures *signatures, int64_t *of, int32_t *equal) {
+    return near_copies(*task, *signatures, of, equal) ? 0 : 1;
 }
 
 // counts [texts, 5]: Han, kana, hangul, Latin words, letters.
