@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from puyu.data import pii
 from puyu.data.dedup import words_of
 from puyu.data.plan import config_of
-from puyu.data.segments import HEAD, Segment
+from puyu.data.segments import BATCH, HEAD, Segment
 from puyu.documents.readers import SourceConfig
 from puyu.files import atomic_write, read_object, write_json
 
@@ -100,12 +101,12 @@ def emit(job: EmitJob) -> int:
     places: list[tuple[int, int, int]] = []
     part = Part(job.path)
     with atomic_write(part.file("kept"), "wb") as kept, atomic_write(part.file("dropped"), "wb") as dropped:
-        for row in _rows(table, source, job.decisions):
-            if row.stage:
+        for row, masked in _masked(_rows(table, source, job.decisions), config.mask):
+            if masked is None:
                 line, stream, kind = _dropped_row(row), dropped, 1
                 share.dropped[f"{row.stage}/{row.drop['rule']}"] += 1
             else:
-                line, stream, kind = _kept_row(row, config.mask, share), kept, 0
+                line, stream, kind = _kept_row(row, masked, share), kept, 0
             places.append((words_of(row.id)[0], kind, stream.tell()))
             stream.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
             stages.append(row.stage)
@@ -157,8 +158,14 @@ def _rows(table: pa.Table, source: SourceConfig, decisions: Mapping[int, Decisio
             )
 
 
-def _kept_row(row: _Row, mask: Sequence[pii.Kind], share: Share) -> dict[str, Any]:
-    masked = pii.mask(row.text, mask)
+def _masked(rows: Iterator[_Row], kinds: Sequence[pii.Kind]) -> Iterator[tuple[_Row, pii.Masked | None]]:
+    """Each row with its masked text; none for what was dropped."""
+    while batch := list(islice(rows, BATCH)):
+        masked = iter(pii.mask_all([row.text for row in batch if not row.stage], kinds))
+        yield from ((row, None if row.stage else next(masked)) for row in batch)
+
+
+def _kept_row(row: _Row, masked: pii.Masked, share: Share) -> dict[str, Any]:
     share.kept += 1
     share.kept_characters += len(masked.text)
     share.kept_bytes[row.language] += len(masked.text.encode("utf-8"))

@@ -29,7 +29,7 @@ _KANA = re.compile(f"[{KANA}]")
 _HANGUL = re.compile("[\uac00-\ud7af]")
 _LATIN_WORD = re.compile(r"[A-Za-zÀ-ÿ]{2,}")
 # Enough to be sure, and bounded: the classifier walks every byte in Python.
-_SAMPLE = 2400
+_SAMPLE = 1200
 HAN_SHARE = 0.15
 """Han characters over Han characters plus Latin words, from which on a text is Chinese."""
 

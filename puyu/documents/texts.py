@@ -197,6 +197,12 @@ class TextLibrary:
             raise OSError(f"{path}: signatures cannot be read")
         return of, equal
 
+    def may_hold(self, texts: Texts) -> NDArray[np.uint8]:
+        """[texts]: bits of what kinds of personal data a text can hold at all (`cpp/personal.h`)."""
+        found = np.empty(texts.count, dtype=np.uint8)
+        self._call("puyu_may_hold", texts.native, found)
+        return found
+
     def scripts(self, texts: Texts) -> NDArray[np.int64]:
         """[texts, 5]: Han characters, kana, hangul, words of two and more Latin letters, letters of any kind."""
         counts = np.empty((texts.count, 5), dtype=np.int64)

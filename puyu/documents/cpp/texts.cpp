@@ -5,6 +5,7 @@
 #include "measure.h"
 #include "minhash.h"
 #include "near.h"
+#include "personal.h"
 
 using namespace puyu;
 
@@ -63,6 +64,15 @@ void puyu_minhash(const Unicode *unicode, const Texts *texts, int64_t ngram, con
 // 0 when all were compared, 1 when a signature could not be read.
 int32_t puyu_near_copies(const NearTask *task, const Signatures *signatures, int64_t *of, int32_t *equal) {
     return near_copies(*task, *signatures, of, equal) ? 0 : 1;
+}
+
+// found [texts]: bits of `Personal`
+void puyu_may_hold(const Unicode *unicode, const Texts *texts, uint8_t *found) {
+    Characters text;
+    for (int64_t i = 0; i < texts->count; i++) {
+        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        found[i] = may_hold(text);
+    }
 }
 
 // counts [texts, 5]: Han, kana, hangul, Latin words, letters.
