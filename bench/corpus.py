@@ -38,7 +38,10 @@ FOREIGN = (
     "Вечером старик сидел у окна и смотрел, как дети возвращаются домой через заснеженное поле.",
     "川の向こうには小さな村があり、夏になると子どもたちは毎日のように橋の下で遊んでいました。",
 )
-MENU = "home about contact products services blog news login register search help cart support faq terms jobs press".split()
+MENU = (
+    *("home", "about", "contact", "products", "services", "blog", "news", "login", "register", "search"),
+    *("help", "cart", "support", "faq", "terms", "jobs", "press"),
+)
 POLICY = (
     "We use cookies to give you the best experience. Read our privacy policy.",
     "All rights reserved. By using this site you agree to the terms of use.",
