@@ -17,9 +17,11 @@ from puyu.configure import Config, dump
 from puyu.data import pii
 from puyu.data.dedup import DedupConfig
 from puyu.data.filters import LanguageFilter, Policies, RuleFilter
+from puyu.data.safety import DomainFilter, SafetyConfig, WordFilter
 from puyu.documents.readers import SourceConfig, input_files
 from puyu.documents.stages import MapStage
 from puyu.errors import ConfigError
+from puyu.files import hash_file
 
 
 class DataConfig(Config):
@@ -29,6 +31,8 @@ class DataConfig(Config):
     """Where the documents are."""
     languages: tuple[str, ...] = ("en", "zh")
     """Languages to keep (ISO 639); empty: all. Sources that declare a language are not asked."""
+    safety: SafetyConfig | None = None
+    """Block lists of domains and words; null: none."""
     policies: Policies = Policies()
     """Thresholds of the rules, per language."""
     dedup: DedupConfig = DedupConfig()
@@ -41,6 +45,7 @@ class DataConfig(Config):
     def inputs(self) -> list[tuple[str, Path]]:
         """Every file that is read, under the name of its source."""
         files = [(f"sources.{source.name}", path) for source in self.sources for path in input_files(source)]
+        files += [("safety", path) for path in _lists(self)]
         return files + [("dedup.against", folder / "index") for folder in self.dedup.against]
 
 
@@ -55,19 +60,32 @@ def check(config: DataConfig) -> None:
 
 def map_stages(config: DataConfig, source: SourceConfig) -> tuple[MapStage, ...]:
     """What each document of a source goes through, in order."""
-    return LanguageFilter(config.languages), RuleFilter(config.policies, enforce=source.rules)
+    stages: list[MapStage] = []
+    if config.safety is not None and config.safety.domains:
+        stages.append(DomainFilter(config.safety.domains))
+    stages += [LanguageFilter(config.languages), RuleFilter(config.policies, enforce=source.rules)]
+    if config.safety is not None and (config.safety.words or config.safety.more_words):
+        stages.append(WordFilter(config.safety))
+    return tuple(stages)
 
 
 def stage_names(config: DataConfig) -> tuple[str, ...]:
     """The stages of the funnel, in order."""
-    return ("language", "rules", "identical", *(stage.name for stage in config.dedup.stages()))
+    maps = map_stages(config, config.sources[0])
+    return (*(stage.name for stage in maps), "identical", *(stage.name for stage in config.dedup.stages()))
 
 
 def row_key(config: DataConfig, source: SourceConfig) -> list[object]:
     """Everything but the files that the rows of a source depend on."""
     keys = [stage.name for stage in config.dedup.stages()]
     near = None if config.dedup.near is None else dump(config.dedup.near)
-    return [dump(source), list(config.languages), dump(config.policies), keys, near]
+    safety = None if config.safety is None else [dump(config.safety), [hash_file(path) for path in _lists(config)]]
+    return [dump(source), list(config.languages), dump(config.policies), safety, keys, near]
+
+
+def _lists(config: DataConfig) -> list[Path]:
+    safety = config.safety
+    return [] if safety is None else [*safety.domains, *(path for _, path in sorted(safety.more_words.items()))]
 
 
 @lru_cache(maxsize=4)

@@ -203,6 +203,13 @@ class TextLibrary:
         self._call("puyu_may_hold", texts.native, found)
         return found
 
+    def count_words(self, texts: Texts, words: Automaton, whole: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """[texts, 2]: how many different phrases stand in each, and how many places. `whole` [phrases]: 1 where no
+        letter or digit may touch the phrase."""
+        counts = np.zeros((texts.count, 2), dtype=np.int64)
+        self._call("puyu_count_words", words.handle, texts.native, whole, counts)
+        return counts
+
     def scripts(self, texts: Texts) -> NDArray[np.int64]:
         """[texts, 5]: Han characters, kana, hangul, words of two and more Latin letters, letters of any kind."""
         counts = np.empty((texts.count, 5), dtype=np.int64)

@@ -6,6 +6,7 @@
 #include "minhash.h"
 #include "near.h"
 #include "personal.h"
+#include "words.h"
 
 using namespace puyu;
 
@@ -73,6 +74,15 @@ void puyu_may_hold(const Unicode *unicode, const Texts *texts, uint8_t *found) {
         text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
         found[i] = may_hold(text);
     }
+}
+
+// counts [texts, 2]: different phrases and places; whole [phrases]: whether letters may not touch it
+void puyu_count_words(const Unicode *unicode, const void *words, const Texts *texts, const uint8_t *whole,
+                      int64_t *counts) {
+    std::vector<int64_t> seen;
+    for (int64_t i = 0; i < texts->count; i++)
+        count_words(*unicode, *static_cast<const Automaton *>(words), whole, texts->bytes + texts->starts[i],
+                    texts->starts[i + 1] - texts->starts[i], seen, counts + 2 * i);
 }
 
 // counts [texts, 5]: Han, kana, hangul, Latin words, letters.
