@@ -40,7 +40,7 @@ from puyu.documents import texts
 from puyu.documents.ledger import Ledger, funnel_lines, funnel_steps
 from puyu.documents.raw import Block, blocks
 from puyu.documents.readers import ReadReport, SourceConfig, input_files
-from puyu.documents.runners import in_order, num_cores
+from puyu.documents.runners import num_cores, run_jobs
 from puyu.documents.sources import members
 from puyu.errors import InputError
 from puyu.files import clear_folder, hash_file, hash_json, write_json
@@ -84,7 +84,7 @@ def run(config: DataConfig, *, out: Path) -> dict[str, Any]:
 
 def _asked(config: DataConfig) -> dict[str, Any]:
     """The config, less what changes nothing."""
-    return {name: value for name, value in dump(config).items() if name != "workers"}
+    return {name: value for name, value in dump(config).items() if name not in ("workers", "engine")}
 
 
 def _keys(sources: Sequence[_Source], counts: list[int]) -> Iterator[pa.Table]:
@@ -149,7 +149,7 @@ def _map_all(config: DataConfig, work: Path, clock: Clock) -> list[_Source]:
     files = sum(1 for source in config.sources for _ in members(source, ReadReport(), lambda bad: None))
     progress = Progress("data: files", files, unit="doc")
     seen = 0
-    for done in in_order(map_block, _jobs(sources, text), workers=workers):
+    for done in run_jobs(map_block, _jobs(sources, text), engine=config.engine, workers=workers):
         clock.add(done.seconds)
         opened = sum(source.report.files for source in sources)
         progress.update(opened - seen, work=done.documents)
@@ -212,7 +212,7 @@ def _emit_all(
     """A part for each segment, in their order; those of an earlier run are not made again."""
     text = config.model_dump_json()
     made_of = [hash_json([source.folder.name, len(source.segments)]) for source in sources]
-    folder = work / f"parts-{hash_json([config.model_copy(update={'workers': 0}).model_dump_json(), made_of])}"
+    folder = work / f"parts-{hash_json([_asked(config), made_of])}"
     places = [(source, segment) for source in sources for segment in source.segments]
     parts = [(source, Part(folder / f"{source.number:04d}-{segment.path.name}")) for source, segment in places]
     starts = accumulate(counts, initial=0)
@@ -223,7 +223,7 @@ def _emit_all(
                 yield EmitJob(text, source.number, segment.path, part.path, verdicts.of_rows(start, start + count))
 
     progress = Progress("data: write", len(parts), unit="doc", start=sum(part.is_done() for _, part in parts))
-    for documents in in_order(emit, jobs(), workers=_workers(config)):
+    for documents in run_jobs(emit, jobs(), engine=config.engine, workers=_workers(config)):
         progress.update(work=documents)
     progress.close()
     return parts

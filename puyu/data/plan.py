@@ -19,6 +19,7 @@ from puyu.data.dedup import DedupConfig
 from puyu.data.filters import LanguageFilter, Policies, RuleFilter
 from puyu.data.safety import DomainFilter, SafetyConfig, WordFilter
 from puyu.documents.readers import SourceConfig, input_files
+from puyu.documents.runners import Engine
 from puyu.documents.stages import MapStage
 from puyu.errors import ConfigError
 from puyu.files import hash_file
@@ -39,6 +40,9 @@ class DataConfig(Config):
     """Duplicates."""
     mask: tuple[pii.Kind, ...] = pii.KINDS
     """Personal data to replace by placeholders: email, id_number, card, phone, ip."""
+    engine: Engine = "local"
+    """Where the work runs: local (processes of this machine), daft, or ray (Daft on a Ray cluster, whose nodes share
+    the files). The result is the same."""
     workers: int = 0
     """Processes; 0: one per core for large inputs, none for small ones."""
 

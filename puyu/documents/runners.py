@@ -14,19 +14,29 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from puyu.errors import ResourceError
 
 J = TypeVar("J")
 R = TypeVar("R")
-Engine = Callable[[Callable[[J], R], Iterable[J]], Iterator[R]]
-"""Runs a function over jobs, results in their order."""
 
 
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+Engine = Literal["local", "daft", "ray"]
+
+
+def run_jobs(function: Callable[[J], R], jobs: Iterable[J], *, engine: Engine, workers: int) -> Iterator[R]:
+    """`function` of each job on an engine: processes of this machine, Daft, or Daft on Ray."""
+    if engine == "local":
+        return in_order(function, jobs, workers=workers)
+    from puyu.documents.daft_runner import on_daft
+
+    return on_daft(function, jobs, ray=engine == "ray", cores=max(workers, num_cores()))
 
 
 def in_order(function: Callable[[J], R], jobs: Iterable[J], *, workers: int) -> Iterator[R]:
