@@ -1,4 +1,4 @@
-"""Tokenizers of other families for the tests: their cut of text, their markers, and templates that write what theirs do.
+"""Tokenizers of other families for the tests: their cut of text, their markers, and templates that write as theirs do.
 
 The templates are written here, to the same output as the published ones of Llama 3, Llama 3.1, Qwen 2, Qwen 2.5 and
 Qwen 3; the vocabularies are a few hundred merges learned from lines of the tests.
@@ -108,7 +108,9 @@ QWEN3 = (
 {%- if tools -%}{{ ('\n\n' if own else '') ~ functions() }}{%- endif -%}{{ '<|im_end|>\n' }}
 {%- endif -%}
 {%- set seen = namespace(question=messages | length - 1) -%}
-{%- for turn in messages -%}{%- if turn.role == 'user' -%}{%- set seen.question = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for turn in messages -%}
+{%- if turn.role == 'user' -%}{%- set seen.question = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
 {%- for turn in messages -%}
 {%- if turn.role == 'tool' -%}{{ results(loop.index0) }}
 {%- elif turn.role == 'assistant' -%}

@@ -185,8 +185,9 @@ class Qwen(ChatFormat):
                 before, _, lines = text.removesuffix(_AFTER_TOOLS).rpartition(_BEFORE_TOOLS)
                 tools = tuple(ToolSpec.from_openai(json.loads(line)) for line in lines.split("\n")[1:])
                 messages += [Message("system", before.removesuffix("\n\n"))] if before else []
-            elif (results := _read_results(body, text)) and role == "user":
-                messages += [Message("tool", result) for result in results]
+            elif role == "user":
+                results = _marked_results(body) if self.result_markers else _plain_results(text)
+                messages += [Message("tool", result) for result in results] or [Message("user", text)]
             else:
                 messages.append(Message(role, text))
         return Conversation(tuple(messages), tools)
@@ -220,17 +221,19 @@ def _first_kept(messages: Sequence[Message]) -> int:
     return questions[-1] if questions else len(messages) - 1
 
 
-def _read_results(body: Sequence[Piece], text: str) -> list[str]:
-    """The results in a turn of the user; none where it is the user's own."""
-    if Piece(_RESULT, True) in body:
-        reader, found = Reader(body[1:]), []
-        while reader.more:
-            reader.marker(_RESULT)
-            found.append(reader.text()[1:-1])
-            reader.marker(_RESULT_END)
-            reader.text()
-        return found
-    if text.startswith(f"{_RESULT}\n") and text.endswith(f"\n{_RESULT_END}") and len(body) == 1:
-        inner = text[len(_RESULT) + 1 : -len(_RESULT_END) - 1]
-        return inner.split(f"\n{_RESULT_END}\n{_RESULT}\n")
-    return []
+def _marked_results(body: Sequence[Piece]) -> list[str]:
+    """The results between markers in a turn of the user; none where it is the user's own."""
+    reader, found = Reader(body[1:]), []
+    while reader.more:
+        reader.marker(_RESULT)
+        found.append(reader.text()[1:-1])
+        reader.marker(_RESULT_END)
+        reader.text()
+    return found
+
+
+def _plain_results(text: str) -> list[str]:
+    """The same where nothing marks them but their spelling."""
+    if not text.startswith(f"{_RESULT}\n") or not text.endswith(f"\n{_RESULT_END}"):
+        return []
+    return text[len(_RESULT) + 1 : -len(_RESULT_END) - 1].split(f"\n{_RESULT_END}\n{_RESULT}\n")

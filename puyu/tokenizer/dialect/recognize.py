@@ -21,21 +21,23 @@ from puyu.tokenizer.template import CHAT_TEMPLATE, jinja_text, render_jinja
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import Conversation, Message, ToolCall, ToolSpec
 
-_ASK, _ANSWER = Message("user", "Q"), Message("assistant", "A")
+_ASK, _ANSWER = Message("user", " Question\n"), Message("assistant", "Answer")  # letters and ends that may be changed
 _TOOL = ToolSpec("f", "D", {"type": "object", "properties": {"x": {"type": "string"}}})
 _CALL = Message("assistant", "", tool_calls=(ToolCall("f", '{"x": "é"}'),))
-_RESULT = Message("tool", "R")
+_RESULT = Message("tool", " Result\n")
+_SIMPLE = Conversation((Message("system", "S"), Message("user", "Q"), Message("assistant", "A"), Message("user", "R")))
 _PLAIN = (
     Conversation((_ASK,)),
-    Conversation((Message("system", "S"), _ASK, _ANSWER, Message("user", "R"))),
-    Conversation((_ASK, _ANSWER, _ASK, Message("assistant", " A\n"))),
+    Conversation((Message("system", " Say\n"), _ASK, _ANSWER, Message("user", "R"))),
+    Conversation((_ASK, _ANSWER, _ASK, Message("assistant", " Answer\n"))),
 )
 _TOOLS = (
     Conversation((_ASK,), (_TOOL,)),
     Conversation((Message("system", "S"), _ASK, _CALL, _RESULT, _ANSWER, _ASK, _CALL, _RESULT), (_TOOL,)),
 )
 _SEVERAL = Conversation(
-    (_ASK, Message("assistant", "C", tool_calls=_CALL.tool_calls * 2), _RESULT, _RESULT, _ANSWER, _ASK), (_TOOL, _TOOL)
+    (_ASK, Message("assistant", "Call", tool_calls=_CALL.tool_calls * 2), _RESULT, _RESULT, _ANSWER, _ASK),
+    (_TOOL, _TOOL),
 )
 _REASONED = Conversation(
     (_ASK, Message("assistant", "<think>\nT\n</think>\n\nA"), _ASK, Message("assistant", "<think>\nT\n</think>\n\nA"))
@@ -47,7 +49,7 @@ def is_internlm2(tokenizer: Tokenizer) -> bool:
     """Whether it has InternLM2's markers, and its template writes a chat as we do (or is ours, or is not there)."""
     if not _has_markers(InternLM2(), tokenizer) or tokenizer.variables.get("bos_token") != "<s>":
         return False
-    return tokenizer.chat_template in (None, CHAT_TEMPLATE) or _agrees(InternLM2(), _PLAIN[1], tokenizer)
+    return tokenizer.chat_template in (None, CHAT_TEMPLATE) or _agrees(InternLM2(), _SIMPLE, tokenizer)
 
 
 @lru_cache(maxsize=16)
