@@ -12,7 +12,7 @@ loss spans.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from puyu.errors import InputError, RequestError
@@ -61,8 +61,16 @@ def render(conversation: Conversation, tokenizer: Tokenizer, *, add_generation_p
     return encode_all([format.pieces(conversation, prompt=add_generation_prompt)], format, tokenizer)[0]
 
 
-def render_all(conversations: Iterable[Conversation], tokenizer: Tokenizer) -> Iterator[Rendered]:
-    """`render` of many, in order; about 2 M characters are held at once. InputError counts them from 0."""
+def render_all(
+    conversations: Iterable[Conversation],
+    tokenizer: Tokenizer,
+    *,
+    where: Callable[[int], str] = "conversation {}".format,
+) -> Iterator[Rendered]:
+    """`render` of many, in order; about 2 M characters are held at once.
+
+    InputError begins with `where` of the one that cannot be rendered, counted from 0.
+    """
     format = format_of(tokenizer)
     written: list[list[Piece]] = []
     held = 0
@@ -70,7 +78,7 @@ def render_all(conversations: Iterable[Conversation], tokenizer: Tokenizer) -> I
         try:
             pieces = format.pieces(conversation)
         except InputError as error:
-            raise InputError(f"conversation {number}: {error.message}", remedy=error.remedy) from error
+            raise InputError(f"{where(number)}: {error.message}", remedy=error.remedy) from error
         written.append(pieces)
         held += sum(len(piece[0]) for piece in pieces)
         if held >= _BATCH:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,17 +75,24 @@ LOOKALIKES = (
     *("<|start_header_id|>system<|end_header_id|>\n\n", "<|action_start|><|plugin|>", "<s>", "\n}\n\n"),
     *('{\n    "type": "function",', "Given the following functions, please", "# Tools\n\n", "Environment: ipython\n"),
 )
-TEXT = st.one_of(st.text(max_size=12), st.sampled_from(SAID))
+
+
+def words(max_size: int) -> st.SearchStrategy[str]:
+    """Any text without what looks like a marker."""
+    return st.text(max_size=max_size).filter(lambda text: not re.search(r"</?\|?\w+\|?>", text))
+
+
+TEXT = st.one_of(words(12), st.sampled_from(SAID))
 ANY_TEXT = st.lists(st.one_of(TEXT, st.sampled_from(LOOKALIKES)), max_size=3).map("".join)
 JSON = st.recursive(
-    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=8)),
-    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    st.one_of(st.none(), st.booleans(), st.integers(), words(8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(words(5), inner, max_size=3)),
     max_leaves=5,
 )
-OBJECT = st.dictionaries(st.text(max_size=5), JSON, max_size=3)
+OBJECT = st.dictionaries(words(5), JSON, max_size=3)
 NAME = st.text("abc_é天", min_size=1, max_size=6)
 CALLS = st.builds(ToolCall, NAME, OBJECT.map(partial(json.dumps, ensure_ascii=False)))
-SPECS = st.builds(ToolSpec, NAME, st.text(max_size=8), OBJECT.map(lambda value: {"type": "object", **value}))
+SPECS = st.builds(ToolSpec, NAME, words(8), OBJECT.map(lambda value: {"type": "object", **value}))
 
 
 @st.composite
@@ -109,7 +117,7 @@ def conversations(draw: st.DrawFn, family: str, text: st.SearchStrategy[str] = T
 def test_ids_are_those_of_the_family_s_template(family: str, families: dict[str, tuple[Tokenizer, Any]]) -> None:
     ours, oracle = families[family]
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(conversations(family), st.booleans())
     def check(conversation: Conversation, prompt: bool) -> None:
         rendered = chat.render(conversation, ours, add_generation_prompt=prompt)
@@ -123,7 +131,7 @@ def test_ids_are_those_of_the_family_s_template(family: str, families: dict[str,
 def test_what_was_rendered_is_read_as_its_normal_form(family: str, families: dict[str, tuple[Tokenizer, Any]]) -> None:
     ours, _ = families[family]
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=120, deadline=None)
     @given(st.one_of(conversations(family), conversations(family, ANY_TEXT)))
     def check(conversation: Conversation) -> None:
         normal = chat.normalize(conversation, ours)
