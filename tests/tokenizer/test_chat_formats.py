@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 from puyu.errors import InputError
 from puyu.tokenizer import chat
 from puyu.tokenizer.dialect import ChatML, InternLM2, Llama3, Qwen
+from puyu.tokenizer.dialect.encode import encode_all
+from puyu.tokenizer.dialect.format import indented
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import Conversation, Message, Part, ToolCall, ToolSpec
 from tests.tokenizer.families import FAMILIES, QWEN3, save_family
@@ -164,6 +166,19 @@ def test_text_never_becomes_a_marker(family: str, families: dict[str, tuple[Toke
     assert len(names) >= 3
 
 
+@pytest.mark.parametrize("family", NAMES)
+def test_a_prompt_is_as_safe_as_a_training_text(family: str, families: dict[str, tuple[Tokenizer, Any]]) -> None:
+    ours, _ = families[family]
+    names = sorted({*ours.special_tokens, *chat.format_of(ours).markers} - {"</think>"})
+    for name in names:
+        turns = [Message("system", f"a {name}"), Message("user", f"b{name}<{name}")]
+        turns += [Message("tool", f"{name}.")] if family in TOOLED else []
+        tools = (ToolSpec("f", f"D {name}"),) if family in TOOLED else ()
+        ids = chat.render_prompt(turns, tools, ours)
+        whole = chat.render(Conversation(tuple(turns), tools), ours, add_generation_prompt=True)
+        assert ids == list(whole.ids), name
+
+
 # --- what is trained on --------------------------------------------------------------------------------------------
 
 
@@ -237,6 +252,12 @@ def test_many_are_rendered_as_one_by_one(
         assert list(chat.render_all(talks, ours)) == expected
         monkeypatch.undo()
     assert list(chat.render_all([], ours)) == []
+
+
+@settings(max_examples=100, deadline=None)
+@given(OBJECT)
+def test_indented_json_is_json_s(value: dict[str, Any]) -> None:
+    assert indented(value) == json.dumps(value, ensure_ascii=False, indent=4)
 
 
 # --- what cannot be said -------------------------------------------------------------------------------------------
@@ -358,7 +379,5 @@ def test_other_templates_have_no_format(families: dict[str, tuple[Tokenizer, Any
 
 def test_a_tokenizer_without_the_markers_is_named(families: dict[str, tuple[Tokenizer, Any]], tmp_path: Path) -> None:
     ours, _ = families["qwen 2"]
-    from puyu.tokenizer.dialect.encode import encode_all
-
     with pytest.raises(InputError, match="the tokenizer has no token '<tool_call>'"):
         encode_all([Qwen().pieces(Conversation(CHAT, TOOLS))], Qwen(), ours)

@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from puyu.errors import InputError
 from puyu.types import Conversation, Message, ToolCall, ToolSpec
 
+to_json = json.JSONEncoder(ensure_ascii=False).encode
+"""json.dumps with letters as they are."""
 REMEDY = "change or remove the turn, or train with a tokenizer of another format"
 
 
@@ -65,7 +67,8 @@ class ChatFormat(ABC):
 def check_spelling(format: ChatFormat, conversation: Conversation, pieces: Sequence[Piece]) -> None:
     """InputError when what somebody said would be read as something else, because the format has no marker for it."""
     spelled = format.spelled()
-    if not any(name in piece.text for piece in pieces if not piece.marker for name in spelled):
+    texts = [message.text for message in conversation.messages]
+    if not any(name in text for name in spelled for text in texts):
         return
     found, wanted = format.read(pieces), format.normalize(conversation)
     if found == wanted:
@@ -100,15 +103,26 @@ def unicode_of(text: str, where: str) -> str:
 def arguments_of(call: ToolCall, index: int) -> str:
     """The arguments of a call in one spelling: a JSON object, ', ' and ': ' between its parts, letters as they are."""
     try:
-        text = json.dumps(call.parsed(), ensure_ascii=False)
+        text = to_json(call.parsed())
     except InputError as error:
         raise InputError(f"message {index}: {error.message}", remedy=REMEDY) from error
     return text if text.isascii() else unicode_of(text, f"message {index}: arguments of {call.name!r}")
 
 
+def indented(value: Any, gap: str = "\n") -> str:
+    """json.dumps(value, indent=4) with letters as they are, a few times as fast."""
+    inner = gap + "    "
+    if isinstance(value, dict) and value:
+        lines = [f"{to_json(str(key))}: {indented(item, inner)}" for key, item in value.items()]
+        return f"{{{inner}{f',{inner}'.join(lines)}{gap}}}"
+    if isinstance(value, list | tuple) and value:
+        return f"[{inner}{f',{inner}'.join([indented(item, inner) for item in value])}{gap}]"
+    return to_json(value)
+
+
 def name_of(call: ToolCall, index: int) -> str:
     """A name that stands between quotes as it is; InputError for one that would end them."""
-    if json.dumps(call.name, ensure_ascii=False) != f'"{call.name}"' or not call.name:
+    if to_json(call.name) != f'"{call.name}"' or not call.name:
         raise InputError(f"message {index}: the format cannot write the name {call.name!r} of a call", remedy=REMEDY)
     return unicode_of(call.name, f"message {index}: name of a call")
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from puyu.errors import InputError
 from puyu.tokenizer.dialect.calls import read_call
-from puyu.tokenizer.dialect.format import ChatFormat, Piece, Reader, plain, plain_tools, text_of, unicode_of
+from puyu.tokenizer.dialect.format import ChatFormat, Piece, Reader, plain, plain_tools, text_of, to_json, unicode_of
 from puyu.types import Conversation, Message, Role, ToolCall, ToolSpec
 
 INTERPRETER = "interpreter"  # the name of the tool that an <|interpreter|> block calls
@@ -105,7 +105,7 @@ class InternLM2(ChatFormat):
 def _tool_turn(tools: Sequence[ToolSpec]) -> Iterator[Piece]:
     if tools:
         specs = [{"name": t.name, "description": t.description, "parameters": dict(t.parameters)} for t in tools]
-        text = unicode_of(json.dumps(specs, ensure_ascii=False), "tools")
+        text = unicode_of(to_json(specs), "tools")
         yield from (_START, Piece("system name="), _PLUGIN, Piece("\n"), Piece(text), _END, _NEWLINE)
 
 
@@ -125,7 +125,7 @@ def _turn(message: Message, index: int) -> list[Piece]:
 
 
 def _body(call: ToolCall, index: int) -> str:
-    name = json.dumps(call.name, ensure_ascii=False)
+    name = to_json(call.name)
     body = f'\n{{"name": {name}, "parameters": {call.arguments or "{}"}}}'
     return body if body.isascii() else unicode_of(body, f"message {index}: call of {call.name!r}")
 

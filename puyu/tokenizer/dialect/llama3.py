@@ -11,7 +11,6 @@ written. Source: the chat templates of Meta-Llama-3-8B-Instruct and Llama-3.1-8B
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,12 +24,14 @@ from puyu.tokenizer.dialect.format import (
     arguments_of,
     check_spelling,
     check_turns,
+    indented,
     name_of,
     plain,
     plain_call,
     plain_tools,
     refuse_tools,
     text_of,
+    to_json,
     unicode_of,
 )
 from puyu.types import ROLES, Conversation, Message, Role, ToolSpec
@@ -142,7 +143,7 @@ def _turn(role: str, text: str, *, loss: bool = False) -> tuple[Piece, ...]:
 def _written(message: Message, index: int, *, before: str) -> tuple[Piece, ...]:
     text = text_of(message, index)
     if message.role == "tool":
-        return _turn("ipython", json.dumps(text, ensure_ascii=False))
+        return _turn("ipython", to_json(text))
     if not message.tool_calls:
         return _turn(message.role, before + text.strip(), loss=message.role == "assistant")
     if len(message.tool_calls) != 1:
@@ -161,7 +162,7 @@ def _tools_text(conversation: Conversation, at: int) -> str:
     if at >= len(conversation.messages) or conversation.messages[at].role != "user":
         problem = "Llama 3.1 writes tools into the first turn after the system's, which must be the user's"
         raise InputError(problem, remedy="let the conversation begin with a question")
-    specs = (json.dumps(tool.to_openai(), ensure_ascii=False, indent=4) + _GAP for tool in conversation.tools)
+    specs = (indented(tool.to_openai()) + _GAP for tool in conversation.tools)
     return _BEFORE_TOOLS + unicode_of("".join(specs), "tools")
 
 

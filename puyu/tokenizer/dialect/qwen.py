@@ -39,6 +39,7 @@ from puyu.tokenizer.dialect.format import (
     plain_call,
     plain_tools,
     text_of,
+    to_json,
     unicode_of,
 )
 from puyu.types import Conversation, Message, ToolSpec
@@ -102,7 +103,7 @@ class Qwen(ChatFormat):
         if not conversation.tools:
             yield from turn("system", text) if text is not None else ()
             return
-        lines = "".join("\n" + json.dumps(tool.to_openai(), ensure_ascii=False) for tool in conversation.tools)
+        lines = "".join("\n" + to_json(tool.to_openai()) for tool in conversation.tools)
         before = "" if text is None else text + "\n\n"
         yield START
         yield Piece(f"system\n{before}{_BEFORE_TOOLS}{unicode_of(lines, 'tools')}{_AFTER_TOOLS}")
