@@ -50,9 +50,8 @@ def policy(arguments: Sequence[str]) -> int:
 
 def stats(arguments: Sequence[str]) -> int:
     import json
-    from dataclasses import asdict
 
-    from puyu.data.stats import lines_of
+    from puyu.data.stats import lines_of, to_json
     from puyu.data.stats import stats as ask
 
     options = argparse.ArgumentParser(prog="puyu data stats", description="What became of the documents, in numbers.")
@@ -60,7 +59,7 @@ def stats(arguments: Sequence[str]) -> int:
     options.add_argument("--json", action="store_true", help="as JSON")
     given = options.parse_args(list(arguments))
     found = ask(given.folder)
-    print(json.dumps(asdict(found), ensure_ascii=False, indent=2) if given.json else "\n".join(lines_of(found)))
+    print(json.dumps(to_json(found), ensure_ascii=False, indent=2) if given.json else "\n".join(lines_of(found)))
     return 0
 
 

@@ -105,7 +105,11 @@ class ScoreTable:
 
     def ids(self, rows: Sequence[int]) -> list[str]:
         """Ids of some documents."""
-        return self._read(["id"])["id"].take(pa.array(rows, pa.int64())).to_pylist() if len(rows) else []
+        return self._ids.take(pa.array(rows, pa.int64())).to_pylist() if len(rows) else []
+
+    @cached_property
+    def _ids(self) -> pa.ChunkedArray:
+        return self._read(["id"])["id"]
 
     @cached_property
     def names(self) -> frozenset[str]:
