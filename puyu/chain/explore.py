@@ -125,7 +125,7 @@ def _reasons(stats: Stats, label: str) -> list[tuple[str, int]]:
 def _retention(stats: Stats, words: Words) -> str:
     stages = [stage for stage in stats.stages if any(stage in group.dropped for group in stats.by_source)]
     classes = {stage: f"d{min(number, 4)}" for number, stage in enumerate(stages)}
-    legend = [("kept", words.kept), *((classes[stage], stage) for stage in stages)]
+    legend = [("kept", words.kept), *((classes[stage], f"− {stage}") for stage in stages)]
     parts = [_legend(legend)]
     for title, groups in (
         (words.by_domain, stats.by_domain),
@@ -197,14 +197,17 @@ def _borders(borders: Sequence[Border], words: Words) -> str:
     parts = [f'<p class="note">{escape(words.borderline_note)}</p>']
     for number, border in enumerate(borders):
         sign = "≥" if border.is_minimum else "≤"
-        head = f"<code>{escape(border.rule)}</code> {escape(border.language)} {sign} {border.threshold:g}"
+        head = f"<code>{escape(border.rule)}</code> {escape(border.language)} {sign} {border.threshold:,g}"
         head += f" <small>−{border.count:,}</small>"
         sides = (
             f'<div class="side {name}"><h4>{escape(title)}</h4>{_cards(samples, words)}</div>'
-            for name, title, samples in (("passes", words.passes, border.passing), ("fails", words.fails, border.failing))
+            for name, title, samples in (
+                ("passes", words.passes, border.passing),
+                ("fails", words.fails, border.failing),
+            )
         )
         opened = " open" if number == 0 else ""
-        parts.append(f"<details{opened}><summary>{head}</summary><div class=\"sides\">{''.join(sides)}</div></details>")
+        parts.append(f'<details{opened}><summary>{head}</summary><div class="sides">{"".join(sides)}</div></details>')
     return "".join(parts)
 
 
@@ -254,7 +257,8 @@ def _card(sample: Sample, words: Words) -> str:
         original = f'<p class="id">{head}</p><div class="text" dir="auto">{escape(sample.original)} …</div>'
     return (
         f'<article class="card"><p class="id">{" · ".join(facts)} {place}</p>'
-        f'<div class="text" dir="auto">{text}{cut}</div>{original}<p class="id"><code>{escape(sample.id)}</code></p></article>'
+        f'<div class="text" dir="auto">{text}{cut}</div>{original}'
+        f'<p class="id"><code>{escape(sample.id)}</code></p></article>'
     )
 
 

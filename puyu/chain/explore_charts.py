@@ -1,16 +1,18 @@
 """The drawings of the explorer page: a histogram with its thresholds, and bars in parts. Pure functions, no script.
 
-    svg = histogram(facts.histograms[0])
+svg = histogram(facts.histograms[0])
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 
 from puyu.chain.charts import nice_ticks, short
-from puyu.data.explore import COUNTS, Histogram
+from puyu.data.explore import COUNTS, Histogram, scaled
+
+Across = Callable[[float], float]
+"""A score on its axis -> x."""
 
 WIDTH, HEIGHT = 480.0, 210.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 12.0, 26.0, 30.0
@@ -20,7 +22,7 @@ _CUT = 2.5
 def histogram(h: Histogram) -> str:
     """Stacked bars of the three outcomes over the score, thresholds as dashed lines, their dropped side shaded."""
     is_count = h.score in COUNTS
-    edges = [_scaled(edge, is_count) for edge in h.edges]
+    edges = [scaled(edge, is_count) for edge in h.edges]
     low, high = edges[0], edges[-1]
 
     def across(value: float) -> float:
@@ -42,10 +44,6 @@ def parted_bar(parts: Sequence[tuple[str, int]], whole: int) -> str:
         f'<i class="{escape(name)}" style="width:{count / whole:.2%}"></i>' for name, count in parts if count and whole
     )
     return f'<div class="bar parts">{drawn}</div>'
-
-
-def _scaled(value: float, is_count: bool) -> float:
-    return math.log10(max(1.0 + value, 1e-9)) if is_count else value
 
 
 def _top(totals: Sequence[int]) -> float:
@@ -100,41 +98,41 @@ def _grid(top: float, unit: float) -> str:
     return "".join(drawn)
 
 
-def _ticks(low: float, high: float, across, is_count: bool) -> str:  # type: ignore[no-untyped-def]
+def _ticks(low: float, high: float, across: Across, is_count: bool) -> str:
     if is_count:
         values = [0.0, *(10.0**power for power in range(8))]
-        values = [value for value in values if low <= _scaled(value, True) <= high]
+        values = [value for value in values if low <= scaled(value, True) <= high]
     else:
         values = [tick for tick in nice_ticks(low, high, 5) if tick >= 0]
     return "".join(
-        f'<text x="{across(_scaled(value, is_count)):.1f}" y="{HEIGHT - _BOTTOM + 17:g}" '
+        f'<text x="{across(scaled(value, is_count)):.1f}" y="{HEIGHT - _BOTTOM + 17:g}" '
         f'text-anchor="middle">{short(value)}</text>'
         for value in values
     )
 
 
-def _shade(h: Histogram, across, is_count: bool) -> str:  # type: ignore[no-untyped-def]
+def _shade(h: Histogram, across: Across, is_count: bool) -> str:
     """The sides on which this score's rules drop."""
     spans = []
     if h.minimum is not None:
-        spans.append((_LEFT, across(_scaled(h.minimum, is_count))))
+        spans.append((_LEFT, across(scaled(h.minimum, is_count))))
     if h.maximum is not None:
-        spans.append((across(_scaled(h.maximum, is_count)), WIDTH - _RIGHT))
+        spans.append((across(scaled(h.maximum, is_count)), WIDTH - _RIGHT))
     return "".join(
         f'<rect class="out" x="{a:.1f}" y="{_TOP:g}" width="{max(b - a, 0):.1f}" height="{HEIGHT - _BOTTOM - _TOP:g}"/>'
         for a, b in spans
     )
 
 
-def _thresholds(h: Histogram, across, is_count: bool) -> str:  # type: ignore[no-untyped-def]
+def _thresholds(h: Histogram, across: Across, is_count: bool) -> str:
     drawn = []
     for sign, bound in (("≥", h.minimum), ("≤", h.maximum)):
         if bound is None:
             continue
-        x = across(_scaled(bound, is_count))
+        x = across(scaled(bound, is_count))
         anchor, at = ("start", x + 4) if x < WIDTH * 0.75 else ("end", x - 4)
         drawn.append(f'<path class="threshold" d="M{x:.1f} {_TOP - 12:g}V{HEIGHT - _BOTTOM:g}"/>')
         drawn.append(
-            f'<text class="bound" x="{at:.1f}" y="{_TOP - 15 + 6:g}" text-anchor="{anchor}">{sign} {bound:g}</text>'
+            f'<text class="bound" x="{at:.1f}" y="{_TOP - 9:g}" text-anchor="{anchor}">{sign} {bound:,g}</text>'
         )
     return "".join(drawn)

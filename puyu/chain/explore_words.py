@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 
 from puyu.data.filters import ChinesePolicy, CodePolicy, WordPolicy
@@ -68,6 +69,8 @@ class Words:
     records: str = "records"
     sections: str = "Sections"
     unnamed: str = "no language"
+    top_ngram: str = "Share of characters in the most frequent {n}-gram"
+    repeated_ngrams: str = "Share of characters in {n}-grams that stood before"
 
 
 ZH = Words(
@@ -121,8 +124,16 @@ ZH = Words(
     records="记录",
     sections="章节",
     unnamed="无语言",
+    top_ngram="最频繁的 {n} 元组字符占比",
+    repeated_ngrams="重复的 {n} 元组字符占比",
 )
 
+_BOUND = re.compile(r",? at (?:least|most)")
+_SUCH = {
+    "dup_line_chars": "Share of characters in lines that stood before",
+    "dup_paragraph_chars": "Share of characters in paragraphs that stood before",
+}
+"""What policies call `such`."""
 _SCORES_ZH = {
     "chars": "字符数",
     "words": "词数",
@@ -159,15 +170,18 @@ def words_of(lang: str) -> Words:
 
 
 def score_title(score: str, policy: WordPolicy | ChinesePolicy | CodePolicy, words: Words) -> str:
-    """What a score is: from the provenance of its rule, or its Chinese name."""
+    """What a score is: from what the policy says of its rule, or its Chinese name."""
+    kind, _, n = score.partition("_")
+    if n.endswith("gram"):
+        form = words.top_ngram if kind == "top" else words.repeated_ngrams
+        return form.format(n=n.removesuffix("gram"))
     if words.lang != "en":
-        kind, _, n = score.partition("_")
-        if n.endswith("gram"):
-            return f"{'最频繁的' if kind == 'top' else '重复的'} {n.removesuffix('gram')} 元组字符占比"
         return _SCORES_ZH.get(score, "")
+    if score in _SUCH:
+        return _SUCH[score]
     described = type(policy).model_fields
     rule = next((name for name in (f"{score}_min", f"{score}_max") if name in described), "")
-    return (described[rule].description or "") if rule else ""
+    return _BOUND.split(described[rule].description or "")[0] if rule else ""
 
 
 def missing_words() -> list[str]:

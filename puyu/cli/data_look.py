@@ -69,7 +69,9 @@ def explore(arguments: Sequence[str]) -> int:
     options = argparse.ArgumentParser(prog="puyu data explore", description="One page about a cleaned corpus.")
     options.add_argument("folder", type=Path, metavar="DIR", help="what `puyu data` wrote")
     options.add_argument("--out", type=Path, metavar="FILE.html", help="[DIR/explore.html]")
-    options.add_argument("--lang", choices=LANGUAGES, default=LANGUAGES[0], help=f"language of the page [{LANGUAGES[0]}]")
+    options.add_argument(
+        "--lang", choices=LANGUAGES, default=LANGUAGES[0], help=f"language of the page [{LANGUAGES[0]}]"
+    )
     options.add_argument("--samples", type=int, default=4, metavar="N", help="documents to show of each sort [4]")
     given = options.parse_args(list(arguments))
     out = given.out or given.folder / "explore.html"

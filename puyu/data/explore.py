@@ -167,11 +167,12 @@ def _histogram(
     maximum = next((threshold for _, _, is_minimum, threshold in rules if not is_minimum), None)
     edges = bin_edges(values[~np.isnan(values)], minimum, maximum, is_count=score in COUNTS)
     places = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    counts = [
-        tuple(np.bincount(places[mask & ~np.isnan(values)], minlength=len(edges) - 1).tolist())
+    there = ~np.isnan(values)
+    passed, fell, elsewhere = (
+        tuple(np.bincount(places[mask & there], minlength=len(edges) - 1).tolist())
         for mask in (~dropped, here, dropped & ~here)
-    ]
-    return Histogram(language, score, minimum, maximum, tuple(edges.tolist()), *counts)
+    )
+    return Histogram(language, score, minimum, maximum, tuple(edges.tolist()), passed, fell, elsewhere)
 
 
 def bin_edges(
@@ -184,23 +185,24 @@ def bin_edges(
     limits = [bound for bound in (minimum, maximum) if bound is not None]
     low = min([0.0, *limits]) if not is_count else min([float(np.quantile(values, 0.002)), *limits])
     high = max([float(np.quantile(values, 0.995)), *(1.05 * bound for bound in limits)])
-    low, high = _scaled(low, is_count), _scaled(high, is_count)
+    low, high = scaled(low, is_count), scaled(high, is_count)
     if high <= low:
         high = low + 1.0
     width = (high - low) / BINS
-    if maximum is not None and _scaled(maximum, is_count) <= low:
-        low -= width
+    if any(scaled(bound, is_count) <= low for bound in limits if bound == maximum or is_count):
+        low -= width  # room for what lies on the other side
     edges = np.linspace(low, high, BINS + 1)
-    for bound in limits:
-        edges[np.abs(edges - _scaled(bound, is_count)).argmin()] = _scaled(bound, is_count)
-    edges = np.unique(10.0**edges - 1.0 if is_count else edges)
-    for bound in limits:
-        edges[np.abs(edges - bound).argmin()] = np.nextafter(bound, np.inf) if bound == maximum else bound
-    return edges
+    places = np.array([scaled(bound, is_count) for bound in limits])
+    far = (np.abs(edges[:, None] - places) > width / 2).all(axis=1)
+    far[[0, -1]] = True
+    edges = edges[far]
+    exactly = [float(np.nextafter(bound, np.inf)) if bound == maximum else bound for bound in limits]
+    return np.unique(np.concatenate([10.0**edges - 1.0 if is_count else edges, exactly]))
 
 
-def _scaled(value: float, is_count: bool) -> float:
-    return float(np.log10(1.0 + value)) if is_count else value
+def scaled(value: float, is_count: bool) -> float:
+    """A score on its axis."""
+    return float(np.log10(max(1.0 + value, 1e-9))) if is_count else value
 
 
 # ---- samples
@@ -219,7 +221,10 @@ def _dropped(view: _View, samples: int) -> Iterator[Dropped]:
     shape = (max(len(view.stage.names), 1), max(len(view.rule.names), 1))
     counts = np.bincount(view.stage.codes * shape[1] + view.rule.codes, minlength=shape[0] * shape[1])
     order = list(view.table.ledger["stages"])
-    found = [(view.stage.names[at // shape[1]], view.rule.names[at % shape[1]], int(counts[at])) for at in counts.nonzero()[0]]
+    found = [
+        (view.stage.names[at // shape[1]], view.rule.names[at % shape[1]], int(counts[at]))
+        for at in counts.nonzero()[0]
+    ]
     found = [row for row in found if row[0]]
     for stage, rule, count in sorted(found, key=lambda row: (order.index(row[0]), -row[2], row[1])):
         rows = np.flatnonzero(view.stage.of([stage]) & view.rule.of([rule]))
@@ -307,4 +312,5 @@ def _excerpt(text: str, rule: str, language: str) -> tuple[str, str, str]:
         return text[:SHOWN], "", ""
     begin, end = span[0], min(span[1], span[0] + SHOWN // 2)
     start = 0 if begin < 2 * _AROUND else begin - _AROUND
-    return text[start:begin], text[begin:end], text[end : start + SHOWN]
+    before = f"… {text[start:begin].lstrip()}" if start else text[:begin]
+    return before, text[begin:end], text[end : start + SHOWN]

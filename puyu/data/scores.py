@@ -136,11 +136,11 @@ def open_scores(path: Path) -> ScoreTable:
         raise InputError(f"{path} has no ledger.json", remedy=_REMEDY)
     ledger, file = read_object(path / "ledger.json"), path / "scores.parquet"
     if "config" not in ledger or not file.is_file():
-        raise InputError(
-            f"{path} has no score columns: an earlier version wrote it", remedy="run the data stage again"
-        )
+        raise InputError(f"{path} has no score columns: an earlier version wrote it", remedy="run the data stage again")
     try:
-        opened = parquet.ParquetFile(file, read_dictionary=list(WORDS), memory_map=True)
+        # A folder without a document has no column of labels.
+        labels = [name for name in WORDS if name in parquet.read_schema(file).names]
+        opened = parquet.ParquetFile(file, read_dictionary=labels, memory_map=True)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file} is no Parquet file: {error}", remedy="run the data stage again") from error
     return ScoreTable(path, ledger, opened)

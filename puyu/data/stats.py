@@ -83,14 +83,18 @@ def stats(out: Path) -> Stats:
     ledger = Ledger.from_json(table.ledger)
     source, domain, language, stage, rule = table.labels("source", "domain", "language", "stage", "rule")
     characters, reached = table.characters(), table.reached_rules(stage)
-    groups = [retention(labels, stage, characters, stages=ledger.stages) for labels in (source, domain, language)]
+    by_source, by_domain, by_language = (
+        retention(labels, stage, characters, stages=ledger.stages) for labels in (source, domain, language)
+    )
     later = ledger.stages[ledger.stages.index("rules") + 1 :]
     by_stage = dict(zip(stage.names, amounts(stage.codes, characters, groups=len(stage.names)), strict=True))
     return Stats(
         tuple(funnel_steps(ledger)),
         tuple(funnel_lines(ledger)),
         ledger.stages,
-        *groups,
+        by_source,
+        by_domain,
+        by_language,
         tuple(_rules(language, stage, rule, characters)),
         {name: by_stage.get(name, Amount(0, 0)) for name in later},
         int(np.count_nonzero(reached & ~stage.of(["rules"]))),
@@ -148,7 +152,7 @@ def summaries(table: ScoreTable, language: Labels, reached: NDArray[np.bool_]) -
             values = exact(stored[score][rows])
             values = values[~np.isnan(values)]
             if len(values):
-                quantiles = np.quantile(values, QUANTILES, method="closest_observation").tolist()
+                quantiles = np.quantile(values, QUANTILES, method="nearest").tolist()
                 yield ScoreSummary(name, score, len(values), tuple(quantiles), minimum, maximum)
 
 
@@ -220,7 +224,11 @@ def _score_lines(found: Stats) -> list[str]:
     for language in dict.fromkeys(score.language for score in found.scores):
         rows = [[s.score, f"{s.documents:,}", *(f"{q:g}" for q in s.quantiles), _limit(s.minimum), _limit(s.maximum)]
                 for s in found.scores if s.language == language]  # fmt: skip
-        lines += ["", f"scores of {language or 'no language'}, over all that reached the rules", *text_table(head, rows)]
+        lines += [
+            "",
+            f"scores of {language or 'no language'}, over all that reached the rules",
+            *text_table(head, rows),
+        ]
     shown = {score.language for score in found.scores}
     others = [group for group in found.by_language if group.name not in shown and set(group.dropped) != {"language"}]
     if others:

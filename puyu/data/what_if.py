@@ -80,8 +80,8 @@ def what_if(out: Path, policies: Policies, *, samples: int = 0) -> WhatIf:
         sides.changes(language),
         tuple(_by_rule(language, (old, new), reached, characters)),
         int(np.count_nonzero(lost & ~stage.of(["", "rules"]))),
-        tuple(table.ids(np.flatnonzero(gained)[:samples])) if samples else (),
-        tuple(table.ids(np.flatnonzero(lost)[:samples])) if samples else (),
+        tuple(table.ids(np.flatnonzero(gained)[:samples].tolist())) if samples else (),
+        tuple(table.ids(np.flatnonzero(lost)[:samples].tolist())) if samples else (),
     )
 
 
@@ -160,9 +160,7 @@ def _by_rule(
     found, policy_of = [], policy_codes(language)
     for number, policy in enumerate(_policies(Policies())):
         fields, mine = list(type(policy).model_fields), reached & (policy_of == number)
-        sides = [
-            amounts(verdict, characters, groups=len(fields), mask=mine & (verdict >= 0)) for verdict in verdicts
-        ]
+        sides = [amounts(verdict, characters, groups=len(fields), mask=mine & (verdict >= 0)) for verdict in verdicts]
         name = list(Policies.model_fields)[number]
         rows = [(f"{name}.{rule}", was, now) for rule, was, now in zip(fields, *sides, strict=True)]
         found += [row for row in rows if row[1].documents or row[2].documents]
@@ -189,7 +187,9 @@ def lines_of(found: WhatIf) -> list[str]:
         lines += ["", title, *text_table(_HEAD, map(_row, changes))]
     lines += ["", "dropped by rule (the first that fails)", *_rule_lines(found)]
     total = found.total
-    gained, lost = (f"{side.documents:,} documents, {side.characters:,} characters" for side in (total.gained, total.lost))
+    gained, lost = (
+        f"{side.documents:,} documents, {side.characters:,} characters" for side in (total.gained, total.lost)
+    )
     lines += ["", f"newly kept: {gained}", *_ids(found.gained), f"newly dropped: {lost}", *_ids(found.lost)]
     return [*lines, "", *_limits(found)]
 
@@ -218,11 +218,15 @@ def _ids(ids: Sequence[str]) -> list[str]:
 
 
 def _bound(value: float | None) -> str:
-    return "off" if value is None else f"{value:g}" if abs(value) < 1e6 else str(value)
+    return "off" if value is None else f"{value:.10g}"
 
 
 def _limits(found: WhatIf) -> list[str]:
-    copies = f" {found.lost_copies:,} of the newly dropped are dropped as duplicates in any case." if found.lost_copies else ""
+    copies = (
+        f" {found.lost_copies:,} of the newly dropped are dropped as duplicates in any case."
+        if found.lost_copies
+        else ""
+    )
     return [
         "Duplicates are not decided again: some of the newly kept may be copies, and a copy of what is newly dropped "
         f"may stay in its place.{copies} To apply: set `policies` in the config and run the data stage again."
