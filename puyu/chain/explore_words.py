@@ -63,7 +63,7 @@ class Words:
     copy_of: str = "copy of {id}, which begins:"
     documents: str = "{count} documents"
     quarantine: str = "Quarantine"
-    quarantine_note: str = "Records that could not be read; `quarantined.jsonl` says where each stands."
+    quarantine_note: str = "Records that could not be read; quarantined.jsonl says where each stands."
     source: str = "source"
     reason: str = "reason"
     records: str = "records"
@@ -118,7 +118,7 @@ ZH = Words(
     copy_of="{id} 的副本，原文开头：",
     documents="{count} 篇",
     quarantine="隔离",
-    quarantine_note="无法读取的记录；位置见 `quarantined.jsonl`。",
+    quarantine_note="无法读取的记录；位置见 quarantined.jsonl。",
     source="来源",
     reason="原因",
     records="记录",
