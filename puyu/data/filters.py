@@ -230,6 +230,15 @@ def judge_all(table: NDArray[np.float64], policy: Policy) -> tuple[NDArray[np.in
     return broken, np.where(broken < 0, margin.min(axis=1), 0.0)
 
 
+def judge_columns(columns: Mapping[str, NDArray[np.float64]], policy: Policy, *, size: int) -> NDArray[np.int64]:
+    """`judge` of `size` documents whose scores are columns: the place of the rule among the policy's fields, or -1."""
+    broken, fields = np.full(size, -1), list(type(policy).model_fields)
+    for rule, score, is_minimum, threshold in reversed(list(bounds(policy))):
+        values = columns[score]
+        broken[values < threshold if is_minimum else values > threshold] = fields.index(rule)
+    return broken
+
+
 class LanguageFilter:
     """Map stage: sets the language (unless the source declares it) and drops those that are not wanted."""
 

@@ -32,7 +32,7 @@ _AROUND = 60
 def why(out: Path, id: str) -> str:
     """What happened to a document. `id` may be shortened while it is unambiguous."""
     asked = DataConfig.model_validate(read_object(out / "ledger.json")["config"])
-    found = list(_find(out, id))
+    found = list(find(out, id))
     if not found:
         raise InputError(f"no document with id {id!r} in {out}", remedy="ids stand in kept.jsonl and dropped.jsonl")
     if len({row["id"] for _, row in found}) > 1:
@@ -40,8 +40,8 @@ def why(out: Path, id: str) -> str:
     return "\n".join(_explain(name, row, asked) for name, row in found)
 
 
-def _find(out: Path, id: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows whose id begins like this; of very many a few."""
+def find(out: Path, id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(kept, dropped or quarantined; the row) of documents whose id begins like this; of very many a few."""
     head = id.lower()[:16]
     if not all(c in "0123456789abcdef" for c in head):
         return
