@@ -4,6 +4,7 @@ puyu data CONFIG.yaml --out DIR        raw files -> clean documents (as every st
 puyu data check FILE ...               what is wrong with a fine-tuning or preference set, line by line
 puyu data convert FROM TO --to FORM    one form of a fine-tuning set as another
 puyu data why DIR ID                   what became of one document
+puyu data train-scorer | score | annotate | enrich | gaps | contamination | self-instruct      see docs/scorers.md
 """
 
 from __future__ import annotations
@@ -26,10 +27,27 @@ def main(arguments: Sequence[str]) -> int:
         from puyu.cli.why import main as why
 
         return why(rest)
+    if what in ("train-scorer", "score", "annotate"):
+        from puyu.cli.data_scorers import main as scorers
+
+        return scorers(arguments[1:])
+    if what in ("enrich", "gaps"):
+        from puyu.cli.data_enrich import main as enrich
+
+        return enrich(arguments[1:])
+    if what == "contamination":
+        from puyu.cli.data_contamination import main as contamination
+
+        return contamination(arguments[1:])
+    if what == "self-instruct":
+        from puyu.cli.data_self_instruct import main as self_instruct
+
+        return self_instruct(arguments[1:])
     from puyu.cli.stage import main as stage
 
     if what in ("-h", "--help"):
-        print("also: puyu data check FILE ... | convert FROM TO --to FORM | why DIR ID   (each has --help)\n")
+        print("also: puyu data check FILE ... | convert FROM TO --to FORM | why DIR ID   (each has --help)")
+        print("      train-scorer | score | annotate | enrich | gaps | contamination | self-instruct\n")
     return stage(arguments)
 
 

@@ -156,7 +156,8 @@ def _annotate(arguments: Sequence[str]) -> int:
     if given.out.exists():
         raise ConfigError(f"{given.out} is there already, perhaps with labels", remedy="choose another --out")
     config = AnnotateConfig(rows=given.rows, uncertain=given.uncertain, recheck=given.recheck, seed=given.seed)
-    scorer, bad = load_scorer(given.model), []
+    scorer = load_scorer(given.model)
+    bad: list[BadRecord] = []
     known = read_labels(given.labels).rows if given.labels else {}
     found = annotate(documents([given.corpus], quarantine=bad.append), scorer, config, known=known)
     rows = [*found, *recheck(given.model, scorer, config)]

@@ -34,15 +34,15 @@ HIGH, LOW, UNCERTAIN, RECHECK = "high", "low", "uncertain", "recheck"
 class AnnotateConfig(Config):
     """How many rows of which kind."""
 
-    rows: int = Field(50, ge=1)
+    rows: int = Field(default=50, ge=1)
     """Rows to label."""
-    uncertain: float = Field(0.0, ge=0, le=1)
+    uncertain: float = Field(default=0.0, ge=0, le=1)
     """Share of them with probabilities in the middle."""
-    recheck: int = Field(10, ge=0)
+    recheck: int = Field(default=10, ge=0)
     """Earlier labels, besides, that the scorer contradicts."""
-    sure: float = Field(0.9, gt=0.5, le=1)
+    sure: float = Field(default=0.9, gt=0.5, le=1)
     """Probability from which on (or 1 minus it, below which) a prediction is sure."""
-    characters: int = Field(4000, ge=100)
+    characters: int = Field(default=4000, ge=100)
     """Longer texts are cut for the person; training takes what the person saw."""
     seed: int = 0
     """Chooses among rows that are as good."""

@@ -17,6 +17,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,25 +43,25 @@ Corpus = Callable[[], Iterator[Document]]
 class EnrichConfig(Config):
     """How look-alikes are found."""
 
-    most: int = Field(1000, ge=1)
+    most: int = Field(default=1000, ge=1)
     """Documents to take, at most."""
-    share: float = Field(0.2, gt=0, le=1)
+    share: float = Field(default=0.2, gt=0, le=1)
     """Share of the corpus to take, at most."""
-    probability: float = Field(0.5, ge=0, lt=1)
+    probability: float = Field(default=0.5, ge=0, lt=1)
     """What the classifier must say, at least; it was trained on as many seeds as others."""
-    similarity: float = Field(0.2, ge=-1, le=1)
+    similarity: float = Field(default=0.2, ge=-1, le=1)
     """Cosine to the nearest seeds, at least (embeddings)."""
-    neighbors: int = Field(3, ge=1)
+    neighbors: int = Field(default=3, ge=1)
     """Nearest seeds whose mean similarity counts (embeddings)."""
-    rounds: int = Field(3, ge=1)
+    rounds: int = Field(default=3, ge=1)
     """Rounds of the classifier, at most."""
-    stop: float = Field(0.98, gt=0, le=1)
+    stop: float = Field(default=0.98, gt=0, le=1)
     """Share of a round's picks that the round before had, from which on no other round follows (DeepSeekMath)."""
-    negatives: int = Field(20_000, ge=1)
+    negatives: int = Field(default=20_000, ge=1)
     """Random documents of the corpus that stand for all others, at most."""
-    rich: float = Field(0.1, gt=0, le=1)
+    rich: float = Field(default=0.1, gt=0, le=1)
     """Share of a host's documents that were taken, from which on the host is listed (DeepSeekMath)."""
-    near: float = Field(0.7, gt=0, le=1)
+    near: float = Field(default=0.7, gt=0, le=1)
     """Estimated Jaccard similarity of near copies."""
     shape: Shape = Shape()
     """Features of the classifier."""
@@ -99,7 +100,7 @@ def by_classifier(seeds: Sequence[str], corpus: Corpus, config: EnrichConfig) ->
         texts = [*positives, *others]
         flags = [True] * len(positives) + [False] * len(others)
         weights = train(_balanced(texts, flags), _balanced(flags, flags), shape=config.shape, plan=config.plan)
-        table = _table(corpus, lambda part, w=weights: margins(part, w, shape=config.shape))
+        table = _table(corpus, partial(margins, weights=weights, shape=config.shape))
         least = float(np.log(config.probability / (1 - config.probability))) if config.probability else -np.inf
         ranked = _ranked(table, least)
         chosen, counts = _choose(ranked, len(table), corpus, seeds, config)

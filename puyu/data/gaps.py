@@ -72,15 +72,18 @@ def gaps(
     reference = target if isinstance(target, Profile) else corpus
     scale = _Difficulty([reference, corpus], reference)
     sizes = _sizes(corpus, scale)
-    wanted = _sizes(target, scale) if isinstance(target, Profile) else None
-    shares = {name: _shares(wanted, at) for at, name in enumerate(FACETS)} if wanted else _written(target)
+    wanted = _sizes(target, scale) if isinstance(target, Profile) else Counter[Cell]()
+    if isinstance(target, Profile):
+        shares = {name: _shares(wanted, at) for at, name in enumerate(FACETS)}
+    else:
+        shares = _written(target)
     report = {
         "documents": len(corpus.rows),
         "characters": sum(sizes.values()),
         "difficulty": scale.to_json(),
         "facets": {name: _facet(shares[name], _shares(sizes, FACETS.index(name)), sizes, name) for name in shares},
         "distance": _distances(shares, sizes),
-        "cells": _cells(wanted, sizes) if wanted else [],
+        "cells": _cells(wanted, sizes),
     }
     report["added"] = {name: _simulated(shares, sizes, _sizes(source, scale)) for name, source in sources.items()}
     return report

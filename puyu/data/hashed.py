@@ -41,24 +41,24 @@ _BLANKS = re.compile(r"\s+")
 class Shape(Config):
     """Which features a text has."""
 
-    bits: int = Field(20, ge=8, le=24)
+    bits: int = Field(default=20, ge=8, le=24)
     """2^bits buckets."""
-    words: int = Field(3, ge=0, le=5)
+    words: int = Field(default=3, ge=0, le=5)
     """Longest n-gram of words (of characters for Chinese and Japanese); 0: none."""
-    shortest: int = Field(1, ge=1, le=8)
+    shortest: int = Field(default=1, ge=1, le=8)
     """Shortest n-gram of characters, blanks and marks included."""
-    longest: int = Field(3, ge=0, le=8)
+    longest: int = Field(default=3, ge=0, le=8)
     """Longest n-gram of characters; 0: none."""
 
 
 class Plan(Config):
     """How a classifier is trained."""
 
-    epochs: int = Field(4, ge=1)
+    epochs: int = Field(default=4, ge=1)
     """Walks over all texts."""
-    rate: float = Field(0.3, gt=0)
+    rate: float = Field(default=0.3, gt=0)
     """Adagrad's step."""
-    decay: float = Field(1e-5, ge=0)
+    decay: float = Field(default=1e-5, ge=0)
     """Pull of the weights toward 0, at each text that has them."""
     seed: int = 0
     """Chooses the order of the texts."""

@@ -41,15 +41,15 @@ ALL = "*"
 class Gate(Config):
     """What people must have agreed to in a language, before the scorer is used there."""
 
-    labels: int = Field(100, ge=2)
+    labels: int = Field(default=100, ge=2)
     """Labels in the language, at least."""
-    each: int = Field(20, ge=1)
+    each: int = Field(default=20, ge=1)
     """Positive labels, and negative ones, at least."""
-    auc: float = Field(0.8, ge=0, le=1)
+    auc: float = Field(default=0.8, ge=0, le=1)
     """Area under the ROC curve, at least."""
-    agreement: float = Field(0.75, ge=0, le=1)
+    agreement: float = Field(default=0.75, ge=0, le=1)
     """Share of labels that the scorer repeats, at least."""
-    f1: float = Field(0.0, ge=0, le=1)
+    f1: float = Field(default=0.0, ge=0, le=1)
     """F1 of the positives, at least."""
 
     def refusal(self, found: Agreement) -> str:
@@ -182,7 +182,7 @@ class ScorerConfig(Config):
     """The score's column; the scorer's own name when empty."""
     keep: Literal["below", "above"] = "below"
     """Which side of the threshold stays: below (toxic_score, porn_score) or above (fluency_score, not_ad_score)."""
-    threshold: float | None = Field(0.5, ge=0, le=1)
+    threshold: float | None = Field(default=0.5, ge=0, le=1)
     """Documents beyond it go; null: the score is only computed."""
     thresholds: dict[str, float | None] = Field(default_factory=dict)
     """Other thresholds by `domain/language`, with `*` for any: `web/zh`, `web/*`, `*/zh`; the nearest one counts."""

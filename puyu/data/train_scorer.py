@@ -50,7 +50,7 @@ class TrainConfig(Config):
     """The features."""
     plan: Plan = Plan()
     """The training."""
-    folds: int = Field(4, ge=2)
+    folds: int = Field(default=4, ge=2)
     """Parts for cross-fitting."""
     calibration: Kind = "platt"
     """platt, or isotonic for some thousand labels and more."""
