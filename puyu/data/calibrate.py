@@ -69,6 +69,9 @@ def _platt(margins: Array, labels: Array) -> Calibration:
         if loss - better < 1e-9:
             break
         point, loss = point - size * step, better
+    if point[0] < 0:  # a classifier that is wrong must not become right by being turned around
+        mean = float(targets.mean())
+        point = np.array([0.0, np.log(mean / (1 - mean))])
     return Calibration(kind="platt", slope=round(float(point[0]), 9), offset=round(float(point[1]), 9))
 
 

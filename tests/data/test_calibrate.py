@@ -76,6 +76,11 @@ def test_platt_with_perfect_margins_stays_finite():
     assert high == pytest.approx(21 / 22, abs=1e-3)
 
 
+def test_margins_that_are_wrong_are_not_turned_around():
+    line = fit(np.array([-1.0, 1.0] * 20), np.array([True, False] * 20), kind="platt")
+    assert line.of(np.array([-1.0, 1.0])) == pytest.approx([0.5, 0.5])
+
+
 def test_agreement_by_hand():
     said = np.array([0.9, 0.8, 0.3, 0.6])
     found = agreement(said, np.array([True, True, True, False]))
