@@ -95,7 +95,7 @@ def by_classifier(seeds: Sequence[str], corpus: Corpus, config: EnrichConfig) ->
     first: dict[str, int] = {}  # the round in which a document was taken first
     for number in range(1, config.rounds + 1):
         taken = {pick.id for pick in picks}
-        positives = [*seeds, *(document.text for document in corpus() if document.id in taken)]
+        positives = [*seeds, *_texts(corpus, [pick.id for pick in picks])]
         others = _sample(corpus, {*first}, seeds, config)
         texts = [*positives, *others]
         flags = [True] * len(positives) + [False] * len(others)
@@ -206,10 +206,16 @@ def _sample(corpus: Corpus, taken: set[str], seeds: Sequence[str], config: Enric
         for document in corpus()
         if document.id not in taken and _line(document.text) not in lines
     )
-    wanted = {id for _, id in ranks[: config.negatives]}
-    if not wanted:
+    if not ranks:
         raise InputError("the corpus holds nothing but seeds and look-alikes", remedy="give a larger corpus")
-    return [document.text for document in corpus() if document.id in wanted]
+    return _texts(corpus, [id for _, id in ranks[: config.negatives]])
+
+
+def _texts(corpus: Corpus, ids: Sequence[str]) -> list[str]:
+    """The texts of these documents, in the order of the ids."""
+    wanted = set(ids)
+    held = {document.id: document.text for document in corpus() if document.id in wanted}
+    return [held[id] for id in dict.fromkeys(ids)]
 
 
 def _line(text: str) -> str:
@@ -263,7 +269,7 @@ class HashedTfIdf:
         return cls(np.log((1 + count) / (1 + documents)), shape)
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
-        """[texts, 2^bits]: each of length 1; all 0 for a text without words."""
+        """[texts, 2^bits]: each of length 1; all 0 for a text without words but those that stand everywhere."""
         found = np.zeros((len(texts), len(self._rarity)))
         for row, buckets in zip(found, features(texts, shape=self._shape), strict=True):
             row[buckets] = self._rarity[buckets]
