@@ -131,13 +131,8 @@ def test_every_candidate_that_goes_has_a_reason(tmp_path):
     answers = [listed, "no", "no", "Input: France", "Input: a b c\nOutput: a b c", "no list"]
     grown, _ = run(answers, tmp_path)
     assert grown.records == [] and grown.report["ended"] == "patience"
-    assert grown.report["rejected"] == {
-        reason: 1
-        for reason in (
-            *("no_instruction", "no_output", "odd_beginning", "other_language", "output_is_input"),
-            *("too_long", "too_short", "unwanted_word"),
-        )
-    }
+    reasons = ("no_instruction", "no_output", "odd_beginning", "other_language", "output_is_input")
+    assert grown.report["rejected"] == dict.fromkeys((*reasons, "too_long", "too_short", "unwanted_word"), 1)
     assert grown.report["candidates"] == 8
 
 
