@@ -2,7 +2,7 @@
 
 puyu data train-scorer LABELS.jsonl ... --out MODEL --name toxic_score
 puyu data score FILE --with MODEL --out SCORED.jsonl
-puyu data annotate CORPUS --with MODEL -n 50 --out TODO.jsonl
+puyu data annotate CORPUS --with MODEL -n 50 --out round1.jsonl
 """
 
 from __future__ import annotations

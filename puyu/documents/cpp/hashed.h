@@ -66,12 +66,13 @@ class Features {
     }
 };
 
-// Keeps of the buckets the first place of each; `marks` has one number a bucket, `round` is one that no mark has.
+// Keeps of the buckets the first place of each; `round` is one in which no slot was seen. What is known of a bucket
+// stands beside its mark, so that both are fetched at once.
 template <typename Slot>
 inline void distinct(std::vector<uint32_t> &buckets, std::vector<Slot> &slots, uint32_t round) {
     size_t left = 0, size = buckets.size();
     for (size_t i = 0; i < size; i++) {
-        if (i + 16 < size) __builtin_prefetch(&slots[buckets[i + 16]]);
+        if (i + 16 < size) __builtin_prefetch(&slots[buckets[i + 16]], 1);
         Slot &slot = slots[buckets[i]];
         if (slot.seen == round) continue;
         slot.seen = round;
@@ -80,13 +81,16 @@ inline void distinct(std::vector<uint32_t> &buckets, std::vector<Slot> &slots, u
     buckets.resize(left);
 }
 
-// Each text is a vector of length 1 whose features are there or not; weights [buckets + 1], the bias last.
+inline double length_of(const std::vector<uint32_t> &buckets) {
+    return std::sqrt(double(buckets.empty() ? 1 : buckets.size()));
+}
+
+// Margins of texts, each a vector of length 1 whose features are there or not; weights [buckets + 1], the bias last.
 class Linear {
   public:
-    Linear(const Unicode &unicode, const FeatureShape &shape, float *weights)
-        : features(unicode, shape), weights(weights), slots(size_t(1) << shape.bits) {
+    Linear(const Unicode &unicode, const FeatureShape &shape, const float *weights)
+        : features(unicode, shape), slots(size_t(1) << shape.bits), bias(weights[slots.size()]) {
         for (size_t i = 0; i < slots.size(); i++) slots[i].weight = weights[i];
-        bias = weights[slots.size()];
     }
 
     double margin(const uint8_t *bytes, int64_t length) {
@@ -94,13 +98,33 @@ class Linear {
         distinct(features.buckets, slots, ++round);
         double total = 0;
         for (uint32_t bucket : features.buckets) total += slots[bucket].weight;
-        scale = features.buckets.empty() ? 0.0 : 1.0 / std::sqrt(double(features.buckets.size()));
-        return total * scale + bias;
+        return total / length_of(features.buckets) + bias;
     }
+
+  private:
+    struct Slot {
+        float weight = 0;
+        uint32_t seen = 0;
+    };
+    Features features;
+    std::vector<Slot> slots;
+    double bias;
+    uint32_t round = 0;
+};
+
+// The same classifier while it is trained.
+class Trainer {
+  public:
+    Trainer(const Unicode &unicode, const FeatureShape &shape)
+        : features(unicode, shape), slots(size_t(1) << shape.bits) {}
 
     // One step of Adagrad on the logistic loss of the text; decay pulls the weights that it has toward 0.
     void step(const uint8_t *bytes, int64_t length, bool label, float rate, float decay) {
-        double error = 1.0 / (1.0 + std::exp(-margin(bytes, length))) - label;
+        features.read(bytes, length);
+        distinct(features.buckets, slots, ++round);
+        double total = 0, scale = 1.0 / length_of(features.buckets);
+        for (uint32_t bucket : features.buckets) total += slots[bucket].weight;
+        double error = 1.0 / (1.0 + std::exp(-(total * scale + bias))) - label;
         float slope = float(error * scale);
         for (uint32_t bucket : features.buckets) {
             Slot &slot = slots[bucket];
@@ -112,7 +136,7 @@ class Linear {
         bias -= rate * error / std::sqrt(squares + START);
     }
 
-    void save() const {
+    void save(float *weights) const {
         for (size_t i = 0; i < slots.size(); i++) weights[i] = slots[i].weight;
         weights[slots.size()] = float(bias);
     }
@@ -124,9 +148,8 @@ class Linear {
         uint32_t seen = 0;
     };
     Features features;
-    float *weights;
     std::vector<Slot> slots;
-    double bias = 0, squares = 0, scale = 0;
+    double bias = 0, squares = 0;
     uint32_t round = 0;
 };
 

@@ -98,21 +98,21 @@ void puyu_features(const Unicode *unicode, const Texts *texts, const FeatureShap
 }
 
 // margins [texts]
-void puyu_linear_margins(const Unicode *unicode, const Texts *texts, const FeatureShape *shape, float *weights,
+void puyu_linear_margins(const Unicode *unicode, const Texts *texts, const FeatureShape *shape, const float *weights,
                          double *margins) {
     Linear model(*unicode, *shape, weights);
     for (int64_t i = 0; i < texts->count; i++)
         margins[i] = model.margin(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
 }
 
-// A step for each of order [steps]: which text; labels [texts]; the weights are read and written.
+// A step for each of order [steps]: which text; labels [texts]; weights [buckets + 1] are written.
 void puyu_linear_train(const Unicode *unicode, const Texts *texts, const FeatureShape *shape, const uint8_t *labels,
                        const int64_t *order, int64_t steps, double rate, double decay, float *weights) {
-    Linear model(*unicode, *shape, weights);
+    Trainer trainer(*unicode, *shape);
     for (const int64_t *at = order; at < order + steps; at++)
-        model.step(texts->bytes + texts->starts[*at], texts->starts[*at + 1] - texts->starts[*at], labels[*at],
-                   float(rate), float(decay));
-    model.save();
+        trainer.step(texts->bytes + texts->starts[*at], texts->starts[*at + 1] - texts->starts[*at], labels[*at],
+                     float(rate), float(decay));
+    trainer.save(weights);
 }
 
 // Places [text, key, begin, end] of the n-grams that are known, as many as fit in `room`, and how many there are: begin
