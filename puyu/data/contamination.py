@@ -346,12 +346,16 @@ def _row(index: Index, item: int, found: Sequence[_Match]) -> dict[str, Any]:
 def _by_document(
     index: Index, by_item: Mapping[int, Sequence[_Match]], rows: Mapping[int, Mapping[str, Any]]
 ) -> dict[str, list[dict[str, Any]]]:
+    """Who holds a contaminated item alone, as the method counts; where nobody does, all that hold some of it."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for item, matches in sorted(by_item.items()):
-        for match in matches if rows[item]["contaminated"] else ():
-            name = index.evaluations[index.items[item].evaluation].name
-            share = round(index.share(item, match.places), 4)
-            found[match.document].append({"file": name, "id": index.items[item].id, "share": share})
+        if not rows[item]["contaminated"]:
+            continue
+        name = index.evaluations[index.items[item].evaluation].name
+        shares = [(match.document, index.share(item, match.places)) for match in matches]
+        alone = [pair for pair in shares if pair[1] >= index.method.share]
+        for document, share in alone or shares:
+            found[document].append({"file": name, "id": index.items[item].id, "share": round(share, 4)})
     return dict(found)
 
 

@@ -4,11 +4,13 @@
     found.picks[0].id, found.picks[0].score, found.report
 
 InternLM2's second generation of cleaning (2024, section 3.1.1) mines corpora for texts like those of a good set; no
-algorithm is published. `by_classifier` is that of DeepSeekMath (Shao et al. 2024, arXiv 2402.03300): a linear
-classifier tells seeds from random documents of the corpus, the best-scored are taken and join the seeds, until a round
-brings little that is new; hosts from which much was taken are listed for a person. `by_embedding` takes the documents
-nearest to their nearest seeds, with any Embedder; `HashedTfIdf` is one that needs no model. Texts that are equal or
-nearly equal to a seed or to a better pick are counted and left out. It holds scores of the corpus, never its texts.
+algorithm is published. `by_classifier` is that of DeepSeekMath (Shao et al. 2024, arXiv 2402.03300): linear classifiers
+tell seeds from as many random documents of the corpus, the best-scored are taken and join the seeds, until a round
+brings little that is new; hosts from which much was taken are listed for a person. Several classifiers with other
+random documents each judge what they have not seen (bagging: Mordelet and Vert 2014): look-alikes are among these.
+`by_embedding` takes the documents nearest to their nearest seeds, with any Embedder; `HashedTfIdf` is one that needs no
+model. Texts that are equal or nearly equal to a seed or to a better pick are counted and left out. It holds scores of
+the corpus, never its texts.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from pydantic import Field
 from puyu.configure import Config
 from puyu.data.corpus import in_batches
 from puyu.data.dedup import ExactDedup, NearConfig, NearDedup
-from puyu.data.hashed import Plan, Shape, features, margins, train
+from puyu.data.hashed import Plan, Shape, Weights, features, margins, train
 from puyu.documents.characters import folded
 from puyu.documents.document import Document
 from puyu.documents.stages import GroupStage
@@ -48,7 +50,7 @@ class EnrichConfig(Config):
     share: float = Field(default=0.2, gt=0, le=1)
     """Share of the corpus to take, at most."""
     probability: float = Field(default=0.5, ge=0, lt=1)
-    """What the classifier must say, at least; it was trained on as many seeds as others."""
+    """What the classifiers must say in the mean, at least; each was trained on as many seeds as others."""
     similarity: float = Field(default=0.2, ge=-1, le=1)
     """Cosine to the nearest seeds, at least (embeddings)."""
     neighbors: int = Field(default=3, ge=1)
@@ -57,8 +59,10 @@ class EnrichConfig(Config):
     """Rounds of the classifier, at most."""
     stop: float = Field(default=0.98, gt=0, le=1)
     """Share of a round's picks that the round before had, from which on no other round follows (DeepSeekMath)."""
-    negatives: int = Field(default=20_000, ge=1)
-    """Random documents of the corpus that stand for all others, at most."""
+    bags: int = Field(default=4, ge=1)
+    """Classifiers of a round, each with other random documents; a document is judged by those that did not have it."""
+    negatives: int = Field(default=100_000, ge=1)
+    """Random documents of a classifier, at most; as many as seeds where these are fewer."""
     rich: float = Field(default=0.1, gt=0, le=1)
     """Share of a host's documents that were taken, from which on the host is listed (DeepSeekMath)."""
     near: float = Field(default=0.7, gt=0, le=1)
@@ -88,6 +92,14 @@ class Found:
     report: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class _Bag:
+    """One classifier, and the ids of the documents that it took for others."""
+
+    weights: Weights
+    negatives: frozenset[str]
+
+
 def by_classifier(seeds: Sequence[str], corpus: Corpus, config: EnrichConfig) -> Found:
     """Look-alikes by classifiers of rising knowledge. InputError without seeds or corpus."""
     _check(seeds)
@@ -96,11 +108,8 @@ def by_classifier(seeds: Sequence[str], corpus: Corpus, config: EnrichConfig) ->
     for number in range(1, config.rounds + 1):
         taken = {pick.id for pick in picks}
         positives = [*seeds, *_texts(corpus, [pick.id for pick in picks])]
-        others = _sample(corpus, {*first}, seeds, config)
-        texts = [*positives, *others]
-        flags = [True] * len(positives) + [False] * len(others)
-        weights = train(_balanced(texts, flags), _balanced(flags, flags), shape=config.shape, plan=config.plan)
-        table = _table(corpus, partial(margins, weights=weights, shape=config.shape))
+        bags = _bags(positives, _candidates(corpus, {*first}, seeds), corpus, config, number)
+        table = _table(corpus, partial(_bagged, bags, config))
         least = float(np.log(config.probability / (1 - config.probability))) if config.probability else -np.inf
         ranked = _ranked(table, least)
         chosen, counts = _choose(ranked, len(table), corpus, seeds, config)
@@ -122,8 +131,8 @@ def by_embedding(seeds: Sequence[str], corpus: Corpus, config: EnrichConfig, *, 
     centers = asyncio.run(_vectors(embedder, seeds))
     count = min(config.neighbors, len(seeds))
 
-    def near(texts: Sequence[str]) -> NDArray[np.float64]:
-        cosines = asyncio.run(_vectors(embedder, texts)) @ centers.T
+    def near(documents: Sequence[Document]) -> NDArray[np.float64]:
+        cosines = asyncio.run(_vectors(embedder, [document.text for document in documents])) @ centers.T
         return np.sort(cosines, axis=1)[:, -count:].mean(axis=1)
 
     table = _table(corpus, near)
@@ -144,11 +153,11 @@ def _check(seeds: Sequence[str]) -> None:
         raise InputError("there is no seed text", remedy="give a JSONL file of good examples with --seeds")
 
 
-def _table(corpus: Corpus, score: Callable[[Sequence[str]], NDArray[np.float64]]) -> list[tuple[str, float]]:
+def _table(corpus: Corpus, score: Callable[[Sequence[Document]], NDArray[np.float64]]) -> list[tuple[str, float]]:
     """(id, score) of the whole corpus, in its order."""
     table: list[tuple[str, float]] = []
     for batch in in_batches(corpus()):
-        values = score([document.text for document in batch]).tolist()
+        values = score(batch).tolist()
         table += [(document.id, value) for document, value in zip(batch, values, strict=True)]
     if not table:
         raise InputError("the corpus has no document")
@@ -198,17 +207,37 @@ def _copies(
     return {id: why for id, why in drops.items() if id in ids}
 
 
-def _sample(corpus: Corpus, taken: set[str], seeds: Sequence[str], config: EnrichConfig) -> list[str]:
-    """Random documents that are neither seeds nor picks, by a hash of their id."""
+def _candidates(corpus: Corpus, taken: set[str], seeds: Sequence[str]) -> list[str]:
+    """Ids of the documents that may stand for all others: neither seeds nor picks. InputError without any."""
     lines = {_line(seed) for seed in seeds}
-    ranks = sorted(
-        (hash_json([config.seed, document.id]), document.id)
-        for document in corpus()
-        if document.id not in taken and _line(document.text) not in lines
-    )
-    if not ranks:
+    found = [d.id for d in corpus() if d.id not in taken and _line(d.text) not in lines]
+    if not found:
         raise InputError("the corpus holds nothing but seeds and look-alikes", remedy="give a larger corpus")
-    return _texts(corpus, [id for _, id in ranks[: config.negatives]])
+    return list(dict.fromkeys(found))
+
+
+def _bags(
+    positives: Sequence[str], candidates: Sequence[str], corpus: Corpus, config: EnrichConfig, number: int
+) -> list[_Bag]:
+    """Classifiers of the positives against as many random documents, other ones for each (at most half of all)."""
+    size = min(len(positives), config.negatives, max(1, len(candidates) // 2))
+    bags = []
+    for bag in range(config.bags):
+        ranks = sorted((hash_json([config.seed, number, bag, id]), id) for id in candidates)
+        ids = [id for _, id in ranks[:size]]
+        texts, flags = [*positives, *_texts(corpus, ids)], [True] * len(positives) + [False] * len(ids)
+        bags.append(_Bag(train(texts, flags, shape=config.shape, plan=config.plan), frozenset(ids)))
+    return bags
+
+
+def _bagged(bags: Sequence[_Bag], config: EnrichConfig, documents: Sequence[Document]) -> NDArray[np.float64]:
+    """The mean margin of the classifiers that have not seen the document as a negative; of all, where all have."""
+    texts = [document.text for document in documents]
+    table = np.stack([margins(texts, bag.weights, shape=config.shape) for bag in bags])
+    seen = np.array([[document.id in bag.negatives for document in documents] for bag in bags])
+    weights = np.where(seen.all(axis=0), True, ~seen)
+    means: NDArray[np.float64] = (table * weights).sum(axis=0) / weights.sum(axis=0)
+    return means
 
 
 def _texts(corpus: Corpus, ids: Sequence[str]) -> list[str]:
@@ -220,13 +249,6 @@ def _texts(corpus: Corpus, ids: Sequence[str]) -> list[str]:
 
 def _line(text: str) -> str:
     return " ".join(folded(text).split())
-
-
-def _balanced(items: Sequence[Any], flags: Sequence[bool]) -> list[Any]:
-    """As many of each flag: the smaller side is repeated in turn, so that a probability of 0.5 has a meaning."""
-    sides = [[item for item, flag in zip(items, flags, strict=True) if flag is side] for side in (True, False)]
-    size = max(map(len, sides))
-    return [side[at % len(side)] for side in sides for at in range(size)]
 
 
 def _hosts(corpus: Corpus, picks: Sequence[Pick], config: EnrichConfig) -> dict[str, Any]:

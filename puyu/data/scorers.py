@@ -18,7 +18,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -151,7 +150,6 @@ def weights_hash(weights: Weights) -> str:
     return hash_bytes(weights.astype("<f4").tobytes())
 
 
-@lru_cache(maxsize=8)
 def load_scorer(path: Path) -> Scorer:
     """Read one file; InputError when it is none, torn, or of another version."""
     try:

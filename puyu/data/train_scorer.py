@@ -119,7 +119,8 @@ def read_labels(paths: Sequence[Path], *, fields: Fields = Fields()) -> Labels:
                 labels.unlabeled += 1
             else:
                 labels.add(_labeled(value, text, fields))
-        labels.sources[path.name] = hash_file(path)
+        name = path.name if path.name not in labels.sources else path.as_posix()
+        labels.sources[name] = hash_file(path)
     return labels
 
 

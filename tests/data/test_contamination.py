@@ -30,7 +30,7 @@ from puyu.errors import ConfigError, InputError
 from puyu.eval.tasks import TaskRow, build_task
 from puyu.files import read_json, read_jsonl, write_jsonl
 from puyu.types import Scored
-from tests.conftest import puyu
+from tests.data.command import run
 
 SMALL = Method(n=3, shortest=2)
 words = st.lists(st.sampled_from(["a", "b", "Cé", "好", "12", "d_e"]), max_size=14)
@@ -92,6 +92,14 @@ def test_two_documents_together_cover_more():
     assert row["covered"] == 1.0 and row["document_covered"] == 0.5 and row["documents"] == 2
     assert len(found.documents) == 2 == found.report["documents_contaminated"]
     assert all(part == [{"file": "e", "id": "1", "share": 0.5}] for part in found.documents.values())
+
+
+def test_a_document_goes_for_what_it_holds_alone():
+    items, texts = {"1": "a b c d e f"}, ["a b c d e", "d e f", "c d e f g"]
+    together = found_in(items, [*texts[1:2], "a b c"], Method(n=3, shortest=2, share=0.9))
+    assert len(together.documents) == 2  # neither alone
+    found = found_in(items, texts, Method(n=3, shortest=2, share=0.6))
+    assert sorted(part[0]["share"] for part in found.documents.values()) == [round(4 / 6, 4), round(5 / 6, 4)]
 
 
 def test_what_stands_everywhere_is_a_phrase():
@@ -186,18 +194,18 @@ def test_the_command_writes_what_eval_reads(tmp_path):
     (folder / "kept.jsonl").write_text("")
     write_jsonl(folder / "kept.jsonl", [*rows, {"id": "odd"}])
     clean = tmp_path / "clean.jsonl"
-    done = puyu("data", "contamination", folder, "--against", items, "--clean", clean, "-n", 8)
-    assert "1 of 3 items contaminated" in done.stdout + done.stderr
+    done = run("data", "contamination", folder, "--against", items, "--clean", clean, "-n", 8)
+    assert "1 of 3 items contaminated" in done
     assert [row["id"] for row in read_jsonl(clean)] == ["good"]
     found = load_contamination(folder)
     assert found.items(items) == {"1": 1.0} and found.losses is None
     assert found.items(folder / "kept.jsonl") is None
     report = read_json(folder / "contamination.json")
     assert report["unreadable"] == 1 and report["documents"] == 2 and report["evaluations"][0]["too_short"] == 1
-    puyu("data", "contamination", folder, "--against", items, "--clean", clean, "--mark", "-n", 8)
+    run("data", "contamination", folder, "--against", items, "--clean", clean, "--mark", "-n", 8)
     marked = {row["id"]: row.get("contamination") for row in read_jsonl(clean)}
     assert marked == {"good": None, "bad": [{"file": "tests.jsonl", "id": "1", "share": 1.0}]}
-    assert puyu("data", "contamination", folder, check=False).returncode == 2
+    assert run("data", "contamination", folder, code=2)
 
 
 def test_reports_that_are_none_are_errors(tmp_path):

@@ -12,7 +12,7 @@ from puyu.documents.document import make_document
 from puyu.errors import ConfigError, InputError
 from puyu.files import read_json, read_jsonl, write_jsonl
 from puyu.types import Embedder
-from tests.conftest import puyu
+from tests.data.command import run
 from tests.data.labels import labeled
 
 SEEDS = [row["text"] for row in labeled("en", 60, seed=1) if row["label"]]
@@ -176,16 +176,16 @@ def test_the_commands(tmp_path):
     write_jsonl(tmp_path / "data" / "kept.jsonl", [*rows, {"id": "no text"}])
     out = tmp_path / "found.jsonl"
     flags = ("--seeds", tmp_path / "seeds.jsonl", "--corpus", tmp_path / "data", "--out", out, "--most", 10)
-    done = puyu("data", "enrich", *flags)
-    assert "10 documents like 30 seeds; 1 rows could not be read" in done.stdout + done.stderr
+    done = run("data", "enrich", *flags)
+    assert "10 documents like 30 seeds; 1 rows could not be read" in done
     found = list(read_jsonl(out))
     assert [row["id"] for row in found] == [row["id"] for row in sorted(found, key=lambda r: -r["enrich"]["score"])]
     assert read_json(tmp_path / "found.jsonl.report.json")["unreadable"] == 1
-    puyu("data", "enrich", *flags, "--by", "embedding")
+    run("data", "enrich", *flags, "--by", "embedding")
     assert len(list(read_jsonl(out))) == 10
     report = tmp_path / "gaps.json"
     seeds = ("--seeds", tmp_path / "seeds.jsonl", "--add", out)
-    done = puyu("data", "gaps", tmp_path / "data", *seeds, "--out", report)
-    assert "difficulty" in done.stdout and f"with {out}" in done.stdout
+    done = run("data", "gaps", tmp_path / "data", *seeds, "--out", report)
+    assert "difficulty" in done and f"with {out}" in done
     assert read_json(report)["unreadable"] == 1
-    assert puyu("data", "gaps", tmp_path / "data", check=False).returncode == 2
+    assert run("data", "gaps", tmp_path / "data", code=2)

@@ -14,7 +14,7 @@ from puyu.data.train_scorer import Fields, TrainConfig, label_name, read_labels,
 from puyu.documents.document import make_document
 from puyu.errors import ConfigError, InputError
 from puyu.files import read_jsonl, write_jsonl
-from tests.conftest import puyu
+from tests.data.command import run
 from tests.data.labels import labeled
 
 CONFIG = TrainConfig(name="ad_score", shape=Shape(bits=14), gate=Gate(labels=60, each=20))
@@ -247,10 +247,10 @@ def test_three_rounds_from_the_command_line(tmp_path):
     files = [tmp_path / "round0.jsonl"]
     flags = ("--set", "shape.bits=14", "--set", "gate.labels=60")
     for number in (1, 2):
-        made = puyu("data", "train-scorer", *files, "--out", tmp_path / "ad.scorer", "--name", "ad_score", *flags)
+        made = run("data", "train-scorer", *files, "--out", tmp_path / "ad.scorer", "--name", "ad_score", *flags)
         todo = tmp_path / f"round{number}.jsonl"
         labels = ("--labels", *files)
-        puyu(
+        run(
             "data",
             "annotate",
             tmp_path / "corpus.jsonl",
@@ -266,20 +266,20 @@ def test_three_rounds_from_the_command_line(tmp_path):
         assert len(rows) >= 30 and {row["round"] for row in rows} == {number}
         write_jsonl(todo, [{**row, "label": truth[row["text"]]} for row in rows])
         files.append(todo)
-    made = puyu("data", "train-scorer", *files, "--out", tmp_path / "ad.scorer", "--name", "ad_score", *flags)
-    assert "100 labels (0 without a label" in made.stderr + made.stdout and "yes" in made.stdout
-    assert "round 2: people confirmed 30 of 30 guesses" in made.stdout
+    made = run("data", "train-scorer", *files, "--out", tmp_path / "ad.scorer", "--name", "ad_score", *flags)
+    assert "100 labels (0 without a label" in made and "yes" in made
+    assert "round 2: people confirmed 30 of 30 guesses" in made
     header = load_scorer(tmp_path / "ad.scorer").header
     assert [item.round for item in header.rounds] == [0, 1, 2] and header.languages == ("en",)
     assert len(header.sources) == 3
     out = tmp_path / "scored.jsonl"
-    done = puyu("data", "score", tmp_path / "corpus.jsonl", "--with", tmp_path / "ad.scorer", "--out", out)
+    done = run("data", "score", tmp_path / "corpus.jsonl", "--with", tmp_path / "ad.scorer", "--out", out)
     scored = list(read_jsonl(out))
     right = sum((row["scores"]["ad_score"] >= 0.5) == bool(truth[row["text"]]) for row in scored)
-    assert right == len(scored) == 400 and "ad_score, en: scored: 400" in done.stdout + done.stderr
+    assert right == len(scored) == 400 and "ad_score, en: scored: 400" in done
 
 
 def test_annotate_does_not_overwrite_labels(tmp_path):
     (tmp_path / "todo.jsonl").write_text("{}\n")
-    done = puyu("data", "annotate", "x", "--with", "y", "--out", tmp_path / "todo.jsonl", check=False)
-    assert done.returncode == 2 and "there already" in done.stderr
+    said = run("data", "annotate", "x", "--with", "y", "--out", tmp_path / "todo.jsonl", code=2)
+    assert "there already" in said
