@@ -4,16 +4,30 @@ puyu data CONFIG.yaml --out DIR        raw files -> clean documents (as every st
 puyu data check FILE ...               what is wrong with a fine-tuning or preference set, line by line
 puyu data convert FROM TO --to FORM    one form of a fine-tuning set as another
 puyu data why DIR ID                   what became of one document
-puyu data what-if | policy | stats | explore   what was decided, and what other thresholds would (data_look.py)
+puyu data what-if | policy | stats | explore | borderline       what was decided, and what other thresholds would
+puyu data train-scorer | score | annotate | train-ngram         small models for scores
+puyu data enrich | gaps | contamination | self-instruct | code  see docs/scorers.md and docs/code-data.md
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from puyu.log import say
+
+_ALONE = {"borderline": "data_borderline", "code": "data_code", "train-ngram": "data_ngram", "why": "why"}
+"""Verb -> the module of this package whose `main` takes what follows the verb."""
+_TOGETHER = {
+    **dict.fromkeys(("explore", "policy", "stats", "what-if"), "data_look"),
+    **dict.fromkeys(("enrich", "gaps"), "data_enrich"),
+    **dict.fromkeys(("annotate", "score", "train-scorer"), "data_scorers"),
+    "contamination": "data_contamination",
+    "self-instruct": "data_self_instruct",
+}
+"""The same where `main` takes the verb, too."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,19 +37,14 @@ def main(arguments: Sequence[str]) -> int:
         return _check(rest)
     if what == "convert":
         return _convert(rest)
-    if what == "why":
-        from puyu.cli.why import main as why
-
-        return why(rest)
-    from puyu.cli.data_look import VERBS as looks
-
-    if what in looks:
-        return looks[what](rest)
+    if what in _ALONE:
+        return int(import_module(f"puyu.cli.{_ALONE[what]}").main(rest))
+    if what in _TOGETHER:
+        return int(import_module(f"puyu.cli.{_TOGETHER[what]}").main(arguments[1:]))
     from puyu.cli.stage import main as stage
 
     if what in ("-h", "--help"):
-        print("also: puyu data check FILE ... | convert FROM TO --to FORM | why DIR ID")
-        print("      puyu data what-if DIR | policy --show | stats DIR | explore DIR   (each has --help)\n")
+        print(f"also: puyu data check | convert | {' | '.join(sorted([*_ALONE, *_TOGETHER]))}   (each has --help)\n")
     return stage(arguments)
 
 

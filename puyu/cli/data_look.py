@@ -80,4 +80,7 @@ def explore(arguments: Sequence[str]) -> int:
     return 0
 
 
-VERBS = {"what-if": what_if, "policy": policy, "stats": stats, "explore": explore}
+def main(arguments: Sequence[str]) -> int:
+    """The verb first; returns the exit code."""
+    verbs = {"what-if": what_if, "policy": policy, "stats": stats, "explore": explore}
+    return verbs[arguments[0]](arguments[1:])

@@ -223,6 +223,10 @@ class TextLibrary:
         self._library.puyu_languages(*arguments, _pointer(scores))
         return scores
 
+    def call(self, name: str, *arguments: Any) -> None:
+        """A function of the library that takes the tables of characters first: for rooms with arrays of their own."""
+        self._call(name, *arguments)
+
     def _call(self, name: str, *arguments: Any) -> None:
         getattr(self._library, name)(self._unicode, *map(_argument, arguments))
 

@@ -1,6 +1,7 @@
 // The plain C interface. Every call takes many texts, and may be made by several threads at once.
 
 #include "digest.h"
+#include "hashed.h"
 #include "language.h"
 #include "measure.h"
 #include "minhash.h"
@@ -100,6 +101,68 @@ void puyu_languages(const Bayes *model, const Texts *texts, float *scores) {
     for (int64_t i = 0; i < texts->count; i++)
         classify(*model, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], seen,
                  scores + i * model->num_languages);
+}
+
+// buckets: the distinct features of all texts, as many as fit in `room`; ends [texts] counts them up to each text.
+void puyu_features(const Unicode *unicode, const Texts *texts, const FeatureShape *shape, uint32_t *buckets, int64_t room,
+                   int64_t *ends) {
+    struct Slot {
+        uint32_t seen = 0;
+    };
+    Features features(*unicode, *shape);
+    std::vector<Slot> slots(size_t(1) << shape->bits);
+    int64_t count = 0;
+    for (int64_t i = 0; i < texts->count; i++) {
+        features.read(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        distinct(features.buckets, slots, uint32_t(i + 1));
+        for (uint32_t bucket : features.buckets) {
+            if (count < room) buckets[count] = bucket;
+            count++;
+        }
+        ends[i] = count;
+    }
+}
+
+// margins [texts]
+void puyu_linear_margins(const Unicode *unicode, const Texts *texts, const FeatureShape *shape, const float *weights,
+                         double *margins) {
+    Linear model(*unicode, *shape, weights);
+    for (int64_t i = 0; i < texts->count; i++)
+        margins[i] = model.margin(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+}
+
+// A step for each of order [steps]: which text; labels [texts]; weights [buckets + 1] are written.
+void puyu_linear_train(const Unicode *unicode, const Texts *texts, const FeatureShape *shape, const uint8_t *labels,
+                       const int64_t *order, int64_t steps, double rate, double decay, float *weights) {
+    Trainer trainer(*unicode, *shape);
+    for (const int64_t *at = order; at < order + steps; at++)
+        trainer.step(texts->bytes + texts->starts[*at], texts->starts[*at + 1] - texts->starts[*at], labels[*at],
+                     float(rate), float(decay));
+    trainer.save(weights);
+}
+
+// Places [text, key, begin, end] of the n-grams that are known, as many as fit in `room`, and how many there are: begin
+// and end are bytes of the text.
+void puyu_overlaps(const Unicode *unicode, const Texts *texts, int64_t n, const Known *known, int64_t *places, int64_t room,
+                   int64_t *found) {
+    Characters text;
+    Units units;
+    std::vector<uint64_t> grams;
+    int64_t count = 0;
+    for (int64_t i = 0; i < texts->count; i++) {
+        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        split_lowered(*unicode, text, units);
+        ngrams(units.hashes, n, grams);
+        for (size_t k = 0; k < grams.size(); k++) {
+            int64_t key = known->find(grams[k]);
+            if (key < 0) continue;
+            int64_t *place = places + 4 * count;
+            if (count++ >= room) continue;
+            place[0] = i, place[1] = key;
+            place[2] = text.at[size_t(units.begins[k])], place[3] = text.at[size_t(units.ends[k + size_t(n) - 1])];
+        }
+    }
+    *found = count;
 }
 
 }  // extern "C"

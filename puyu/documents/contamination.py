@@ -1,0 +1,51 @@
+"""The file that says which evaluation items stand in a corpus: `contamination.json`, beside the data stage's output.
+
+    found = load_contamination(Path("runs/mine/data"))
+    found.items(Path("samples/eval/mc.jsonl"))              # {"17": 1.0, "29": 0.62}: share of the item that is there
+
+`puyu data contamination` writes it; who evaluates reads it. An evaluation set is known by the content of its file, and
+its items by the ids that the evaluation gives them (`id`, or the number of the line). It measures nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from puyu.errors import InputError
+from puyu.files import hash_file, read_object
+
+FILE = "contamination.json"
+FORMAT = "puyu contamination 1"
+
+
+@dataclass(frozen=True, slots=True)
+class Contamination:
+    """What the file says."""
+
+    method: Mapping[str, Any]
+    evaluations: Mapping[str, Mapping[str, Any]]
+    """Content hash of an evaluation file -> its part of the report."""
+    losses: Mapping[str, Any] | None = None
+
+    def items(self, file: Path) -> dict[str, float] | None:
+        """Id -> share that stands in the corpus, of the contaminated items; None when the file was not checked."""
+        found = self.evaluations.get(hash_file(file))
+        if found is None:
+            return None
+        return {row["id"]: row["covered"] for row in found["rows"] if row["contaminated"]}
+
+
+def load_contamination(path: Path) -> Contamination:
+    """Read the file, or the one in a folder; InputError when it is none."""
+    place = path / FILE if path.is_dir() else path
+    value = read_object(place)
+    if value.get("format") != FORMAT:
+        raise InputError(f"{place} is no report of contamination", remedy="make one: puyu data contamination")
+    try:
+        evaluations = {part["hash"]: part for part in value["evaluations"]}
+        return Contamination(value["method"], evaluations, value["losses"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{place} is torn: {error!r}", remedy="make it again: puyu data contamination") from error
