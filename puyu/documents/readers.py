@@ -22,6 +22,8 @@ from typing import IO, Any
 from puyu.documents.books import Unreadable, book_text
 from puyu.documents.document import Document, make_document, normalize
 from puyu.documents.extract import decode_html, page
+from puyu.documents.interleaved import CONTENT, UNLINKED, deal_images, keep_links, problem, record_metadata, unlinked
+from puyu.documents.killable import Failed
 from puyu.documents.pdf import pdf_text
 from puyu.documents.sources import (
     BOOKS,
@@ -69,7 +71,7 @@ def _read_member(
         yield from _read_table(source, member, quarantine)
         return
     if member.suffix in (".jsonl", ".ndjson") or source.kind == "jsonl":
-        yield from _read_jsonl(source, member, quarantine)
+        yield from _read_jsonl(source, member, quarantine, report)
         return
     data = _bytes_of(member, quarantine)
     if data is None:
@@ -152,9 +154,11 @@ def _read_code(source: SourceConfig, data: bytes, member: Member, quarantine: Qu
 
 def _read_book(source: SourceConfig, data: bytes, member: Member, quarantine: Quarantine) -> Iterator[Document]:
     try:
-        book = pdf_text(data) if member.suffix == ".pdf" else book_text(data, member.suffix)
-    except Unreadable as error:
-        quarantine(BadRecord(member.label, 0, 0, f"record: {error}", ""))
+        pdf = member.suffix == ".pdf"
+        book = pdf_text(data, limits=source.limits()) if pdf else book_text(data, member.suffix)
+    except (Unreadable, Failed) as error:
+        reason = str(error) if isinstance(error, Failed) else f"record: {error}"
+        quarantine(BadRecord(member.label, 0, 0, reason, ""))
         return
     metadata = {"path": member.origin, "title": book.title} if book.title else {"path": member.origin}
     yield from _documents(source, normalize(book.text), metadata)
@@ -183,13 +187,19 @@ def _read_page(
     *,
     charset: str = "",
 ) -> Iterator[Document]:
+    url, limits = str(metadata.get("url", "")), source.limits()
     try:
-        found = page(data, charset=charset)
+        found = page(data, charset=charset, extract=source.extract, images=source.images, url=url, limits=limits)
     except UnicodeDecodeError as error:
         assert isinstance(data, bytes)
         quarantine(_bad_bytes(label, data, error))
         return
+    except Failed as failure:
+        quarantine(BadRecord(label, 0, 0, str(failure), url[:80]))
+        return
     named = {**metadata, "title": found.title} if found.title else metadata
+    if source.images:
+        named = {**named, "images": [dict(image) for image in found.images]}
     yield from _documents(source, normalize(found.full_text()), named)
 
 
@@ -207,14 +217,14 @@ def _read_archive(
             if isinstance(answer, str):
                 report.records_not_selected[answer] += 1
                 continue
-            place: Quarantine = partial(_quarantine_at, quarantine, found.offset)
+            place: Quarantine = partial(_quarantine_at, quarantine, 0, found.offset)
             metadata = {"path": member.origin, "url": found.url, "date": found.date}
             yield from _read_answer(source, answer, member.label, metadata, place)
 
 
-def _quarantine_at(quarantine: Quarantine, offset: int, bad: BadRecord) -> None:
+def _quarantine_at(quarantine: Quarantine, line: int, offset: int, bad: BadRecord) -> None:
     """What is wrong inside a record is said of where the record begins."""
-    quarantine(replace(bad, line=0, offset=offset))
+    quarantine(replace(bad, line=line, offset=offset))
 
 
 def _content(found: Record) -> Answer | str:
@@ -244,18 +254,34 @@ def _read_answer(
     yield from _documents(source, normalize(text), metadata)
 
 
-def _read_jsonl(source: SourceConfig, member: Member, quarantine: Quarantine) -> Iterator[Document]:
+def _read_jsonl(
+    source: SourceConfig, member: Member, quarantine: Quarantine, report: ReadReport
+) -> Iterator[Document]:
+    wanjuan = source.kind == "wanjuan"
     for number, offset, line in _lines(member, quarantine):
         value: Any = None
         try:
             value = json.loads(line.decode("utf-8"))
-            problem = _problem(value, source.text_field)
+            wrong = _problem(value, CONTENT if wanjuan else source.text_field)
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            problem = f"{'json' if isinstance(error, json.JSONDecodeError) else 'encoding'}: {error}"
-        if problem:
-            quarantine(BadRecord(member.label, number, offset, problem, line[:80].decode("utf-8", "replace")))
+            wrong = f"{'json' if isinstance(error, json.JSONDecodeError) else 'encoding'}: {error}"
+        if wanjuan and not wrong:
+            value[CONTENT] = normalize(value[CONTENT])
+            wrong = problem(value)
+        place: Quarantine = partial(_quarantine_at, quarantine, number, offset)
+        if wrong:
+            place(BadRecord(member.label, 0, 0, wrong, line[:80].decode("utf-8", "replace")))
+        elif wanjuan:
+            yield from _read_wanjuan(source, value, report)
         else:
-            yield from _record(source, value, member.label, quarantine)
+            yield from _record(source, value, member.label, place)
+
+
+def _read_wanjuan(source: SourceConfig, value: dict[str, Any], report: ReadReport) -> Iterator[Document]:
+    metadata = record_metadata(value)
+    if lost := len(unlinked(value[CONTENT], metadata.get("images", ()))):
+        report.records_not_selected[UNLINKED] += lost
+    yield from _documents(source, value[CONTENT], metadata)
 
 
 def _lines(member: Member, quarantine: Quarantine) -> Iterator[tuple[int, int, bytes]]:
@@ -296,7 +322,9 @@ def _documents(source: SourceConfig, text: str, metadata: dict[str, Any]) -> Ite
     """One document, or numbered parts of a long text. An empty text is a document too: the rules will drop it."""
     language = source.language or ("code" if source.kind == "code" else "")
     pieces = split(text, source.max_characters) or [""]
-    for part, piece in enumerate(pieces):
-        numbered = {**metadata, "part": part} if len(pieces) > 1 else metadata
+    if "images" in metadata:
+        pieces = keep_links(text, pieces)
+    for part, (piece, own) in enumerate(zip(pieces, deal_images(pieces, metadata), strict=True)):
+        numbered = {**own, "part": part} if len(pieces) > 1 else own
         clean = piece.strip("\n") if source.kind == "code" else piece.strip()
         yield make_document(clean, source=source.name, domain=source.domain, language=language, metadata=numbered)
