@@ -115,6 +115,9 @@ class _Reader:
             self.parts.append(text)
             self.links += len(text) if self.in_link else 0
             return
+        if not text.strip() and not self.parts:
+            self.blank = self.blank or text.count("\n") > 1
+            return
         for number, line in enumerate(text.split("\n")):
             if number:
                 blank = not self.parts or not "".join(self.parts).strip()
@@ -125,6 +128,9 @@ class _Reader:
 
     def flush(self) -> None:
         """End the block that is open."""
+        if not self.parts:
+            self.kind = "li" if self.lists and self.kind == "li" else "line"
+            return
         raw = html.unescape("".join(self.parts))
         text = raw.strip("\n") if self.kind == "pre" else _TABS.sub("\t", raw).strip(" \n\u200b\u00a0")
         if text.strip():
@@ -146,9 +152,7 @@ class _Reader:
         name, opens = found.group(1), tag[1] != "/"
         if name == "a":
             self.in_link = opens
-        elif name == "br":
-            self.parts.append("")
-        else:
+        elif name != "br":
             self.flush()
             self.in_link = False  # some links are never closed
             if name in ("ul", "ol"):
@@ -165,8 +169,8 @@ class _Reader:
 def read_blocks(page: str) -> list[Block]:
     """The blocks of reduced HTML, in order."""
     reader = _Reader()
-    for part in _TAG.split(page):
-        if part.startswith("<") and _TAG.fullmatch(part):
+    for number, part in enumerate(_TAG.split(page)):
+        if number % 2:
             reader.tag(part)
         elif part:
             reader.text(part)
@@ -274,7 +278,7 @@ def _is_below(block: Block) -> bool:
         return True
     if block.words < 12 and (_BYLINE.search(block.text) or _MORE.search(block.text)):
         return True
-    return block.words < 3 and not _ENDED.search(block.text)
+    return block.words < 3 and block.kind != "li" and not _ENDED.search(block.text)
 
 
 def _is_inside(block: Block) -> bool:

@@ -59,7 +59,7 @@ def mark_pictures(tree: Any, html: str, url: str) -> Pictures:
         place = _place(element)
         if entry is None or place.parent is None:
             continue
-        place.parent.replace_child(tree.create_text_node(f" {prefix}{len(entries)}z "), place)
+        place.parent.insert_before(tree.create_text_node(f" {prefix}{len(entries)}z "), place)
         entries.append(entry)
     return Pictures(prefix, tuple(entries))
 
@@ -70,7 +70,13 @@ def _base(tree: Any, url: str) -> str:
 
 
 def _place(element: Any) -> Any:
-    """The picture, or the link around it when that holds nothing else: bare links are taken for menus."""
+    """Before what the mark is put: the picture, its figure, or the link around it when that holds nothing else.
+
+    resiliparse leaves out figures, and takes bare links for menus.
+    """
+    figure = element.closest("figure")
+    if figure is not None:
+        return figure
     link = element.closest("a")
     return element if link is None or link.text.strip() else link
 
