@@ -26,43 +26,50 @@ _TOP = 40
 _HAN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 _ENDED = re.compile(r"[.!?…。！？；;][\"'”’»」』）)\]\s\d]*$")
 _MARKS = re.compile(r"[.!?。！？](?=[\s\"'”’」』）)]|$|[^\x00-\x7f])")
-_MONTH = (
-    r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*|(?:janvier|février|mars|avril|mai|juin|juillet|août|"
-    r"enero|febrero|marzo|abril|mayo|junio|julio|agosto|septiembre|octubre|noviembre|diciembre|januar|februar|märz|"
-    r"juni|juli|oktober|dezember|janeiro|fevereiro|março|maio|junho|julho|setembro|outubro|novembro|dezembro)"
+_MONTHS = (
+    "jan[a-z]*|feb[a-z]*|mar[a-z]*|apr[a-z]*|may|jun[a-z]*|jul[a-z]*|aug[a-z]*|sep[a-z]*|oct[a-z]*|nov[a-z]*|dec[a-z]*"
+    "|janvier|février|avril|mai|juin|juillet|août|enero|abril|mayo|agosto|januar|märz|oktober|dezember|janeiro|fevereiro"
+    "|março|maio|junho|julho|setembro|outubro|dezembro"
 )
 _DATE = re.compile(
-    rf"\b(?:\d{{1,2}}(?:st|nd|rd|th|\.)?\s+(?:de\s+)?{_MONTH}\b|{_MONTH}\.?\s+\d{{1,2}}\b|\d{{4}}[-/.年]\s?\d{{1,2}}[-/.月]|"
-    rf"\d{{1,2}}[-/.]\d{{1,2}}[-/.]\d{{2,4}}|\d+\s+(?:minutes?|hours?|days?|weeks?|months?|years?)\s+ago)",
+    rf"\b(?:\d{{1,2}}(?:st|nd|rd|th|\.)?\s+(?:de\s+)?(?:{_MONTHS})\b|(?:{_MONTHS})\.?\s+\d{{1,2}}\b"
+    r"|\d{4}[-/.年]\s?\d{1,2}[-/.月]|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}"
+    r"|\d+\s+(?:minutes?|hours?|days?|weeks?|months?|years?)\s+ago)",
     re.IGNORECASE,
 )
 _BYLINE = re.compile(
-    r"^(?:(?:written|posted|published|updated|last updated|photographed)\b|(?:photos?|images?|pictures?|story|words|source"
-    r"|credits?|text|author|date)(?:\s*:|\s+by\b|\s+credits?\b)|by[ :]+(?:[A-Z]|$)|by:?$|por[ :]|par[ :]|von[ :]"
+    r"^(?:(?:written|posted|published|updated|last updated|photographed)\b"
+    r"|(?:photos?|images?|pictures?|story|words|source|credits?|text|author|date)(?:\s*:|\s+by\b|\s+credits?\b)"
+    r"|by[ :]|by$|por[ :]|par[ :]|von[ :]"
     r"|作者|来源|來源|编辑|責任編輯|责任编辑|记者|發布|发布|发表|时间|日期|浏览|阅读|点击)",
     re.IGNORECASE,
 )
 _FURNITURE = re.compile(
     r"all rights reserved|copyright\s|©|\(c\)\s*\d{4}|terms (?:of|and) (?:use|service|conditions)|privacy policy"
-    r"|cookie (?:policy|settings)|uses? cookies|sign ?up (?:for|to|now)|subscribe|newsletter|follow (?:us|me|@)|like us on|share (?:this|on|via)|click here to"
-    r"|tweet this|e-?mail this|print this|log ?in to|sign ?in to|register to|leave a (?:comment|reply)|post a comment"
-    r"|comments? (?:are )?closed|add a comment|^advertisement|sponsored (?:by|links?|content)"
-    r"|filed under|posted in|^tagged|tagged (?:with|in|as)|tags?:|categor(?:y|ies):"
+    r"|cookie (?:policy|settings)|uses? cookies|sign ?up (?:for|to|now)|subscribe|newsletter|follow (?:us|me|@)"
+    r"|like us on|share (?:this|on|via)|click here to|tweet this|e-?mail this|print this|log ?in to|sign ?in to"
+    r"|register to|leave a (?:comment|reply)|post a comment|comments? (?:are )?closed|add a comment|^advertisement"
+    r"|sponsored (?:by|links?|content)|filed under|posted in|^tagged|tagged (?:with|in|as)|tags?:|categor(?:y|ies):"
     r"|skip to|back to top|your e-?mail|download (?:our|the) app|read more (?:at|about|on)"
     r"|版权|版權|转载|轉載|免责|责任编辑|關注|关注我们|扫一扫|微信|上一篇|下一篇|相关阅读|相关新闻|関連記事|スポンサー|コメント",
     re.IGNORECASE,
 )
+_KINDS = (
+    "articles?|stories|story|posts?|content|news|links?|topics?|reading|videos?|coverage|items?|products?|headlines?"
+    "|comments?"
+)
 _MORE = re.compile(
-    r"^\W*(?:(?:related|recommended|popular|trending|latest|recent|similar|featured|sponsored|other|further)\s+"
-    r"(?:articles?|stories|story|posts?|content|news|links?|topics?|reading|videos?|coverage|items?|products?|headlines?)?"
-    r"|more (?:from|in|on|stories|news|articles|like|about|posts)|read (?:more|next|also)|see (?:more|also)|also (?:read|on|see)"
-    r"|don'?t miss|you (?:may|might) (?:also|like)|most (?:read|popular|viewed|shared|recent)|what to read"
-    r"|(?:\d+ )?comments?\b|(?:\d+ )?responses?\b|leave a|about the author|about us|share this|tags?\b|topics?\b|trackbacks"
-    r"|references$|external links|see all|next:|previous:|next (?:post|article)|previous (?:post|article)|newsletter"
-    r"|相关|相關|推荐|推薦|热门|熱門|関連|おすすめ|人気|评论|評論|コメント)",
+    rf"^\W*(?:(?:related|recommended|popular|trending|latest|recent|similar|featured|sponsored|other|further)\W+(?:{_KINDS})"
+    r"|(?:related|recommended|trending)\W*$|more (?:from|in|on|stories|news|articles|like|about|posts)|don'?t miss"
+    r"|read (?:more|next|also)|see (?:more|also)|also (?:read|on|see)|you (?:may|might) (?:also|like)|what to read"
+    r"|most (?:read|popular|viewed|shared|recent)|(?:\d+ )?(?:comments?|responses?)\b|leave a|about the author|about us"
+    r"|share this|tags?\b|topics?\b|trackbacks|references$|external links|see all|next:|previous:|newsletter"
+    r"|(?:next|previous) (?:post|article)|相关|相關|推荐|推薦|热门|熱門|関連|おすすめ|人気|评论|評論|コメント)",
     re.IGNORECASE,
 )
-_ADS = re.compile(r"advertisement|sponsored(?: links?)?|text size|loading|share|print|スポンサードリンク|广告|廣告", re.I)
+_ADS = re.compile(
+    r"advertisement|sponsored(?: links?)?|text size|loading|share|print|スポンサードリンク|广告|廣告", re.I
+)
 
 
 @dataclass(slots=True)
@@ -188,6 +195,7 @@ def write_text(blocks: Sequence[Block]) -> str:
 
 # ---- choosing
 
+
 def main_blocks(blocks: Sequence[Block], title: str = "") -> list[Block]:
     """The blocks between the title, byline and date above and the tags, links and rights below.
 
@@ -276,7 +284,7 @@ def _is_below(block: Block) -> bool:
         return True
     if block.words < 50 and _FURNITURE.search(block.text):
         return True
-    if block.words < 12 and (_BYLINE.search(block.text) or _MORE.search(block.text)):
+    if block.words < 12 and not _is_prose(block) and (_BYLINE.search(block.text) or _MORE.search(block.text)):
         return True
     return block.words < 3 and block.kind != "li" and not _ENDED.search(block.text)
 

@@ -70,7 +70,7 @@ class Killable(Generic[A, R]):
     def __init__(
         self,
         function: Callable[[A], R],
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        limits: Limits = Limits(),
         *,
         prepare: Callable[[], object] | None = None,
         passes: tuple[type[Exception], ...] = (),

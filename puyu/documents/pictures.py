@@ -52,7 +52,8 @@ class Pictures:
 def mark_pictures(tree: Any, html: str, url: str) -> Pictures:
     """Put a mark in the place of each picture of the tree (of the page `html`, whose address is `url`)."""
     number = next(number for number in range(len(html) + 1) if f"picture{number}n" not in html)
-    prefix, entries = f"picture{number}n", []
+    prefix = f"picture{number}n"
+    entries: list[Mapping[str, str]] = []
     base = _base(tree, url)
     for element in tree.document.query_selector_all("img") if tree.document else []:
         entry = _entry(element, base)

@@ -254,9 +254,7 @@ def _read_answer(
     yield from _documents(source, normalize(text), metadata)
 
 
-def _read_jsonl(
-    source: SourceConfig, member: Member, quarantine: Quarantine, report: ReadReport
-) -> Iterator[Document]:
+def _read_jsonl(source: SourceConfig, member: Member, quarantine: Quarantine, report: ReadReport) -> Iterator[Document]:
     wanjuan = source.kind == "wanjuan"
     for number, offset, line in _lines(member, quarantine):
         value: Any = None

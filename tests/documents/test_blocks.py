@@ -38,7 +38,15 @@ def test_links_that_are_never_closed_end_with_their_block():
 
 @pytest.mark.parametrize(
     "above",
-    ["By Jane Doe", "October 9, 2018", "2018年10月9日 来源：新华网", "Posted in News", "Home", "5 hours ago", "Photo: AP"],
+    [
+        "By Jane Doe",
+        "October 9, 2018",
+        "2018年10月9日 来源：新华网",
+        "Posted in News",
+        "Home",
+        "5 hours ago",
+        "Photo: AP",
+    ],
 )
 def test_what_stands_above_the_first_paragraph_goes(above):
     assert kept(Block("h1", "The title"), Block("p", above), Block("p", PROSE), title="The title") == [PROSE]
@@ -101,4 +109,9 @@ def test_what_two_extractors_say():
         *[Block("p", "[1] A note on the text"), Block("p", "© 2019 The Paper")],
     ]
     other = f"Title\n{PROSE}\n[1] A note on the text\n© 2019 The Paper"
-    assert [block.text for block in agreed_blocks(blocks, "Title", other)] == [PROSE, MORE, "Notes", "[1] A note on the text"]
+    assert [block.text for block in agreed_blocks(blocks, "Title", other)] == [
+        PROSE,
+        MORE,
+        "Notes",
+        "[1] A note on the text",
+    ]

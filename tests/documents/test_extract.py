@@ -78,9 +78,11 @@ def test_quoted_posts_are_text():
 PICTURES = """<html><head><base href="/b/"></head><body><img src="logo.png"><main><article><h1>How it works</h1>
 <figure><a href="/large"><img src="a b.jpg" alt="A [first] one" width="640" height="480px"></a>
 <figcaption>Below it</figcaption></figure>
-<p>The first paragraph tells what the page is about. <img data-src="//cdn.org/c.png" src="data:image/gif;base64,R0"> It goes on.</p>
+<p>The first paragraph tells what the page is about.
+<img data-src="//cdn.org/c.png" src="data:image/gif;base64,R0"> It goes on.</p>
 <p>The second paragraph has a counter. <img src="count.gif" width="1" height="1"> It goes on too.</p>
-<p>The last paragraph has the first picture again. <img src="a b.jpg"> And then it ends.</p></article></main></body></html>"""
+<p>The last paragraph has the first picture again. <img src="a b.jpg"> And then it ends.</p>
+</article></main></body></html>"""
 
 
 def test_pictures_stay_in_their_place():
@@ -103,9 +105,7 @@ def test_pictures_are_left_out_unless_wanted():
 
 def test_marks_of_pictures_are_no_words_of_the_page():
     html = "<main><p>The word picture0n0z stands here as it is. <img src='a.jpg'> Nobody knows why.</p></main>"
-    assert page(html, images=True).text == (
-        "The word picture0n0z stands here as it is. ![](a.jpg) Nobody knows why."
-    )
+    assert page(html, images=True).text == ("The word picture0n0z stands here as it is. ![](a.jpg) Nobody knows why.")
 
 
 def test_pages_with_pictures_become_records(tmp_path):
