@@ -21,6 +21,8 @@ _NAME = re.compile(r"</?(\w+)")
 _TABS = re.compile(r"[ \t]*\t[ \t]*(?=\S)")
 _WORD = re.compile(r"[^\W_]+")
 _SHINGLE = 4
+_SHORT_HEADING = 3
+"""Words; longer ones under the title are standfirsts."""
 _TOP = 40
 """The title is looked for among this many blocks."""
 _HAN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
@@ -115,6 +117,8 @@ class _Reader:
     in_link: bool = False
     lists: list[int] = field(default_factory=list)
     """For each open list the number of its next item; 0 for bullets."""
+    new_item: bool = False
+    """Whether nothing of the item that is open was written."""
     blank: bool = True
 
     def text(self, text: str) -> None:
@@ -136,7 +140,7 @@ class _Reader:
     def flush(self) -> None:
         """End the block that is open."""
         if not self.parts:
-            self.kind = "li" if self.lists and self.kind == "li" else "line"
+            self.kind = "line"
             return
         raw = html.unescape("".join(self.parts))
         text = raw.strip("\n") if self.kind == "pre" else _TABS.sub("\t", raw).strip(" \n\u200b\u00a0")
@@ -144,10 +148,14 @@ class _Reader:
             gap = self.blank if self.kind in ("line", "li") else True
             self.blocks.append(Block(self.kind, text, self.links, self._lead() if self.kind == "li" else "", gap))
             self.blank = self.kind not in ("line", "li")
-        self.parts, self.links, self.kind = [], 0, "li" if self.lists and self.kind == "li" else "line"
+        self.parts, self.links, self.kind = [], 0, "line"
 
     def _lead(self) -> str:
+        """A bullet or a number for the first block of an item, blanks for the others."""
         indent = "  " * max(len(self.lists), 1)
+        if not self.new_item:
+            return f"{indent}  "
+        self.new_item = False
         if not self.lists or not self.lists[-1]:
             return f"{indent}• "
         self.lists[-1] += 1
@@ -162,15 +170,20 @@ class _Reader:
         elif name != "br":
             self.flush()
             self.in_link = False  # some links are never closed
+            self.kind = name if opens else "line"
             if name in ("ul", "ol"):
-                self.blank = True
-                if opens:
-                    self.lists.append(int(name == "ol"))
-                elif self.lists:
-                    self.lists.pop()
-                self.kind = "line"
-            else:
-                self.kind = name if opens else "line"
+                self._list(name, opens)
+            elif name == "li":
+                self.new_item = opens
+            elif name == "p" and opens and self.lists:
+                self.kind = "li"
+
+    def _list(self, name: str, opens: bool) -> None:
+        self.blank, self.kind = True, "line"
+        if opens:
+            self.lists.append(int(name == "ol"))
+        elif self.lists:
+            self.lists.pop()
 
 
 def read_blocks(page: str) -> list[Block]:
@@ -211,6 +224,8 @@ def main_blocks(blocks: Sequence[Block], title: str = "") -> list[Block]:
         start += 1
     while end > start and _is_below(found[end - 1]):
         end -= 1
+    if titled and start and found[start - 1].is_heading and found[start - 1].words <= _SHORT_HEADING:
+        start -= 1
     pictures = [block for block in found[:start] if block.pictures and titled]
     return [*pictures, *(block for block in found[start:end] if not _is_inside(block))]
 
@@ -313,7 +328,8 @@ def after_title(blocks: Sequence[Block], title: str) -> list[Block]:
 
 def _is_title(block: Block, wanted: str) -> bool:
     text = _plain(block.text)
-    return text == wanted or (block.is_heading and len(text) > 20 and (text in wanted or wanted in text))
+    part = block.is_heading and min(len(text), len(wanted)) > 20 and (text in wanted or wanted in text)
+    return text == wanted or part
 
 
 def _before_more(blocks: list[Block]) -> list[Block]:

@@ -115,3 +115,14 @@ def test_what_two_extractors_say():
         "Notes",
         "[1] A note on the text",
     ]
+
+
+def test_paragraphs_of_an_item_belong_to_it():
+    page = "<ol>\n  <li>\n\n  <p>one </p>\n\n  <p>more </p></li>\n  <li>two\n  <ul>\n    <li>in</li>\n  </ul></li>\n</ol>"
+    assert write_text(read_blocks(page)) == "  1. one\n\n    more\n  2. two\n\n    • in"
+
+
+def test_a_short_heading_under_the_title_stays():
+    under = [Block("h2", "A standfirst that says once more what the title has said"), Block("h2", "Overview")]
+    assert kept(Block("h1", "T"), *under, Block("p", PROSE), title="T") == ["Overview", PROSE]
+    assert kept(*under, Block("p", PROSE), title="T") == [PROSE]

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from puyu.documents.killable import Failed, Killable, Limits
+from puyu.documents.readers import SourceConfig, read
 from puyu.errors import DependencyError, PuyuError
+from puyu.files import BadRecord
 from tests.conftest import ROOT
+from tests.documents.test_books import pdf
 
 LIMITS = Limits(seconds=20, memory_mib=256)
 _KEPT: list[bytearray] = []
@@ -170,3 +173,20 @@ def test_a_child_does_not_outlive_its_parent(state):
         while not _ended(child) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert _ended(child)
+
+
+@pytest.mark.parametrize(
+    ("limits", "reasons"),
+    [({"page_seconds": 1e-9}, {"timeout"}), ({"page_memory_mib": 1}, {"memory", "crashed"}), ({}, set())],
+)
+def test_a_pdf_over_its_limits_is_quarantined(tmp_path, monkeypatch, limits, reasons):
+    """PDFium in its child: a limit that nothing keeps costs each file, and no more than the files."""
+    monkeypatch.setattr("puyu.documents.pdf._SECONDS_PER_MIB", 0.0)
+    for name in "ab":
+        (tmp_path / f"{name}.pdf").write_bytes(pdf("One page. " * 20_000 if limits else "One page."))
+    (tmp_path / "c.txt").write_text("A text.")
+    bad: list[BadRecord] = []
+    documents = list(read(SourceConfig(name="papers", path=str(tmp_path), kind="files", **limits), bad.append))
+    assert [document.text for document in documents] == ([] if limits else ["One page."] * 2) + ["A text."]
+    assert len(bad) == (2 if limits else 0)
+    assert {row.reason.partition(":")[0] for row in bad} <= reasons
