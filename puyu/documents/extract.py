@@ -33,6 +33,8 @@ _SKIP += [".cookie-banner", ".social-share", ".comments", ".related", ".newslett
 _SKIP += ["figcaption", "[class*=caption]", "[class*=byline]", "[class*=copyright]"]
 # A quoted post is text; resiliparse takes everything of this class for a share button.
 _QUOTED = ("twitter-tweet", "quoted-post")
+_MANY_TAGS = 4000
+_DEEP = 1000
 _ENOUGH = 0.3
 """Less than this share of the other extractor's text means that the tree was misread: its text is taken."""
 
@@ -94,7 +96,7 @@ def page(
     tree = _resiliparse().HTMLTree.parse(text.replace(*_QUOTED))
     title = _title(tree)
     pictures = mark_pictures(tree, text, url) if images else Pictures()
-    blocks = _blocks(tree)
+    blocks = _blocks(tree, deep=_is_deep(text, tree))
     for block in blocks:
         block.pictures = pictures.stand_in(block.text)
     if extract == "fast":
@@ -111,11 +113,18 @@ def _page(title: str, text: str, pictures: Pictures) -> Page:
     return Page(title, linked, entries)
 
 
-def _blocks(tree: Any) -> list[Block]:
-    """What resiliparse takes for the main content."""
+def _is_deep(html: str, tree: Any) -> bool:
+    """Whether elements stand in each other as no page's do: the search for the main content is quadratic in depth."""
+    if html.count("<") <= _MANY_TAGS or tree.document is None:
+        return False
+    return tree.document.query_selector(" > ".join(["*"] * _DEEP)) is not None
+
+
+def _blocks(tree: Any, *, deep: bool) -> list[Block]:
+    """What resiliparse takes for the main content, and all of a page that is too deep for that."""
     main = _resiliparse().extract_plain_text(
         tree,
-        main_content=True,
+        main_content=not deep,
         preserve_formatting="minimal_html",
         alt_texts=False,
         links=True,
@@ -140,7 +149,7 @@ def whole_page(html: bytes) -> str:
 def _title(tree: Any) -> str:
     """The first `h1` that the `title` element repeats, else the first, else the `title` without the site's name."""
     document = tree.document
-    found = document.query_selector_all("h1") if document else []
+    found = document.query_selector_all("h1")[:] if document else []  # its iterator is quadratic
     headings = [text for text in (" ".join(h.text.replace("¶", "").split()) for h in found) if text]
     stated = " ".join((tree.title or "").split())
     repeated = [text for text in headings if len(text) > 3 and text.lower() in stated.lower()]

@@ -55,7 +55,7 @@ def mark_pictures(tree: Any, html: str, url: str) -> Pictures:
     prefix = f"picture{number}n"
     entries: list[Mapping[str, str]] = []
     base = _base(tree, url)
-    for element in tree.document.query_selector_all("img") if tree.document else []:
+    for element in tree.document.query_selector_all("img")[:] if tree.document else []:
         entry = _entry(element, base)
         place = _place(element)
         if entry is None or place.parent is None:

@@ -118,7 +118,9 @@ def test_what_two_extractors_say():
 
 
 def test_paragraphs_of_an_item_belong_to_it():
-    page = "<ol>\n  <li>\n\n  <p>one </p>\n\n  <p>more </p></li>\n  <li>two\n  <ul>\n    <li>in</li>\n  </ul></li>\n</ol>"
+    page = (
+        "<ol>\n  <li>\n\n  <p>one </p>\n\n  <p>more </p></li>\n  <li>two\n  <ul>\n    <li>in</li>\n  </ul></li>\n</ol>"
+    )
     assert write_text(read_blocks(page)) == "  1. one\n\n    more\n  2. two\n\n    • in"
 
 

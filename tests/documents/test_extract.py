@@ -68,6 +68,14 @@ def test_the_title_is_the_heading_that_the_page_repeats():
     assert page("<title>A page | Site</title><p>Text.</p>").title == "A page"
 
 
+def test_pages_that_are_built_to_take_for_ever_do_not():
+    deep = "<div>" * 30_000 + "Down here." + "</div>" * 30_000
+    assert page(deep).text == "Down here."
+    many = "<main>" + "<p>Some words stand here. <img src='a.jpg'></p>" * 2_000
+    assert page(many, images=True).text.count("![](a.jpg)") == 2_000
+    assert page("<h1>x</h1>" * 2_000).title == "x"
+
+
 def test_quoted_posts_are_text():
     html = f"<main><p>{EN['first']}</p><blockquote class='twitter-tweet'><p>{EN['last']}</p></blockquote></main>"
     assert EN["last"] in page(html).text
