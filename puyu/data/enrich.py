@@ -29,11 +29,10 @@ from pydantic import Field
 
 from puyu.configure import Config
 from puyu.data.corpus import in_batches
-from puyu.data.dedup import ExactDedup, NearConfig, NearDedup
+from puyu.data.dedup import ExactDedup, NearConfig, NearDedup, drops_among
 from puyu.data.hashed import Plan, Shape, Weights, features, margins, train
 from puyu.documents.characters import folded
 from puyu.documents.document import Document
-from puyu.documents.stages import GroupStage
 from puyu.errors import InputError
 from puyu.files import hash_json
 from puyu.types import Embedder
@@ -193,18 +192,18 @@ def _copies(
     seeds: Sequence[str], found: Sequence[Document], values: Sequence[float], config: EnrichConfig
 ) -> dict[str, str]:
     """Id -> what it is a copy of, equal or near: a seed, or a better one."""
-    first = [Document(f"seed {at}", seed, "", "") for at, seed in enumerate(seeds)]
-    scores = [{"quality": np.inf}] * len(first) + [{"quality": value} for value in values]
+    texts = [*seeds, *(document.text for document in found)]
+    rows = [Document(f"{at:032x}", text, "", "") for at, text in enumerate(texts)]  # of equals the first stays
+    scores = [{"quality": np.inf}] * len(seeds) + [{"quality": value} for value in values]
     drops: dict[str, str] = {}
-    stages: tuple[GroupStage[Any], ...] = (ExactDedup(), NearDedup(NearConfig(threshold=config.near)))
-    for stage in stages:
-        alive = [pair for pair in zip([*first, *found], scores, strict=True) if pair[0].id not in drops]
-        decided = stage.decide(stage.keys([document for document, _ in alive], [row for _, row in alive]))
+    for stage in (ExactDedup(), NearDedup(NearConfig(threshold=config.near))):
+        alive = [pair for pair in zip(rows, scores, strict=True) if pair[0].id not in drops]
+        decided = drops_among(stage, [row for row, _ in alive], [value for _, value in alive])
         drops |= {
-            id: "copy_of_seed" if drop.of.startswith("seed ") else "copy_of_better" for id, drop in decided.items()
+            id: "copy_of_seed" if int(drop.of, 16) < len(seeds) else "copy_of_better" for id, drop in decided.items()
         }
-    ids = {document.id for document in found}
-    return {id: why for id, why in drops.items() if id in ids}
+    own = {rows[len(seeds) + at].id: document.id for at, document in enumerate(found)}
+    return {own[id]: why for id, why in drops.items() if id in own}
 
 
 def _candidates(corpus: Corpus, taken: set[str], seeds: Sequence[str]) -> list[str]:

@@ -3,24 +3,40 @@
     >>> page(b"<html><head><title>A</title></head><body><p>Some text.</p></body></html>").title
     'A'
 
-The tree and the main-content heuristics are resiliparse's (Bevendorff et al., ECIR 2018); nothing is rendered and
-nothing is fetched. Bytes that do not fit their declared encoding are refused: the reader quarantines the page.
+Two ways. `fast`: the tree and the main content are resiliparse's (Bevendorff et al., ECIR 2018), the blocks at its
+edges are judged by `blocks.main_blocks`. `precise`: the same, weighed block by block against what trafilatura finds
+(Barbaresi, ACL 2021), which runs in a child process that may be killed (`killable`): Failed tells why there is no text.
+Nothing is rendered and nothing is fetched. Bytes that do not fit their declared encoding are refused: the reader
+quarantines the page.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
-from puyu.errors import DependencyError
+from puyu.documents.blocks import Block, agreed_blocks, main_blocks, read_blocks, write_text
+from puyu.documents.killable import Killable, Limits
+from puyu.documents.pictures import Pictures, mark_pictures
+from puyu.errors import DependencyError, PuyuError
+
+Extract = Literal["fast", "precise"]
 
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?([\w-]{2,20})", re.IGNORECASE)
 # Web pages say gb2312 and gbk and mean the superset; latin-1 means windows-1252 (WHATWG encoding standard).
 _WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "iso-8859-1": "cp1252", "latin-1": "cp1252", "ascii": "cp1252"}
-_TABS = re.compile(r"[ \t]*\t[ \t]*(?=\S)")
 _SKIP = ["[aria-hidden=true]", "[role=navigation]", "[role=banner]", "button", ".headerlink"]
 _SKIP += [".cookie-banner", ".social-share", ".comments", ".related", ".newsletter"]
+_SKIP += ["figcaption", "[class*=caption]", "[class*=byline]", "[class*=copyright]"]
+# A quoted post is text; resiliparse takes everything of this class for a share button.
+_QUOTED = ("twitter-tweet", "quoted-post")
+_MANY_TAGS = 4000
+_DEEP = 1000
+_ENOUGH = 0.3
+"""Less than this share of the other extractor's text means that the tree was misread: its text is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +45,14 @@ class Page:
 
     title: str
     text: str
+    """Without the title."""
+    images: tuple[Mapping[str, str], ...] = ()
+    """Pictures that the text links to, as entries of an `img_list`."""
 
     def full_text(self) -> str:
         """The title above the text, unless the text begins with it."""
-        head = self.text[: len(self.title) + 40].lower()
-        if not self.title or self.title.lower() in head:
+        first = self.text.partition("\n")[0].strip()
+        if not self.title or first.lower() == self.title.lower():
             return self.text
         return f"{self.title}\n\n{self.text}" if self.text else ""
 
@@ -59,24 +78,62 @@ def decode_html(data: bytes, *, charset: str = "") -> str:
         return data.decode(_WIDER.get(guess.lower(), guess))
 
 
-def page(html: bytes | str, *, charset: str = "") -> Page:
-    """Title and main text; `charset` is what the server declared. Raises UnicodeDecodeError for bytes that fit no
-    encoding."""
+def page(
+    html: bytes | str,
+    *,
+    charset: str = "",
+    extract: Extract = "fast",
+    images: bool = False,
+    url: str = "",
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+) -> Page:
+    """Title and main text; `charset` is what the server declared.
+
+    `images`: pictures stay in their place as markdown links; their addresses are made absolute with `url`, the page's.
+    Raises UnicodeDecodeError for bytes that fit no encoding, and Failed (precise only).
+    """
     text = html if isinstance(html, str) else decode_html(html, charset=charset)
-    extractor = _resiliparse()
-    tree = extractor.HTMLTree.parse(text)
-    main = extractor.extract_plain_text(
+    tree = _resiliparse().HTMLTree.parse(text.replace(*_QUOTED))
+    title = _title(tree)
+    pictures = mark_pictures(tree, text, url) if images else Pictures()
+    blocks = _blocks(tree, deep=_is_deep(text, tree))
+    for block in blocks:
+        block.pictures = pictures.stand_in(block.text)
+    if extract == "fast":
+        return _page(title, write_text(main_blocks(blocks, title)), pictures)
+    other = _other_extractor(limits)(text)
+    found = write_text(agreed_blocks(blocks, title, other) if other else main_blocks(blocks, title))
+    if len(found) < _ENOUGH * len(other):
+        return Page(title, other.strip())
+    return _page(title, found, pictures)
+
+
+def _page(title: str, text: str, pictures: Pictures) -> Page:
+    linked, entries = pictures.link(text)
+    return Page(title, linked, entries)
+
+
+def _is_deep(html: str, tree: Any) -> bool:
+    """Whether elements stand in each other as no page's do: the search for the main content is quadratic in depth."""
+    if html.count("<") <= _MANY_TAGS or tree.document is None:
+        return False
+    return tree.document.query_selector(" > ".join(["*"] * _DEEP)) is not None
+
+
+def _blocks(tree: Any, *, deep: bool) -> list[Block]:
+    """What resiliparse takes for the main content, and all of a page that is too deep for that."""
+    main = _resiliparse().extract_plain_text(
         tree,
-        main_content=True,
-        preserve_formatting=True,
+        main_content=not deep,
+        preserve_formatting="minimal_html",
         alt_texts=False,
-        links=False,
+        links=True,
         form_fields=False,
         noscript=False,
         comments=False,
         skip_elements=_SKIP,
     )
-    return Page(_title(tree), _TABS.sub("\t", main).strip())
+    return read_blocks(main)
 
 
 def whole_page(html: bytes) -> str:
@@ -90,11 +147,36 @@ def whole_page(html: bytes) -> str:
 
 
 def _title(tree: Any) -> str:
-    """The first `h1`, else the `title` element without the site's name after a bar."""
-    heading = tree.document.query_selector("h1") if tree.document else None
-    if heading is not None and heading.text.strip():
-        return " ".join(heading.text.replace("¶", "").split())
-    return " ".join(re.split(r"\s[|–—]\s", tree.title or "")[0].split())
+    """The first `h1` that the `title` element repeats, else the first, else the `title` without the site's name."""
+    document = tree.document
+    found = document.query_selector_all("h1")[:] if document else []  # its iterator is quadratic
+    headings = [text for text in (" ".join(h.text.replace("¶", "").split()) for h in found) if text]
+    stated = " ".join((tree.title or "").split())
+    repeated = [text for text in headings if len(text) > 3 and text.lower() in stated.lower()]
+    if headings:
+        return (repeated or headings)[0]
+    return re.split(r"\s[|–—]\s", stated)[0]
+
+
+# ---- the other extractor, in a child
+
+
+@lru_cache(maxsize=1)
+def _other_extractor(limits: Limits) -> Killable[str, str]:
+    """One child for all pages, as long as the limits stay."""
+    return Killable(_trafilatura_text, limits, prepare=_trafilatura, passes=(PuyuError,))
+
+
+def _trafilatura_text(html: str) -> str:
+    return str(_trafilatura().extract(html, include_comments=False) or "")
+
+
+def _trafilatura() -> Any:
+    try:
+        import trafilatura
+    except ImportError as error:
+        raise DependencyError("extract: precise needs trafilatura", remedy="pip install 'puyu-llm[data]'") from error
+    return trafilatura
 
 
 @dataclass(frozen=True, slots=True)

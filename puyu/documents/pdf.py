@@ -4,23 +4,39 @@
 
 Text comes in the order in which the file has it. A word that was cut at the end of a line is joined, a line that was
 cut within a paragraph stays cut. Pictures are not read, so a scan gives no text; what needs a password or cannot be
-opened raises Unreadable with the reason.
+opened raises Unreadable with the reason. PDFium is C++ that reads what strangers wrote: it runs in a child process that
+may be killed, and Failed says when it hung, crashed or ate its memory (`killable`).
 """
 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 from puyu.documents.books import Book, Unreadable
-from puyu.errors import DependencyError
+from puyu.documents.killable import Killable, Limits
+from puyu.errors import DependencyError, PuyuError
 
 # PDFium marks a hyphen at the end of a line by U+FFFE (older ones by U+0002).
 _CUT_WORD = re.compile("[\ufffe\x02][ \t]*\n?")
 
 
-def pdf_text(data: bytes) -> Book:
-    """All pages, an empty line between them."""
+_SECONDS_PER_MIB = 1.0
+
+
+def pdf_text(data: bytes, *, limits: Limits = Limits()) -> Book:  # noqa: B008 - frozen
+    """All pages, an empty line between them. A large file has a second more for each MiB."""
+    return _child(limits)(data, seconds=limits.seconds + _SECONDS_PER_MIB * len(data) / 2**20)
+
+
+@lru_cache(maxsize=1)
+def _child(limits: Limits) -> Killable[bytes, Book]:
+    """One child for all files, as long as the limits stay."""
+    return Killable(_pages, limits, prepare=_pdfium, passes=(PuyuError, Unreadable))
+
+
+def _pages(data: bytes) -> Book:
     pdfium = _pdfium()
     try:
         document = pdfium.PdfDocument(data)

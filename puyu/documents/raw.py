@@ -84,7 +84,7 @@ def walk(source: SourceConfig, member: Member, quarantine: Quarantine) -> Iterat
             with open_packed(member) as stream:
                 for group, offset, size in row_groups(stream, member.label, quarantine):
                     yield Raw(member, group, offset, size)
-        elif source.kind == "jsonl" or member.suffix in (".jsonl", ".ndjson"):
+        elif source.kind in ("jsonl", "wanjuan") or member.suffix in (".jsonl", ".ndjson"):
             yield from _lines(member, quarantine)
         elif whole:
             yield Raw(member, 1, 0, member.size)

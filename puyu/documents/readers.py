@@ -21,6 +21,8 @@ from typing import Any
 from puyu.documents.books import Unreadable, book_text
 from puyu.documents.document import Document, make_document, normalize
 from puyu.documents.extract import decode_html, page
+from puyu.documents.interleaved import CONTENT, UNLINKED, deal_images, keep_links, problem, record_metadata, unlinked
+from puyu.documents.killable import Failed
 from puyu.documents.pdf import pdf_text
 from puyu.documents.raw import Raw, blocks, bytes_of, open_packed
 from puyu.documents.sources import BOOKS, PROGRAMMING, Member, ReadReport, SourceConfig, input_files
@@ -56,9 +58,9 @@ def parse(source: SourceConfig, raw: Raw, *, quarantine: Quarantine, report: Rea
         yield from _parse_record(source, raw, raw.payload, quarantine, report)
     elif source.kind == "parquet":
         yield from _parse_rows(source, raw, quarantine)
-    elif source.kind == "jsonl" or member.suffix in (".jsonl", ".ndjson"):
+    elif source.kind in ("jsonl", "wanjuan") or member.suffix in (".jsonl", ".ndjson"):
         assert raw.payload is not None
-        yield from _parse_line(source, raw, raw.payload, quarantine)
+        yield from _parse_line(source, raw, raw.payload, quarantine, report)
     elif raw.payload is not None:
         text = _decode_lines(raw.payload, raw, quarantine)
         whole = raw.ends and not raw.offset
@@ -110,9 +112,11 @@ def _read_code(source: SourceConfig, data: bytes, member: Member, quarantine: Qu
 
 def _read_book(source: SourceConfig, data: bytes, member: Member, quarantine: Quarantine) -> Iterator[Document]:
     try:
-        book = pdf_text(data) if member.suffix == ".pdf" else book_text(data, member.suffix)
-    except Unreadable as error:
-        quarantine(BadRecord(member.label, 0, 0, f"record: {error}", ""))
+        pdf = member.suffix == ".pdf"
+        book = pdf_text(data, limits=source.limits()) if pdf else book_text(data, member.suffix)
+    except (Unreadable, Failed) as error:
+        reason = str(error) if isinstance(error, Failed) else f"record: {error}"
+        quarantine(BadRecord(member.label, 0, 0, reason, ""))
         return
     metadata = {"path": member.origin, "title": book.title} if book.title else {"path": member.origin}
     yield from _documents(source, normalize(book.text), metadata)
@@ -143,13 +147,19 @@ def _read_page(
     *,
     charset: str = "",
 ) -> Iterator[Document]:
+    url, limits = str(metadata.get("url", "")), source.limits()
     try:
-        found = page(data, charset=charset)
+        found = page(data, charset=charset, extract=source.extract, images=source.images, url=url, limits=limits)
     except UnicodeDecodeError as error:
         assert isinstance(data, bytes)
         quarantine(_bad_bytes(label, data, error))
         return
+    except Failed as failure:
+        quarantine(BadRecord(label, 0, 0, str(failure), url[:80]))
+        return
     named = {**metadata, "title": found.title} if found.title else metadata
+    if source.images:
+        named = {**named, "images": [dict(image) for image in found.images]}
     yield from _documents(source, normalize(found.full_text()), named)
 
 
@@ -166,14 +176,14 @@ def _parse_record(
     if isinstance(answer, str):
         report.records_not_selected[answer] += 1
         return
-    place: Quarantine = partial(_quarantine_at, quarantine, found.offset)
+    place: Quarantine = partial(_quarantine_at, quarantine, 0, found.offset)
     metadata = {"path": raw.member.origin, "url": found.url, "date": found.date}
     yield from _read_answer(source, answer, label, metadata, place)
 
 
-def _quarantine_at(quarantine: Quarantine, offset: int, bad: BadRecord) -> None:
+def _quarantine_at(quarantine: Quarantine, line: int, offset: int, bad: BadRecord) -> None:
     """What is wrong inside a record is said of where the record begins."""
-    quarantine(replace(bad, line=0, offset=offset))
+    quarantine(replace(bad, line=line, offset=offset))
 
 
 def _content(found: Record) -> Answer | str:
@@ -203,18 +213,33 @@ def _read_answer(
     yield from _documents(source, normalize(text), metadata)
 
 
-def _parse_line(source: SourceConfig, raw: Raw, line: bytes, quarantine: Quarantine) -> Iterator[Document]:
+def _parse_line(
+    source: SourceConfig, raw: Raw, line: bytes, quarantine: Quarantine, report: ReadReport
+) -> Iterator[Document]:
+    wanjuan = source.kind == "wanjuan"
     value: Any = None
     try:
         value = json.loads(line.decode("utf-8"))
-        problem = _problem(value, source.text_field)
+        wrong = _problem(value, CONTENT if wanjuan else source.text_field)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        problem = f"{'encoding' if isinstance(error, UnicodeDecodeError) else 'json'}: {error}"
-    if problem:
-        head = line[:80].decode("utf-8", "replace")
-        quarantine(BadRecord(raw.member.label, raw.number, raw.offset, problem, head))
+        wrong = f"{'encoding' if isinstance(error, UnicodeDecodeError) else 'json'}: {error}"
+    if wanjuan and not wrong:
+        value[CONTENT] = normalize(value[CONTENT])
+        wrong = problem(value)
+    place: Quarantine = partial(_quarantine_at, quarantine, raw.number, raw.offset)
+    if wrong:
+        place(BadRecord(raw.member.label, 0, 0, wrong, line[:80].decode("utf-8", "replace")))
+    elif wanjuan:
+        yield from _read_wanjuan(source, value, report)
     else:
-        yield from _record(source, value, raw.member.label, quarantine)
+        yield from _record(source, value, raw.member.label, place)
+
+
+def _read_wanjuan(source: SourceConfig, value: dict[str, Any], report: ReadReport) -> Iterator[Document]:
+    metadata = record_metadata(value)
+    if lost := len(unlinked(value[CONTENT], metadata.get("images", ()))):
+        report.records_not_selected[UNLINKED] += lost
+    yield from _documents(source, value[CONTENT], metadata)
 
 
 def _problem(value: Any, text_field: str) -> str:
@@ -242,7 +267,9 @@ def _documents(source: SourceConfig, text: str, metadata: dict[str, Any]) -> Ite
     """One document, or numbered parts of a long text. An empty text is a document too: the rules will drop it."""
     language = source.language or ("code" if source.kind == "code" else "")
     pieces = split(text, source.max_characters) or [""]
-    for part, piece in enumerate(pieces):
-        numbered = {**metadata, "part": part} if len(pieces) > 1 else metadata
+    if "images" in metadata:
+        pieces = keep_links(text, pieces)
+    for part, (piece, own) in enumerate(zip(pieces, deal_images(pieces, metadata), strict=True)):
+        numbered = {**own, "part": part} if len(pieces) > 1 else own
         clean = piece.strip("\n") if source.kind == "code" else piece.strip()
         yield make_document(clean, source=source.name, domain=source.domain, language=language, metadata=numbered)

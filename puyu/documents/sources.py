@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Literal
 
 from puyu.configure import Config
+from puyu.documents.extract import Extract
+from puyu.documents.killable import Limits
 from puyu.errors import InputError
 from puyu.files import BadRecord, Quarantine
 
-Kind = Literal["html", "text", "jsonl", "code", "warc", "parquet", "files"]
+Kind = Literal["html", "text", "jsonl", "code", "warc", "parquet", "files", "wanjuan"]
 
 PROGRAMMING = {
     ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".hpp": "cpp", ".cu": "cuda", ".cs": "csharp", ".go": "go",
@@ -40,6 +42,7 @@ _SUFFIXES: dict[Kind, frozenset[str]] = {
     "warc": frozenset({".warc", ".wet", ".arc"}),
     "parquet": frozenset({".parquet"}),
     "files": TEXT | PAGES | BOOKS,
+    "wanjuan": frozenset({".jsonl", ".ndjson"}),
 }
 _PACKED = (".gz", ".zst")
 
@@ -53,7 +56,7 @@ class SourceConfig(Config):
     """File, folder, glob or .zip (or a list of them)."""
     kind: Kind = "text"
     """html, text, jsonl, parquet, code, warc (WARC, WET and ARC files), or files: whatever holds text, by its suffix
-    (txt, md, rst, tex, html, pdf, docx, epub)."""
+    (txt, md, rst, tex, html, pdf, docx, epub); wanjuan: WanJuan's records of text, pictures in text, and video."""
     domain: str = "web"
     """What the text is about, for mixtures: web, book, wiki, docs, dialogue, code."""
     language: str = ""
@@ -66,6 +69,18 @@ class SourceConfig(Config):
     """Read no more than this many documents."""
     max_characters: int = 20_000
     """Longer texts are cut into documents of at most this size, at chapters and paragraphs."""
+    extract: Extract = "fast"
+    """How the main text of pages is found: fast, or precise (with trafilatura, about ten times as long)."""
+    images: bool = False
+    """Whether pages keep their pictures, as markdown links in their place and `images` in the metadata."""
+    page_seconds: float = 10.0
+    """Time for one page (precise) or PDF, which is quarantined (timeout) when it takes longer."""
+    page_memory_mib: int = 2048
+    """Memory for one page (precise) or PDF, which is quarantined (memory, crashed) when it takes more."""
+
+    def limits(self) -> Limits:
+        """What one page or PDF may use."""
+        return Limits(self.page_seconds, self.page_memory_mib)
 
 
 @dataclass
