@@ -70,12 +70,16 @@ class NgramConfig(Config):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scored:
-    """What a model says of texts, one row each: information in bits, units, their bytes, units it does not know."""
+    """What a model says of texts, a number for each."""
 
     bits: Floats
+    """Information: minus log2 of the probability."""
     units: Floats
     bytes: Floats
     unknown: Floats
+    """Units that the model does not know."""
+    unknown_bits: Floats
+    """Their part of `bits`."""
 
     @property
     def bits_per_unit(self) -> Floats:
@@ -121,8 +125,9 @@ class NgramModel:
         """Information of each text."""
         library = load()
         rows = library.score(self.native, texts) if library else np.array([_score(self, text) for text in texts])
+        bits, units, unknown, unknown_bits = rows.reshape(-1, 4).T
         sizes = np.array([len(text.encode("utf-8")) for text in texts], dtype=np.float64)
-        return Scored(*rows.reshape(-1, 3).T[:2], sizes, rows.reshape(-1, 3)[:, 2])
+        return Scored(bits, units, sizes, unknown, unknown_bits)
 
     def walk(self, text: str) -> Floats:
         """log2 of the probability of each unit after those before it."""
@@ -131,8 +136,8 @@ class NgramModel:
 
     def cached(self, text: str, context: str, *, cache: float = 0.1, pairs: float = 0.5) -> Floats:
         """log2 of the probability of each unit of the text, given the units of another text before it."""
-        units, before = (unit_hashes([part]) for part in (text, context))
-        return np.log2(mixture(np.exp2(self.walk(text)), units, before, cache=cache, pairs=pairs))
+        share = cache_share(unit_hashes([text]), unit_hashes([context]), pairs=pairs)
+        return np.log2(mixture(np.exp2(self.walk(text)), share, cache=cache))
 
     def save(self, path: Path) -> None:
         """Write the file; nothing in it depends on the time or the machine."""
@@ -292,8 +297,17 @@ def _tables(grams: Mapping[int, counting.Grams], size: int) -> dict[str, NDArray
 
 def units(text: str) -> list[str]:
     """The units of a text, in lower case, numbers as 0: what the native side hashes without making them."""
-    found = (part if not part.isspace() else "\n" * ("\n" in part) for part in _UNIT.findall(folded(text)))
-    return [_NUMBER.sub("0", part) for part in found if part]
+    return [unit for _, unit in spans(text)]
+
+
+def spans(text: str) -> Iterator[tuple[int, str]]:
+    """(first character, unit) of each."""
+    for match in _UNIT.finditer(folded(text)):
+        part = match.group()
+        if not part.isspace():
+            yield match.start(), _NUMBER.sub("0", part)
+        elif "\n" in part:
+            yield match.start(), "\n"
 
 
 @lru_cache(maxsize=1 << 16)
@@ -391,35 +405,38 @@ def _walk(model: NgramModel, text: str) -> Iterator[tuple[float, int]]:
         yield log, id
 
 
-def _score(model: NgramModel, text: str) -> tuple[float, int, int]:
+def _score(model: NgramModel, text: str) -> tuple[float, int, int, float]:
     rows = list(_walk(model, text))
-    return -sum(log for log, _ in rows), len(rows), sum(id == UNKNOWN for _, id in rows)
+    unknown = [-log for log, id in rows if id == UNKNOWN]
+    return -sum(log for log, _ in rows), len(rows), len(unknown), sum(unknown)
 
 
 # ---- the cache
 
 
-def mixture(
-    probabilities: Floats, units: Hashes, before: Hashes, *, cache: float, pairs: float, first: int | None = None
-) -> Floats:
-    """(1 - cache) P + cache P(unit | counts of `before`): single units, and pairs where the unit before is there.
+def mixture(probabilities: Floats, share: Floats, *, cache: float) -> Floats:
+    """(1 - cache) P + cache P(unit | earlier text)."""
+    return (1 - cache) * probabilities + cache * share
 
-    `first` is the hash of the unit that stands before the text; without it the first unit stands before itself.
+
+def cache_share(units: Hashes, before: Hashes, *, pairs: float, first: Sequence[Hashes] = ()) -> Floats:
+    """P(unit | earlier text): how often it stands there, and how often after the unit before it, where that stands there.
+
+    `first`: units before the text and before the earlier one; without it, the first unit stands before itself.
     """
-    own = _pairs(units, first)
-    singles = _occurrences(before, units) / max(len(before), 1)
-    left = _occurrences(before, np.concatenate([[units[0] if first is None else np.uint64(first)], units[:-1]]))
-    share = np.divide(_occurrences(_pairs(before, None), own), left, out=np.zeros(len(units)), where=left > 0)
-    cached = singles + np.where(left > 0, pairs * (share - singles), 0.0)
-    return np.where(singles > 0, (1 - cache) * probabilities + cache * cached, (1 - cache) * probabilities)
+    ahead, behind = first or (units[:1], before[:1])
+    previous = np.concatenate([ahead[-1:], units[:-1]])
+    singles, left = occurrences(before, units) / max(len(before), 1), occurrences(before, previous)
+    both = occurrences(_pairs(before, behind), _pairs(units, ahead))
+    share = np.divide(both, left, out=np.zeros(len(units)), where=left > 0)
+    return np.where(left > 0, singles + pairs * (share - singles), singles) * (singles > 0)
 
 
-def _pairs(units: Hashes, first: int | None) -> Hashes:
-    previous = np.concatenate([units[:1] if first is None else np.array([first], dtype=np.uint64), units[:-1]])
-    return previous * np.uint64(_PRIME) + units
+def _pairs(units: Hashes, ahead: Hashes) -> Hashes:
+    return np.concatenate([ahead[-1:], units[:-1]]) * np.uint64(_PRIME) + units
 
 
-def _occurrences(of: Hashes, at: Hashes) -> Floats:
+def occurrences(of: Hashes, at: Hashes) -> Floats:
     """How often each of `at` stands in `of`."""
     ordered = np.sort(of)
     return (np.searchsorted(ordered, at, side="right") - np.searchsorted(ordered, at)).astype(np.float64)

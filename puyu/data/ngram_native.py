@@ -3,8 +3,8 @@
     library = load()                               # None where it was not built
     library.units(["One two."])                    # (hashes of one, two and the stop; [3])
 
-What each call means is said by its twin in `puyu.data.ngram` and `puyu.data.splice`; tests compare them. Calls release
-the interpreter.
+What each call means is said by its twin in `puyu.data.ngram`, `splice` and `discourse`; tests compare them. Calls release the
+interpreter.
 
     python -m puyu.data.ngram_native               # build, print the path of the library
 """
@@ -37,6 +37,7 @@ LIBRARY = Library(
 MAX_ORDER = 5
 SYMBOLS = 257
 """Bytes, and the end of a unit."""
+NUM_DISCOURSE = 8
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -66,10 +67,18 @@ class _Model(ctypes.Structure):
     ]
 
 
+class _Phrases(ctypes.Structure):
+    _fields_ = [("slots", _Slots), ("classes", ctypes.c_void_p), ("longest", ctypes.c_int64)]
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("window", "passage")]
+
+
 class _Options(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("segment", "reach")),
-        *((name, ctypes.c_double) for name in ("cache", "pairs")),
+        *((name, ctypes.c_double) for name in ("cache", "pairs", "bound")),
     ]
 
 
@@ -125,9 +134,9 @@ class NgramLibrary:
         return ids[: _total(ends)].copy(), ends, spellings
 
     def score(self, model: _Model, texts: Sequence[str]) -> NDArray[np.float64]:
-        """[texts, 3]: bits, units, unknown units."""
+        """[texts, 4]: bits, units, unknown units, bits of those."""
         given = Texts(texts)
-        scores = np.zeros((given.count, 3))
+        scores = np.zeros((given.count, 4))
         self._call("puyu_ngram_score", model, given, scores)
         return scores
 
@@ -140,9 +149,9 @@ class NgramLibrary:
         return logs[:count].copy()
 
     def splice(
-        self, model: _Model, texts: Sequence[str], *, sizes: tuple[int, int], weights: tuple[float, float]
+        self, model: _Model, texts: Sequence[str], *, sizes: tuple[int, int], weights: tuple[float, float, float]
     ) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
-        """(gains [segments, 2 reach + 1], where segments begin) of each text; sizes: of a segment, and reach."""
+        """(gains [segments, 2 reach + 1], where segments begin) of each text; sizes: of a segment, and reach; weights: of the cache, of pairs, and the bound."""
         given, options = Texts(texts), _Options(*sizes, *weights)
         room = sum(len(text.encode("utf-8")) // sizes[0] + 2 for text in texts)
         gains, starts = np.empty((room, 2 * sizes[1] + 1)), np.empty(room, dtype=np.int64)
@@ -150,6 +159,16 @@ class NgramLibrary:
         self._call("puyu_splice", model, options, given, gains, starts, ends)
         bounds = [0, *ends.tolist()]
         return [(gains[a:b], starts[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def discourse(
+        self, texts: Sequence[str], phrases: tuple[NDArray[Any], NDArray[Any], int], *, sizes: tuple[int, int]
+    ) -> NDArray[np.float64]:
+        """[texts, 8] as `puyu.data.discourse.NAMES`; phrases: keys, classes, most units; sizes: window and passage."""
+        keys, classes, longest = phrases
+        given, scores = Texts(texts), np.empty((len(texts), NUM_DISCOURSE))
+        native = _Phrases(_slots(keys), classes.ctypes.data, longest)
+        self._call("puyu_discourse", native, _Sizes(*sizes), given, scores)
+        return scores
 
     def _call(self, name: str, *arguments: Any) -> None:
         getattr(self._library, name)(self._unicode, *map(_argument, arguments))

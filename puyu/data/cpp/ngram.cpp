@@ -1,7 +1,6 @@
 // The plain C interface of the n-gram model. Every call takes many texts, and may be made by several threads at once.
 
-#include "ngram.h"
-
+#include "discourse.h"
 #include "splice.h"
 
 using namespace puyu;
@@ -48,17 +47,20 @@ void puyu_ngram_ids(const Unicode *unicode, const Vocabulary *vocabulary, const 
     });
 }
 
-// scores [texts, 3]: bits, units, unknown units.
+// scores [texts, 4]: bits, units, unknown units, bits of those.
 void puyu_ngram_score(const Unicode *unicode, const Model *model, const Texts *texts, double *scores) {
     each_text(*unicode, *texts, [&](int64_t i, const Characters &text) {
         Walk walk(*model);
-        double bits = 0;
+        double bits = 0, unknown_bits = 0;
         int64_t units = 0, unknown = 0;
         each_unit(*unicode, text, [&](const Unit &unit) {
             uint32_t id = model->vocabulary.id(unit.hash);
-            bits -= walk.step(unit, id), units++, unknown += id == UNKNOWN;
+            double found = -walk.step(unit, id);
+            bits += found, units++;
+            if (id == UNKNOWN) unknown++, unknown_bits += found;
         });
-        scores[3 * i] = bits, scores[3 * i + 1] = double(units), scores[3 * i + 2] = double(unknown);
+        double *row = scores + 4 * i;
+        row[0] = bits, row[1] = double(units), row[2] = double(unknown), row[3] = unknown_bits;
     });
 }
 
@@ -83,6 +85,14 @@ void puyu_splice(const Unicode *unicode, const Model *model, const SpliceOptions
         count += splice(texts->bytes + texts->starts[i], length, gains + count * (2 * options->reach + 1), starts + count);
         ends[i] = count;
     }
+}
+
+// scores [texts, NUM_DISCOURSE]
+void puyu_discourse(const Unicode *unicode, const Phrases *phrases, const DiscourseOptions *options, const Texts *texts,
+                    double *scores) {
+    Discourse discourse(*unicode, *phrases, *options);
+    for (int64_t i = 0; i < texts->count; i++)
+        discourse(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], scores + i * NUM_DISCOURSE);
 }
 
 }  // extern "C"

@@ -11,6 +11,7 @@ struct SpliceOptions {
     int64_t reach;    // segments to either side
     double cache;     // weight of the cache
     double pairs;     // weight of pairs of units within the cache
+    double bound;     // bits that one unit can gain, at most
 };
 
 class Splice {
@@ -109,7 +110,8 @@ class Splice {
             double cached = singles[row.single] / size;
             if (uint32_t before = singles[row.before])
                 cached += options.pairs * (pairs[row.pair] / double(before) - cached);
-            total += std::log2(1 - options.cache + options.cache * cached / row.probability);
+            double found = std::log2(1 - options.cache + options.cache * cached / row.probability);
+            total += found < options.bound ? found : options.bound;
         }
         return last > first ? total / double(last - first) : 0.0;
     }
