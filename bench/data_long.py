@@ -155,11 +155,9 @@ def interleaved(rng: random.Random, corpus: Corpus) -> str:
     return "\n".join(parts)
 
 
-KINDS = {"same author": same_author, "one work": one_work, "inserted": inserted, "interleaved": interleaved}
 
 
 # ---- measuring
-
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
     """The chance that a damaged document scores higher than a whole one."""
@@ -168,13 +166,31 @@ def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 
 def values(corpus: Corpus, texts: Sequence[str]) -> list[float]:
-    return [found.value for found in splices(texts, corpus.model)]
+    return [found.splice.value for found in splices(texts, corpus.model)]
+
+
+def inserts(corpus: Corpus, texts: Sequence[str]) -> list[float]:
+    return [found.insert.value for found in splices(texts, corpus.model)]
+
+
+def mixtures(corpus: Corpus, texts: Sequence[str]) -> list[float]:
+    return [found.mixed.value for found in splices(texts, corpus.model)]
 
 
 def plain(corpus: Corpus, texts: Sequence[str]) -> list[float]:
     """The report's difference as it stands: how much harder the worst segment is after its neighbor than alone."""
     config = SpliceConfig(reach=1)
     return [-float(np.nanmin(table[1:, 0])) for table, _ in gains(texts, corpus.model, config)]
+
+
+KINDS = {
+    "same author": (same_author, values),
+    "one work": (one_work, values),
+    "inserted, by insert": (inserted, inserts),
+    "interleaved, by mixed": (interleaved, mixtures),
+}
+"""Other damage: the documents, and the score that is meant for it."""
+
 
 
 def drawn(corpora: Sequence[Corpus], make: object, *, seed: str, count: int) -> list[list[str]]:
@@ -208,9 +224,9 @@ def language(corpora: Sequence[Corpus], *, rounds: int, count: int) -> tuple[lis
         negative, positive = (scored(corpora, part, values) for part in texts)
         found.append(auc(positive, negative))
         plains.append(auc(*(scored(corpora, part, plain) for part in reversed(texts))))
-        for name, make in KINDS.items():
-            bad = scored(corpora, drawn(corpora, make, seed=f"{number} {name}", count=count), values)
-            kinds[name] += [auc(bad, negative)] if bad else []
+        for name, (make, score) in KINDS.items():
+            bad = scored(corpora, drawn(corpora, make, seed=f"{number} {name}", count=count), score)
+            kinds[name] += [auc(bad, scored(corpora, texts[0], score))] if bad else []
     notes = {
         "auc": [round(value, 4) for value in found],
         "plain difference": round(statistics.median(plains), 4),
