@@ -4,6 +4,8 @@ puyu data CONFIG.yaml --out DIR        raw files -> clean documents (as every st
 puyu data check FILE ...               what is wrong with a fine-tuning or preference set, line by line
 puyu data convert FROM TO --to FORM    one form of a fine-tuning set as another
 puyu data why DIR ID                   what became of one document
+puyu data borderline DIR --rule RULE   the documents nearest to a threshold
+puyu data train-ngram FILES --out M    a small language model for perplexity and splices
 """
 
 from __future__ import annotations
@@ -26,10 +28,19 @@ def main(arguments: Sequence[str]) -> int:
         from puyu.cli.why import main as why
 
         return why(rest)
+    if what == "borderline":
+        from puyu.cli.data_borderline import main as borderline
+
+        return borderline(rest)
+    if what == "train-ngram":
+        from puyu.cli.data_ngram import main as train_ngram
+
+        return train_ngram(rest)
     from puyu.cli.stage import main as stage
 
     if what in ("-h", "--help"):
-        print("also: puyu data check FILE ... | convert FROM TO --to FORM | why DIR ID   (each has --help)\n")
+        print("also: puyu data check FILE ... | convert FROM TO --to FORM | why DIR ID   (each has --help)")
+        print("      puyu data borderline DIR --rule RULE | train-ngram FILES --out MODEL\n")
     return stage(arguments)
 
 

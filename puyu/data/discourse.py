@@ -9,8 +9,8 @@ pick the best: they become reliable at this length only. LongWanjuan (Lv et al.,
 (connectives, pronouns) and complexity (type-token ratio, length of paragraphs); formulas and word lists are ours.
 
 `connectives`, `pronouns`   phrases of the lists below, per word (a Han character is a word)
-`cohesion`                  mean over neighboring passages (lines up to 60 words and more): words of five letters and
-                            more, or pairs of Han characters, that both hold, over what the smaller one holds
+`cohesion`                  mean over neighboring passages (sentences and lines, 60 words together): words of five
+                            letters and more, or pairs of Han characters, that both hold, over what the smaller one holds
 `type_token`                different words in a window of 500, mean over the windows
 `line_words`                words in a line; `sentence_words`: words for each end of a sentence
 `nonsense`                  characters in lines of which less than half are letters, or with a word of more than 80
@@ -179,7 +179,7 @@ def _passages(text: str) -> list[set[Any]]:
             if _is_han(unit) and before and end == begin:
                 rows[-1].add((before, unit))
             before, end = unit if _is_han(unit) else "", begin + size
-        elif unit == "\n" and since >= PASSAGE:
+        elif (unit == "\n" or unit in _ENDS) and since >= PASSAGE:
             rows.append(set())
             since = 0
     return rows if since >= PASSAGE or len(rows) == 1 else rows[:-1]

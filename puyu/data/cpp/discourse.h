@@ -22,7 +22,7 @@ struct Phrases {
 
 struct DiscourseOptions {
     int64_t window;   // words over which different ones are counted
-    int64_t passage;  // words from which on a passage ends with its line
+    int64_t passage;  // words from which on a passage ends with its sentence or line
 };
 
 class Discourse {
@@ -73,10 +73,10 @@ class Discourse {
                 before = han ? unit.hash : 0, before_end = unit.end;
                 return;
             }
-            ends += is_end(text.points[unit.begin]);
-            if (!text.is(unit.begin, SPACE)) return;
-            lines += in_line, in_line = false;
-            if (since >= options.passage) passages.push_back(int64_t(content.size())), since = 0;
+            bool sentence = is_end(text.points[unit.begin]), line = text.is(unit.begin, SPACE);
+            ends += sentence;
+            if (line) lines += in_line, in_line = false;
+            if ((sentence || line) && since >= options.passage) passages.push_back(int64_t(content.size())), since = 0;
         });
         lines += in_line;
         if (since >= options.passage || passages.empty()) passages.push_back(int64_t(content.size()));
