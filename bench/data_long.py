@@ -155,9 +155,8 @@ def interleaved(rng: random.Random, corpus: Corpus) -> str:
     return "\n".join(parts)
 
 
-
-
 # ---- measuring
+
 
 def auc(positive: Sequence[float], negative: Sequence[float]) -> float:
     """The chance that a damaged document scores higher than a whole one."""
@@ -190,7 +189,6 @@ KINDS = {
     "interleaved, by mixed": (interleaved, mixtures),
 }
 """Other damage: the documents, and the score that is meant for it."""
-
 
 
 def drawn(corpora: Sequence[Corpus], make: object, *, seed: str, count: int) -> list[list[str]]:
@@ -231,7 +229,9 @@ def language(corpora: Sequence[Corpus], *, rounds: int, count: int) -> tuple[lis
         "auc": [round(value, 4) for value in found],
         "plain difference": round(statistics.median(plains), 4),
         **{name: round(statistics.median(rows), 4) if rows else None for name, rows in kinds.items()},
-        "splice of whole documents, quantiles 0.5 0.95 0.99": np.quantile(negative, [0.5, 0.95, 0.99]).round(3).tolist(),
+        "splice of whole documents, quantiles 0.5 0.95 0.99": np.quantile(negative, [0.5, 0.95, 0.99])
+        .round(3)
+        .tolist(),
         "MB/s": round(statistics.median(speeds), 1),
         "units of the models": [corpus.model.header["units"] for corpus in corpora],
     }

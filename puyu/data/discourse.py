@@ -9,8 +9,8 @@ pick the best: they become reliable at this length only. LongWanjuan (Lv et al.,
 (connectives, pronouns) and complexity (type-token ratio, length of paragraphs); formulas and word lists are ours.
 
 `connectives`, `pronouns`   phrases of the lists below, per word (a Han character is a word)
-`cohesion`                  mean over neighboring passages (sentences and lines, 60 words together): words of five
-                            letters and more, or pairs of Han characters, that both hold, over what the smaller one holds
+`cohesion`                  mean over neighboring passages (sentences and lines, 60 words together): words of
+                            five letters and more, or pairs of Han characters, in both over those in the smaller one
 `type_token`                different words in a window of 500, mean over the windows
 `line_words`                words in a line; `sentence_words`: words for each end of a sentence
 `nonsense`                  characters in lines of which less than half are letters, or with a word of more than 80
@@ -18,6 +18,7 @@ pick the best: they become reliable at this length only. LongWanjuan (Lv et al.,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -44,7 +45,23 @@ CONNECTIVES = (
     *("in other words", "in short", "in conclusion", "in order to", "as a result", "as if", "as though", "rather than"),
     *("on the other hand", "on the contrary", "for example", "for instance", "at last", "at first", "of course"),
     *("especially", "formally", "specifically", "generally", "namely", "that is", "such as", "due to", "so that"),
-    *("因为", "所以", "因此", "因而", "于是", "从而", "由于", "既然", "但是", "但", "可是", "然而", "不过", "却", "而是"),
+    *(
+        "因为",
+        "所以",
+        "因此",
+        "因而",
+        "于是",
+        "从而",
+        "由于",
+        "既然",
+        "但是",
+        "但",
+        "可是",
+        "然而",
+        "不过",
+        "却",
+        "而是",
+    ),
     *("虽然", "尽管", "即使", "即便", "如果", "假如", "若是", "只要", "只有", "除非", "否则", "无论", "不论", "不管"),
     *("而且", "并且", "并", "况且", "何况", "甚至", "以及", "同时", "此外", "另外", "首先", "其次", "然后", "最后"),
     *("总之", "例如", "比如", "换句话说", "也就是说", "事实上", "尤其", "特别是", "具体来说", "一般来说", "反之"),
@@ -159,9 +176,7 @@ def _count_phrases(units: Sequence[str]) -> list[int]:
 
 def _cohesion(text: str) -> float:
     passages = _passages(text)
-    shares = [
-        len(a & b) / min(len(a), len(b)) if a and b else 0.0 for a, b in zip(passages[:-1], passages[1:], strict=True)
-    ]
+    shares = [len(a & b) / min(len(a), len(b)) if a and b else 0.0 for a, b in itertools.pairwise(passages)]
     return sum(shares) / len(shares) if shares else 0.0
 
 

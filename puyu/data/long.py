@@ -165,9 +165,7 @@ class LongFilter:
             row |= {**_cut_scores(cut), **more}
         return [self._judge(*row) for row in zip(documents, policies, rows, cuts, strict=True)]
 
-    def _judge(
-        self, document: Document, policy: Config, scores: dict[str, float], cuts: Splices | None
-    ) -> Verdict:
+    def _judge(self, document: Document, policy: Config, scores: dict[str, float], cuts: Splices | None) -> Verdict:
         drop = judge({**scores, "bytes": float("inf")}, policy)
         metadata: dict[str, Any] = dict(document.metadata)
         if cuts is not None:
@@ -194,9 +192,15 @@ def _discourse_scores(found: Mapping[str, float]) -> dict[str, float]:
 
 def _cut_scores(cuts: Splices) -> dict[str, float]:
     return {
-        **{"splice": cuts.splice.value, "insert": cuts.insert.value, "mixed": cuts.mixed.value},
-        **{"splice_at": cuts.splice.begin, "splice_end": cuts.splice.end, "splice_gain": cuts.splice.gain},
-        **{"insert_at": cuts.insert.begin, "insert_end": cuts.insert.end, "context": cuts.context},
+        "splice": cuts.splice.value,
+        "insert": cuts.insert.value,
+        "mixed": cuts.mixed.value,
+        "splice_at": cuts.splice.begin,
+        "splice_end": cuts.splice.end,
+        "splice_gain": cuts.splice.gain,
+        "insert_at": cuts.insert.begin,
+        "insert_end": cuts.insert.end,
+        "context": cuts.context,
     }
 
 

@@ -136,7 +136,8 @@ class NgramModel:
 
     def cached(self, text: str, context: str, *, cache: float = 0.1, pairs: float = 0.5) -> Floats:
         """log2 of the probability of each unit of the text, given the units of another text before it."""
-        share = cache_share(unit_hashes([text]), unit_hashes([context]), pairs=pairs)
+        before = unit_hashes([context])
+        share = cache_share(unit_hashes([text]), before, pairs=pairs, ahead=before)
         return np.log2(mixture(np.exp2(self.walk(text)), share, cache=cache))
 
     def save(self, path: Path) -> None:
@@ -257,10 +258,16 @@ def _count(texts: Iterable[str], config: NgramConfig, arrays: dict[str, NDArray[
     grams = _grams(counts, config, plan.bits)
     arrays |= {"unigrams": counting.unigrams_of(units), "spelling": counting.spelling_of(spellings)}
     header = {
-        **{"order": config.order, "bits": plan.bits, "size": size, "hash": HASH, "texts": number},
-        **{"units": int(units.sum()), "unknown": int(units[UNKNOWN])},
+        "order": config.order,
+        "bits": plan.bits,
+        "size": size,
+        "hash": HASH,
+        "texts": number,
+        "units": int(units.sum()),
+        "unknown": int(units[UNKNOWN]),
         "ngrams": {str(n): {"kept": len(g.keys), "seen": g.seen, "smallest": g.minimum} for n, g in grams.items()},
-        **{"config": config.model_dump(mode="json"), "sources": list(plan.sources)},
+        "config": config.model_dump(mode="json", exclude={"memory_mb"}),
+        "sources": list(plan.sources),
     }
     return NgramModel(header, arrays | _tables(grams, size))
 
@@ -419,21 +426,23 @@ def mixture(probabilities: Floats, share: Floats, *, cache: float) -> Floats:
     return (1 - cache) * probabilities + cache * share
 
 
-def cache_share(units: Hashes, before: Hashes, *, pairs: float, first: Sequence[Hashes] = ()) -> Floats:
-    """P(unit | earlier text): how often it stands there, and how often after the unit before it, where that stands there.
+def cache_share(units: Hashes, before: Hashes, *, pairs: float, ahead: Hashes) -> Floats:
+    """P(unit | earlier text): how often it stands there, mixed with how often after the unit before it.
 
-    `first`: units before the text and before the earlier one; without it, the first unit stands before itself.
+    `ahead` ends with the unit that stands before the first one, if there is one. Where the unit before has no pair in
+    the earlier text, single units count alone, so that the shares of all units sum to one.
     """
-    ahead, behind = first or (units[:1], before[:1])
+    singles = occurrences(before, units) / max(len(before), 1)
     previous = np.concatenate([ahead[-1:], units[:-1]])
-    singles, left = occurrences(before, units) / max(len(before), 1), occurrences(before, previous)
-    both = occurrences(_pairs(before, behind), _pairs(units, ahead))
+    known = len(units) - len(previous)  # 1 where the first unit has none before it
+    left = np.concatenate([np.zeros(known), occurrences(before[:-1], previous)])
+    both = np.concatenate([np.zeros(known), occurrences(_pairs(before), previous * np.uint64(_PRIME) + units[known:])])
     share = np.divide(both, left, out=np.zeros(len(units)), where=left > 0)
-    return np.where(left > 0, singles + pairs * (share - singles), singles) * (singles > 0)
+    return np.where(left > 0, singles + pairs * (share - singles), singles)
 
 
-def _pairs(units: Hashes, ahead: Hashes) -> Hashes:
-    return np.concatenate([ahead[-1:], units[:-1]]) * np.uint64(_PRIME) + units
+def _pairs(units: Hashes) -> Hashes:
+    return units[:-1] * np.uint64(_PRIME) + units[1:]
 
 
 def occurrences(of: Hashes, at: Hashes) -> Floats:

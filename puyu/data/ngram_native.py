@@ -3,8 +3,8 @@
     library = load()                               # None where it was not built
     library.units(["One two."])                    # (hashes of one, two and the stop; [3])
 
-What each call means is said by its twin in `puyu.data.ngram`, `splice` and `discourse`; tests compare them. Calls release the
-interpreter.
+What each call means is said by its twin in `puyu.data.ngram`, `splice` and `discourse`; tests compare them. Calls
+release the interpreter.
 
     python -m puyu.data.ngram_native               # build, print the path of the library
 """
@@ -12,6 +12,7 @@ interpreter.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -151,14 +152,17 @@ class NgramLibrary:
     def splice(
         self, model: _Model, texts: Sequence[str], *, sizes: tuple[int, int], weights: tuple[float, float, float]
     ) -> list[tuple[NDArray[np.float64], NDArray[np.int64]]]:
-        """(gains [segments, 2 reach + 1], where segments begin) of each text; sizes: of a segment, and reach; weights: of the cache, of pairs, and the bound."""
+        """(gains [segments, 2 reach + 1], where segments begin) of each text.
+
+        sizes: of a segment, and reach; weights: of the cache, of pairs, and the bound.
+        """
         given, options = Texts(texts), _Options(*sizes, *weights)
         room = sum(len(text.encode("utf-8")) // sizes[0] + 2 for text in texts)
         gains, starts = np.empty((room, 2 * sizes[1] + 1)), np.empty(room, dtype=np.int64)
         ends = np.zeros(given.count, dtype=np.int64)
         self._call("puyu_splice", model, options, given, gains, starts, ends)
         bounds = [0, *ends.tolist()]
-        return [(gains[a:b], starts[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [(gains[a:b], starts[a:b]) for a, b in itertools.pairwise(bounds)]
 
     def discourse(
         self, texts: Sequence[str], phrases: tuple[NDArray[Any], NDArray[Any], int], *, sizes: tuple[int, int]

@@ -165,8 +165,8 @@ def grams_of(counts: Counts, *, bits: int, least: int, room: int) -> Grams:
     kept: list[list[NDArray[Any]]] = []
     for keys, sums in counts.parts():
         kept.append(_discounted(keys, sums, steps, bits=bits, minimum=minimum))
-    columns = [np.concatenate(column) for column in zip(*kept, strict=True)]
-    return Grams(*columns, minimum, int(histogram.sum()))
+    keys, probabilities, contexts, weights = (np.concatenate(column) for column in zip(*kept, strict=True))
+    return Grams(keys, probabilities, contexts, weights, minimum, int(histogram.sum()))
 
 
 def _discounted(keys: Keys, sums: Sums, steps: NDArray[np.float64], *, bits: int, minimum: int) -> list[NDArray[Any]]:

@@ -6,10 +6,10 @@
     >>> 900 < found.splice.begin < 1020
     True
 
-InternLM2 (2024, section 3.1.3) compares P(S2 | S1) with P(S2): where S1 makes S2 harder, S1 is a distraction. A language
-model is asked there; here it is an n-gram model with a cache of S1 (`puyu.data.ngram`). The text is cut into segments,
-and each is scored with the cache of each of its neighbors: its gain, in bits per unit, is how much easier it becomes.
-No unit gains more than a bound, so that one name does not outweigh a page.
+InternLM2 (2024, section 3.1.3) compares P(S2 | S1) with P(S2): where S1 makes S2 harder, S1 is a distraction. A
+language model is asked there; here it is an n-gram model with a cache of S1 (`puyu.data.ngram`). The text is cut into
+segments, and each is scored with the cache of each of its neighbors: its gain, in bits per unit, is how much easier it
+becomes. No unit gains more than a bound, so that one name does not outweigh a page.
 
 The gain over a border alone says more about the kind of text than about the border: verse, lists and dialogue differ.
 So each segment is its own measure. A text that is cut into two groups of segments has the value: the mean over segments
@@ -27,6 +27,7 @@ joined from two places of one work is not found, nor are pieces well below two s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -87,9 +88,7 @@ def splices(texts: Sequence[str], model: NgramModel, config: SpliceConfig | None
     return [_worst(table, [*starts.tolist(), len(text)]) for text, (table, starts) in zip(texts, found, strict=True)]
 
 
-def gains(
-    texts: Sequence[str], model: NgramModel, config: SpliceConfig
-) -> list[tuple[Floats, NDArray[np.int64]]]:
+def gains(texts: Sequence[str], model: NgramModel, config: SpliceConfig) -> list[tuple[Floats, NDArray[np.int64]]]:
     """For each text: gains [segments, 2 reach + 1] and where segments begin, in characters.
 
     Row j, column reach + i - j: what segment i does for segment j; NaN at j itself and beyond the text.
@@ -108,13 +107,12 @@ def _gains(text: str, model: NgramModel, config: SpliceConfig) -> tuple[Floats, 
     hashes, probabilities = unit_hashes([text]), np.exp2(model.walk(text))
     count = len(bounds) - 1
     table = np.full((count, 2 * config.reach + 1), np.nan)
-    parts = [hashes[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    ahead = [hashes[max(at - 1, 0) : at] if at else hashes[:1] for at in bounds[:-1]]
+    parts = [hashes[a:b] for a, b in itertools.pairwise(bounds)]
     for j in range(count):
         own = probabilities[bounds[j] : bounds[j + 1]]
         for i in range(max(0, j - config.reach), min(count, j + config.reach + 1)):
             if i != j:
-                share = cache_share(parts[j], parts[i], pairs=config.pairs, first=(ahead[j], ahead[i]))
+                share = cache_share(parts[j], parts[i], pairs=config.pairs, ahead=hashes[: bounds[j]])
                 table[j, config.reach + i - j] = _gain(own, share, config)
     return table, np.array([begins[at] if at else 0 for at in bounds[:-1]], dtype=np.int64)
 
@@ -154,7 +152,7 @@ def _worst(table: Floats, bounds: Sequence[int]) -> Splices:
             cuts = [_best(matrix, groups, places) for groups in (_prefixes(len(matrix)), _runs(len(matrix)))]
             cuts.append(replace(_best(matrix, _eigen(matrix), places), begin=0, end=0))
             best = [max(a, b, key=lambda cut: cut.value) for a, b in zip(best, cuts, strict=True)]
-    return Splices(*best, context=_rounded(np.nanmean(table)) if len(table) > 1 else 0.0)
+    return Splices(best[0], best[1], best[2], _rounded(float(np.nanmean(table))) if len(table) > 1 else 0.0)
 
 
 def _rounded(value: float) -> float:

@@ -73,7 +73,9 @@ class ValueScorer:
             texts = [documents[at].text for at in places]
             rows = values(texts, model, fluent=fluent, margins=[scores[at].get("quality") for at in places])
             found.update(zip(places, rows, strict=True))
-        return [Verdict(document, found[at], judge(found[at], self.config.policy)) for at, document in enumerate(documents)]
+        return [
+            Verdict(document, found[at], judge(found[at], self.config.policy)) for at, document in enumerate(documents)
+        ]
 
 
 def values(

@@ -28,6 +28,7 @@ class Splice {
         int64_t count = int64_t(bounds.size()) - 1, width = 2 * options.reach + 1;
         for (int64_t k = 0; k < count * width; k++) gains[k] = std::nan("");
         singles.assign(size_t(num_singles), 0), pairs.assign(size_t(num_pairs), 0);
+        leading.assign(size_t(num_singles) + 1, 0);
         for (int64_t i = 0; i < count; i++) {
             fill(i, 1);
             for (int64_t j = i - options.reach; j <= i + options.reach; j++)
@@ -39,7 +40,7 @@ class Splice {
 
   private:
     struct Row {
-        uint32_t single, before, pair;  // numbers within this text; `before` of the unit before
+        uint32_t single, before, pair;  // numbers within this text; `before` of the unit before, which the first lacks
         int64_t begin;
         double probability;
     };
@@ -50,7 +51,7 @@ class Splice {
     Table table;
     std::vector<Row> rows;
     std::vector<int64_t> bounds;
-    std::vector<uint32_t> singles, pairs;
+    std::vector<uint32_t> singles, leading, pairs;  // of the segment: units, units before others, both
     int64_t num_singles = 0, num_pairs = 0;
 
     static uint32_t number(Table &table, uint64_t key, int64_t &next) {
@@ -72,7 +73,7 @@ class Splice {
         for (size_t k = 0; k < rows.size(); k++) rows[k].single = number(table, hashes[k], num_singles);
         table.clear(int64_t(rows.size()));
         for (size_t k = 0; k < rows.size(); k++) {
-            rows[k].before = rows[k ? k - 1 : 0].single;
+            rows[k].before = k ? rows[k - 1].single : uint32_t(num_singles);
             rows[k].pair = number(table, mixed(uint64_t(rows[k].before) << 32 | rows[k].single), num_pairs);
         }
     }
@@ -93,7 +94,9 @@ class Splice {
     void fill(int64_t segment, uint32_t by) {
         for (int64_t k = bounds[size_t(segment)]; k < bounds[size_t(segment) + 1]; k++) {
             const Row &row = rows[size_t(k)];
-            singles[row.single] = by * (singles[row.single] + 1), pairs[row.pair] = by * (pairs[row.pair] + 1);
+            singles[row.single] = by * (singles[row.single] + 1);
+            if (k == bounds[size_t(segment)]) continue;
+            leading[row.before] = by * (leading[row.before] + 1), pairs[row.pair] = by * (pairs[row.pair] + 1);
         }
     }
 
@@ -108,7 +111,7 @@ class Splice {
                 continue;
             }
             double cached = singles[row.single] / size;
-            if (uint32_t before = singles[row.before])
+            if (uint32_t before = leading[row.before])
                 cached += options.pairs * (pairs[row.pair] / double(before) - cached);
             double found = std::log2(1 - options.cache + options.cache * cached / row.probability);
             total += found < options.bound ? found : options.bound;
