@@ -19,6 +19,7 @@ pick the best: they become reliable at this length only. LongWanjuan (Lv et al.,
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -30,7 +31,7 @@ from puyu.data.measure import UNIT
 from puyu.data.ngram import spans, unit_hashes
 from puyu.data.ngram_native import load
 from puyu.data.ngram_train import table_of
-from puyu.documents.characters import folded
+from puyu.documents.characters import HAN, KANA, folded
 
 NAMES = ("words", "connectives", "pronouns", "cohesion", "type_token", "line_words", "sentence_words", "nonsense")
 WINDOW = 500
@@ -80,6 +81,7 @@ PRONOUNS = (
 _CLASSES = {1: CONNECTIVES, 2: PRONOUNS}
 _PRIME = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_HAN = re.compile(f"[{HAN}{KANA}]")
 _ENDS = frozenset(".!?。！？")
 
 
@@ -144,13 +146,7 @@ def _is_word(unit: str) -> bool:
 
 
 def _is_han(unit: str) -> bool:
-    return _is_word(unit) and not (unit[0].isalnum() and not _single(unit[0]))
-
-
-@lru_cache(maxsize=4096)
-def _single(character: str) -> bool:
-    """Whether it is a unit whatever stands around it."""
-    return UNIT.findall(character + "a") == [character, "a"]
+    return _HAN.match(unit) is not None
 
 
 def _split(units: Sequence[str]) -> list[list[str]]:

@@ -8,8 +8,21 @@ from puyu.data import discourse as module
 from puyu.data import ngram, ngram_native
 from puyu.data.discourse import CONNECTIVES, NAMES, PRONOUNS, discourse
 
-PIECES = ("However, ", "on the other hand ", "on the ", "因此，", "他们", "也就是说", "the cats ", "running. ", "\n", "\n\n",
-          "12345 ", "......", "x" * 90 + " ", "。", "カナ", "她", "! ", "é", "_")  # fmt: skip
+PIECES = (
+    *(
+        "However, ",
+        "on the other hand ",
+        "on the ",
+        "因此，",
+        "他们",
+        "也就是说",
+        "the cats ",
+        "running. ",
+        "\n",
+        "\n\n",
+    ),
+    *("12345 ", "......", "x" * 90 + " ", "_" + "y" * 85, "。", "カナ", "她", "! ", "é", "_"),
+)
 anything = st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=60).map("".join)
 
 

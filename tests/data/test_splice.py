@@ -14,7 +14,7 @@ from puyu.data.splice import SpliceConfig, gains, splices
 
 SMALL = SpliceConfig(segment_bytes=60, reach=3)
 TOPICS = [[f"{c}{a}{b}{c}" for a in "abcdefg" for b in "mnopq"] for c in "vwxyz"]
-GLUE = "the of and to in that it was for with".split()
+GLUE = ["the", "of", "and", "to", "in", "that", "it", "was", "for", "with"]
 
 
 @pytest.fixture(scope="module", autouse=True)

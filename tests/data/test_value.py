@@ -35,7 +35,7 @@ def test_prose_ranks_above_noise_and_repetition(model, texts):
     rng = random.Random(1)
     prose = texts[25][:8000]
     noise = " ".join("".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(7)) for _ in range(1000))
-    table = "\n".join("%d | %d | ---" % (i, i * i) for i in range(500))
+    table = "\n".join(f"{i} | {i * i} | ---" for i in range(500))
     good, bad, rows, again = columns(model, prose, noise, table, prose[:300] * 25)
     assert good["text_quality"] > 1.5 * bad["text_quality"]
     assert good["information_quality"] > 0.5 > 0.1 > bad["information_quality"] and rows["information_quality"] < 0.1
