@@ -101,6 +101,13 @@ def test_a_window_of_the_table_is_a_matrix():
     assert np.isnan(matrix[0, 0]) and np.isnan(matrix[0, 2])
 
 
+def test_the_leading_eigenvector_is_that_of_lapack():
+    matrix = np.random.default_rng(2).normal(size=(12, 12))
+    found, expected = splice._leading(matrix + matrix.T), np.linalg.eigh(matrix + matrix.T)[1][:, -1]
+    assert abs(found @ expected) / np.linalg.norm(found) == pytest.approx(1, abs=1e-6)
+    assert splice._leading(np.zeros((3, 3))).shape == (3,)
+
+
 def test_planted_joins_are_found_where_they_are(model):
     config = SpliceConfig(segment_bytes=400)
     whole = [topic_text(topic, 6000, seed=seed) for topic in range(5) for seed in (1, 2)]
