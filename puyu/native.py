@@ -42,12 +42,15 @@ class Library:
     flags: Sequence[str]
     without: str = "without it the work is done more slowly"
     """What it means when it is not there."""
+    includes: Sequence[Path] = ()
+    """Folders of other libraries whose headers it includes."""
 
     def path(self) -> Path:
         """Where the library for these sources and this processor belongs."""
         texts = [
             path.read_text(encoding="utf-8")
-            for path in sorted(self.source.parent.iterdir())
+            for folder in (self.source.parent, *self.includes)
+            for path in sorted(folder.iterdir())
             if path.suffix in (".cpp", ".h")
         ]
         key = hash_json([texts, list(self.flags), platform.machine(), sorted(cpu_flags())])

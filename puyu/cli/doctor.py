@@ -93,6 +93,7 @@ def _torch_checks() -> Iterator[tuple[bool, str, str]]:
 
 
 def _native_checks() -> Iterator[tuple[bool, str, str]]:
+    from puyu.data.ngram_native import LIBRARY as NGRAM
     from puyu.documents.texts import LIBRARY
     from puyu.engine.native import library
 
@@ -101,5 +102,6 @@ def _native_checks() -> Iterator[tuple[bool, str, str]]:
     for what, path, remedy in (
         ("step of the engine", library().path(), steps),
         ("measures of texts", LIBRARY.path(), texts),
+        ("n-gram model", NGRAM.path(), "not built, Python does its work; remedy: python -m puyu.data.ngram_native"),
     ):
         yield path.is_file(), "native", f"{what}: {path if path.is_file() else remedy}"

@@ -180,7 +180,7 @@ def policy_name(language: str) -> str:
     return language if language in ("zh", "code") else "words"
 
 
-def bounds(policy: Policy) -> Iterator[tuple[str, str, bool, float]]:
+def bounds(policy: Config) -> Iterator[tuple[str, str, bool, float]]:
     """(rule, score, is a minimum, threshold) of the rules that are on, in their order."""
     for rule in type(policy).model_fields:
         threshold = getattr(policy, rule)
@@ -189,7 +189,7 @@ def bounds(policy: Policy) -> Iterator[tuple[str, str, bool, float]]:
             yield rule, score, side == "min", float(threshold)
 
 
-def judge(scores: Mapping[str, float], policy: Policy) -> Drop | None:
+def judge(scores: Mapping[str, float], policy: Config) -> Drop | None:
     """The first rule that the scores break, or None."""
     for rule, score, is_minimum, threshold in bounds(policy):
         value = scores[score]
