@@ -23,6 +23,7 @@ from puyu.documents.books import Unreadable, book_text
 from puyu.documents.document import Document, make_document, normalize
 from puyu.documents.extract import decode_html, page
 from puyu.documents.pdf import pdf_text
+from puyu.documents.repositories import repository_documents, trees
 from puyu.documents.sources import (
     BOOKS,
     PAGES,
@@ -46,13 +47,26 @@ _HTML = ("text/html", "application/xhtml+xml")
 def read(source: SourceConfig, quarantine: Quarantine, *, report: ReadReport | None = None) -> Iterator[Document]:
     """Documents of one source in the order of file names. Raises InputError for a path that does not exist."""
     seen = report if report is not None else ReadReport()
-    count = 0
-    for member in list(members(source, seen, quarantine)):
-        seen.files += 1
-        for document in _read_member(source, member, quarantine, seen):
-            if source.max_documents is not None and count >= source.max_documents:
-                return
-            count += 1
+    found = _all_repositories if source.kind == "repository" else _all_members
+    for count, document in enumerate(found(source, quarantine, seen)):
+        if source.max_documents is not None and count >= source.max_documents:
+            return
+        yield document
+
+
+def _all_members(source: SourceConfig, quarantine: Quarantine, report: ReadReport) -> Iterator[Document]:
+    for member in list(members(source, report, quarantine)):
+        report.files += 1
+        yield from _read_member(source, member, quarantine, report)
+
+
+def _all_repositories(source: SourceConfig, quarantine: Quarantine, report: ReadReport) -> Iterator[Document]:
+    """Files are not cut here: a window of the whole repository is (`puyu.data.code`)."""
+    place = {"source": source.name, "domain": source.domain}
+    for tree in trees(source.path, source.name):
+        found = repository_documents(tree, **place, skipped=report.records_not_selected, quarantine=quarantine)
+        for document in found:
+            report.files += 1
             yield document
 
 
