@@ -4,6 +4,7 @@ puyu data CONFIG.yaml --out DIR        raw files -> clean documents (as every st
 puyu data check FILE ...               what is wrong with a fine-tuning or preference set, line by line
 puyu data convert FROM TO --to FORM    one form of a fine-tuning set as another
 puyu data why DIR ID                   what became of one document
+puyu data code FOLDER --out FILE       repositories of source code -> long documents, dependencies first
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ def main(arguments: Sequence[str]) -> int:
         from puyu.cli.why import main as why
 
         return why(rest)
+    if what == "code":
+        from puyu.cli.data_code import main as code
+
+        return code(rest)
     from puyu.cli.stage import main as stage
 
     if what in ("-h", "--help"):
-        print("also: puyu data check FILE ... | convert FROM TO --to FORM | why DIR ID   (each has --help)\n")
+        print("also: puyu data check FILE ... | convert FROM TO --to FORM | why DIR ID | code FOLDER --out FILE   (each has --help)\n")
     return stage(arguments)
 
 

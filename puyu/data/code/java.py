@@ -19,7 +19,10 @@ from puyu.data.code.tree import Edge, Found, Tree, shortest_first
 
 LANGUAGES = ("java", "kotlin")
 _PACKAGE = re.compile(r"^[ \t]*package[ \t]+([\w.]+)", re.M)
-_IMPORT = re.compile(r"^[ \t]*import[ \t]+(?P<static>static[ \t]+)?(?P<name>[\w.]+?)(?P<star>\.\*)?[ \t]*(?:as[ \t]+\w+)?[ \t]*(?:;|$)", re.M)
+_IMPORT = re.compile(
+    r"(?:^|(?<=;))[ \t]*import[ \t]+(?:static[ \t]+)?(?P<name>[\w.]+?)(?P<star>\.\*)?[ \t]*(?:as[ \t]+\w+)?[ \t]*(?:;|$)",
+    re.M,
+)
 _TYPE = re.compile(r"\b(?:class|interface|enum|record|object|@interface)[ \t]+(\w+)")
 _TOP = re.compile(r"^(?:[\w@]+[ \t]+)*(?:fun(?:[ \t]*<[^>]*>)?|val|var|typealias)[ \t]+(?:[\w.<>]+\.)?(\w+)", re.M)
 _WORD = re.compile(r"[A-Za-z_]\w*")

@@ -1,7 +1,7 @@
 """Where comments and strings stand in a source file, by the comment style of its language.
 
     >>> blank('x = "import a"  # import b', "python").code
-    'x = "        "          '
+    'x = "        "            '
 
 `blank` gives the text with the same length and the same lines, in which nothing but code is left: comments are blanks,
 strings keep their delimiters. Offsets into it are offsets into the file, so that a path that is a string is found in
