@@ -34,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
     from puyu.cli.stage import main as stage
 
     if what in ("-h", "--help"):
-        print("also: puyu data check FILE ... | convert FROM TO --to FORM | why DIR ID | code FOLDER --out FILE   (each has --help)\n")
+        print("also: puyu data check FILE ... | convert FROM TO --to FORM | why DIR ID   (each has --help)")
+        print("      puyu data code FOLDER --out FILE.jsonl\n")
     return stage(arguments)
 
 

@@ -191,7 +191,7 @@ _CONTENT: dict[str, tuple[tuple[str, re.Pattern[str]], ...]] = {
         ("cpp", re.compile(
             r"^\s*(?:template\s*<|namespace\s+[\w:]*\s*\{?|using\s+\w|class\s+\w+[^;]*$|(?:public|private|protected)\s*:)"
             r"|\bstd::|#include\s*<(?:string|vector|map|memory|iostream|cstdint|cstddef|functional|utility|algorithm)>"
-            r"|\bclass\s+\w+\s*(?:final\s*)?[:{]|\bconstexpr\b|\bnullptr\b|\bvirtual\b|\boperator\s*[=<>+\-*\[(]", re.M)),
+            r"|\bclass\s+\w+\s*(?:final\s*)?[:{]|\b(?:constexpr|nullptr|virtual)\b|\boperator\s*[=<>+\-*\[(]", re.M)),
         ("c", re.compile("")),
     ),
     ".m": (
@@ -251,7 +251,10 @@ _BY_SUFFIX = {suffix: language for language in reversed(LANGUAGES) for suffix in
 _BY_FILE = {name: language for language in LANGUAGES for name in language.names}
 _BY_PROGRAM = {word: language for language in LANGUAGES for word in (*language.programs, language.name)}
 
-_MODE = re.compile(r"-\*-\s*(?:.*?mode:\s*)?([\w+#-]+)\s*(?:;.*)?-\*-|\bvim?:.*?\b(?:ft|filetype|syntax)=([\w+#-]+)", re.I)
+_MODE = re.compile(
+    r"-\*-\s*(?:.*?mode:\s*)?([\w+#-]+)\s*(?:;.*)?-\*-|\bvim?:.*?\b(?:ft|filetype|syntax)=([\w+#-]+)", re.I
+)
+_HEADER = re.compile(r"^[ \t]*#[ \t]*(?:include[ \t]*[<\"]|pragma[ \t]+once)", re.M)  # C++ headers have no suffix
 _VERSION = re.compile(r"[\d.]+$")
 _MODES = {"c++": "cpp", "objc": "objective-c", "sh": "shell", "js": "javascript", "emacs-lisp": "lisp", "latex": "tex"}
 
@@ -266,7 +269,8 @@ def language_of(path: str, text: str) -> Language | None:
     if suffix in _CONTENT:
         shared = [row for row in LANGUAGES if suffix in row.suffixes]
         return declared if declared in shared else _by_content(suffix, text)
-    return _BY_SUFFIX.get(suffix) or declared
+    header = BY_NAME["cpp"] if not suffix and _HEADER.search(text) else None
+    return _BY_SUFFIX.get(suffix) or declared or header
 
 
 def is_known_suffix(path: str) -> bool:

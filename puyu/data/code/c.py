@@ -23,7 +23,7 @@ _NEVER = re.compile(r"^[ \t]*#[ \t]*if[ \t]+0\b.*?^[ \t]*#[ \t]*(?:endif|else|el
 _DIRECTIVE = re.compile(r"^[ \t]*#[^\n]*(?:\\\n[^\n]*)*$", re.M)
 _EXTERN = re.compile(r"extern[ \t]+\"[ ]*\"[ \t]*\{|\}")
 _DECLARED = re.compile(
-    r"#[ \t]*define[ \t]+(\w+)|\b(?:struct|class|union|enum(?:[ \t]+class)?|namespace|concept|using)[ \t]+(\w+)"
+    r"#[ \t]*define[ \t]+(\w+)|\b(?:struct|class|union|enum(?:[ \t]+class)?|concept)[ \t]+(\w+)"
     r"|\b(\w+)[ \t]*\([^;{}()]*\)[ \t\n]*(?:const|noexcept|override)?[ \t\n]*[;{]|\}[ \t]*(\w+)[ \t]*;"
     r"|\btypedef\b[^;{}]*?\b(\w+)[ \t]*;"
 )
@@ -31,13 +31,73 @@ _WORD = re.compile(r"[A-Za-z_]\w*")
 _INCLUDE_FOLDERS = ("include", "inc", "includes", "headers", "src", "lib", "source")
 _HEADERS = (".h", ".hh", ".hpp", ".hxx", ".h++", ".cuh", ".inl", ".ipp", ".tpp")
 STANDARD = frozenset(
-    (
-        "assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdalign stdarg "
-        "stdatomic stdbool stddef stdint stdio stdlib stdnoreturn string tgmath threads time uchar wchar wctype "
-        "aio dirent dlfcn fcntl fnmatch ftw glob grp iconv langinfo libgen malloc memory netdb poll pthread pwd regex "
-        "sched search semaphore spawn strings syslog termios ucontext unistd utime wordexp getopt alloca endian "
-        "byteswap features ifaddrs resolv"
-    ).split()
+    {
+        "assert",
+        "complex",
+        "ctype",
+        "errno",
+        "fenv",
+        "float",
+        "inttypes",
+        "iso646",
+        "limits",
+        "locale",
+        "math",
+        "setjmp",
+        "signal",
+        "stdalign",
+        "stdarg",
+        "stdatomic",
+        "stdbool",
+        "stddef",
+        "stdint",
+        "stdio",
+        "stdlib",
+        "stdnoreturn",
+        "string",
+        "tgmath",
+        "threads",
+        "time",
+        "uchar",
+        "wchar",
+        "wctype",
+        "aio",
+        "dirent",
+        "dlfcn",
+        "fcntl",
+        "fnmatch",
+        "ftw",
+        "glob",
+        "grp",
+        "iconv",
+        "langinfo",
+        "libgen",
+        "malloc",
+        "memory",
+        "netdb",
+        "poll",
+        "pthread",
+        "pwd",
+        "regex",
+        "sched",
+        "search",
+        "semaphore",
+        "spawn",
+        "strings",
+        "syslog",
+        "termios",
+        "ucontext",
+        "unistd",
+        "utime",
+        "wordexp",
+        "getopt",
+        "alloca",
+        "endian",
+        "byteswap",
+        "features",
+        "ifaddrs",
+        "resolv",
+    }
 )
 """Names of standard headers, without `.h`."""
 
@@ -61,7 +121,7 @@ class Imports:
                 outside += not quoted
                 continue
             strong[target] = True
-            strong |= {real: True for real in self._really_used(path, target)}
+            strong |= dict.fromkeys(self._really_used(path, target), True)
         strong.pop(path, None)
         return Found(tuple(Edge(path, target) for target in sorted(strong)), outside, tuple(missing))
 

@@ -1,7 +1,7 @@
 """Imports of Go -> files of the repository.
 
-    >>> files = [SourceFile("go.mod", "module x.org/m", "gomod"), SourceFile("main.go", 'package main\\nimport "x.org/m/b"', "go")]
-    >>> Imports(Tree("demo", [*files, SourceFile("b/b.go", "package b", "go")]))("main.go").edges[0].dependency
+    >>> rows = [("go.mod", "module x.org/m", "gomod"), ("main.go", 'import "x.org/m/b"', "go"), ("b/b.go", "", "go")]
+    >>> Imports(Tree("demo", [SourceFile(*row) for row in rows]))("main.go").edges[0].dependency
     'b/b.go'
 
 An import is of a package, which is all files of a folder but its tests; the module path of the nearest go.mod comes
@@ -52,13 +52,15 @@ class Imports:
         for target in self._siblings(path):
             strong.setdefault(target, False)
         strong.pop(path, None)
-        return Found(tuple(Edge(path, target, not hard) for target, hard in sorted(strong.items())), outside, tuple(missing))
+        return Found(
+            tuple(Edge(path, target, not hard) for target, hard in sorted(strong.items())), outside, tuple(missing)
+        )
 
     def _imports(self, path: str) -> Iterator[str]:
         text, code = self.tree[path].text, self.tree.code(path)
         for found in _IMPORT.finditer(code):
             begin, end = found.span("many" if found["many"] is not None else "one")
-            marks = [at for at in range(begin, end) if code[at] in "\"`"]
+            marks = [at for at in range(begin, end) if code[at] in '"`']
             yield from (text[a + 1 : b] for a, b in zip(marks[::2], marks[1::2], strict=False))
 
     def _folder(self, path: str, name: str) -> tuple[str | None, bool]:

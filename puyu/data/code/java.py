@@ -1,7 +1,7 @@
 """Imports of Java and Kotlin -> files of the repository.
 
-    >>> files = [SourceFile("a/A.java", "package a; import b.B;", "java"), SourceFile("b/B.java", "package b; class B {}", "java")]
-    >>> Imports(Tree("demo", files))("a/A.java").edges[0].dependency
+    >>> rows = [("a/A.java", "package a; import b.B;", "java"), ("b/B.java", "package b; class B {}", "java")]
+    >>> Imports(Tree("demo", [SourceFile(*row) for row in rows]))("a/A.java").edges[0].dependency
     'b/B.java'
 
 A class is found by the package that its file declares, whatever the folders; nested classes and static members lead to
@@ -20,7 +20,8 @@ from puyu.data.code.tree import Edge, Found, Tree, shortest_first
 LANGUAGES = ("java", "kotlin")
 _PACKAGE = re.compile(r"^[ \t]*package[ \t]+([\w.]+)", re.M)
 _IMPORT = re.compile(
-    r"(?:^|(?<=;))[ \t]*import[ \t]+(?:static[ \t]+)?(?P<name>[\w.]+?)(?P<star>\.\*)?[ \t]*(?:as[ \t]+\w+)?[ \t]*(?:;|$)",
+    r"(?:^|(?<=;))[ \t]*import[ \t]+(?:static[ \t]+)?(?P<name>[\w.]+?)(?P<star>\.\*)?"
+    r"[ \t]*(?:as[ \t]+\w+)?[ \t]*(?:;|$)",
     re.M,
 )
 _TYPE = re.compile(r"\b(?:class|interface|enum|record|object|@interface)[ \t]+(\w+)")
@@ -58,7 +59,9 @@ class Imports:
             if name in words:
                 strong.setdefault(target, False)
         strong.pop(path, None)
-        return Found(tuple(Edge(path, target, not hard) for target, hard in sorted(strong.items())), outside, tuple(missing))
+        return Found(
+            tuple(Edge(path, target, not hard) for target, hard in sorted(strong.items())), outside, tuple(missing)
+        )
 
     def _targets(self, name: str, words: frozenset[str], *, star: bool) -> Iterator[str]:
         if star and name in self._names:

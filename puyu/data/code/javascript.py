@@ -1,7 +1,7 @@
 """Imports of JavaScript and TypeScript -> files of the repository.
 
-    >>> files = [SourceFile("a.js", "import {x} from './lib'", "javascript"), SourceFile("lib/index.js", "", "javascript")]
-    >>> Imports(Tree("demo", files))("a.js").edges[0].dependency
+    >>> rows = [("a.js", "import {x} from './lib'", "javascript"), ("lib/index.js", "", "javascript")]
+    >>> Imports(Tree("demo", [SourceFile(*row) for row in rows]))("a.js").edges[0].dependency
     'lib/index.js'
 
 `import`, `export ... from`, `require`, `import()` and `/// <reference path>`; suffixes that are left out or written as
@@ -39,7 +39,7 @@ _CONDITIONS = ("source", "types", "import", "module", "node", "require", "browse
 
 @dataclass(frozen=True, slots=True)
 class _Import:
-    """One statement: what it names, the (name there, name here) pairs (None: all of it), soft, and whether it exports."""
+    """One statement: what it names, pairs of (name there, name here) or None for all, soft, whether it exports."""
 
     specifier: str
     names: tuple[tuple[str, str], ...] | None
@@ -62,7 +62,7 @@ def _statements(text: str, code: str) -> Iterator[_Import]:
             clause = found["clause"].strip()
             if not re.search(r"\bfrom\s*$|\bimport\s*$", code[found.start() : begin - 1]):
                 continue
-            kind = clause.startswith("type ") or clause.startswith("typeof ")
+            kind = clause.startswith(("type ", "typeof "))
             yield _Import(specifier, _names(clause), kind, found["verb"] == "export")
         else:
             yield _Import(specifier, None, found["call"] == "import" or depth > 0, False)
@@ -209,8 +209,10 @@ class Imports:
         if not sub:
             return self._main(folder)
         exports = self._manifests[folder].get("exports")
-        return self._mapped(exports, f"./{sub}", folder) or self._file(join(folder, sub)) or self._file(
-            join(folder, "src", sub)
+        return (
+            self._mapped(exports, f"./{sub}", folder)
+            or self._file(join(folder, sub))
+            or self._file(join(folder, "src", sub))
         )
 
     def _subpath(self, folder: str, specifier: str) -> str | None:
@@ -221,7 +223,11 @@ class Imports:
         """A row of `exports` or `imports`, `*` included."""
         for pattern, value in table.items() if isinstance(table, dict) else ():
             head, star, tail = str(pattern).partition("*")
-            fits = key == pattern if not star else key.startswith(head) and key.endswith(tail) and len(key) >= len(pattern) - 1
+            fits = (
+                key == pattern
+                if not star
+                else key.startswith(head) and key.endswith(tail) and len(key) >= len(pattern) - 1
+            )
             if fits:
                 middle = key[len(head) : len(key) - len(tail)] if star else ""
                 for target in _targets(value):

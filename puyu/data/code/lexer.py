@@ -104,7 +104,7 @@ def _size(part: str) -> int:
 
 def _is_docstring(text: str, start: int, end: int) -> bool:
     """A triple-quoted string that is a statement of its own."""
-    if text[start : start + 3] not in ('\"\"\"', "\'\'\'"):
+    if text[start : start + 3] not in ('"""', "'''"):
         return False
     before = text[text.rfind("\n", 0, start) + 1 : start]
     return not before.strip(" \trRuUbB") and text[end : end + 1] in ("", "\n", "\r")

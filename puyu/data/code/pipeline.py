@@ -189,7 +189,9 @@ def _repository(rows: Sequence[_Row], config: CodeConfig, length: Length) -> tup
     ordered = sort(tree)
     pieces = (Piece(path, tree[path].text, tree[path].language, metadata[path].id) for path in ordered.paths)
     made = list(windows(name, pieces, limit=config.window, length=length))
-    placed = Counter((path, part.part) for window in made for path, part in zip(window.paths, window.parts, strict=True))
+    placed = Counter(
+        (path, part.part) for window in made for path, part in zip(window.paths, window.parts, strict=True)
+    )
     assert {path for path, _ in placed} == set(metadata) and placed.most_common(1)[0][1] == 1, "a file is lost or twice"
     return name, [_row(window, len(made), metadata) for window in made], ordered
 
@@ -201,10 +203,11 @@ def _source_file(document: Document) -> SourceFile:
 
 def _row(window: Window, count: int, documents: Mapping[str, Document]) -> dict[str, Any]:
     first = documents[window.paths[0]]
-    files = []
+    files: list[dict[str, Any]] = []
     for part in window.parts:
         piece, known = part.piece, documents[part.piece.path].metadata
-        entry = {"path": piece.path, "id": piece.id, "programming_language": piece.language, "length": part.length}
+        entry: dict[str, Any] = {"path": piece.path, "id": piece.id, "programming_language": piece.language}
+        entry["length"] = part.length
         entry |= {"part": part.part, "parts": part.parts} if part.parts > 1 else {}
         files.append(entry | {"quality_class": known["quality_class"], "epochs": known["epochs"]})
     metadata = {
@@ -254,10 +257,11 @@ def report_lines(numbers: Mapping[str, Any]) -> list[str]:
     """The report for a terminal."""
     lines = [f"{numbers['repositories']} repositories, {numbers['windows']} windows"]
     for language, counts in numbers["imports"].items():
-        edges, satisfied = counts["edges"], counts["satisfied"]
-        share = f"{satisfied / edges:.1%}" if edges else "-"
+        edges, hard = counts["edges"], counts["hard"]
+        share = f"{counts['hard_satisfied'] / hard:.1%} of {hard}" if hard else "none"
+        share += f" at load, {counts['satisfied'] / edges:.1%} of all" if edges else ""
         rest = f"{counts['outside']} outside, {counts['missing']} not found, {counts['in_cycles']} in cycles"
-        lines.append(f"  {language:<12} {counts['files']:>6} files {edges:>7} edges  {share:>6} in order   {rest}")
+        lines.append(f"  {language:<12} {counts['files']:>6} files {edges:>7} edges, in order {share}; {rest}")
     cycles = numbers["cycles"]
     lines.append(f"  {len(cycles)} cycles")
     for cycle in cycles[:_SHOWN]:

@@ -70,9 +70,10 @@ def _deferred(code: str) -> list[tuple[int, int]]:
     """Spans of function bodies and of `if TYPE_CHECKING` blocks."""
     spans: list[tuple[int, int]] = []
     for found in _HEADER.finditer(code):
-        if "def" in found[2] or (found[2] == "if" and "TYPE_CHECKING" in found[3] and "not " not in found[3]):
-            if not spans or found.start() >= spans[-1][1]:
-                spans.append((found.start(), _block_end(code, found.end(), _width(found[1]))))
+        for_types = found[2] == "if" and "TYPE_CHECKING" in found[3] and "not " not in found[3]
+        is_inside = bool(spans) and found.start() < spans[-1][1]
+        if ("def" in found[2] or for_types) and not is_inside:
+            spans.append((found.start(), _block_end(code, found.end(), _width(found[1]))))
     return spans
 
 
@@ -82,9 +83,10 @@ def _block_end(code: str, at: int, width: int) -> int:
     while 0 <= line < len(code):
         stop = code.find("\n", line)
         text = code[line : stop if stop >= 0 else len(code)]
-        if line > at and depth <= 0 and text.strip() and _width(text[: len(text) - len(text.lstrip())]) <= width:
-            if not text.lstrip().startswith((")", "]", "}")):
-                return line
+        bare = text.lstrip()
+        begins = line > at and depth <= 0 and bool(bare) and not bare.startswith((")", "]", "}"))
+        if begins and _width(text[: len(text) - len(bare)]) <= width:
+            return line
         depth += sum(map(text.count, "([{")) - sum(map(text.count, ")]}"))
         if stop < 0:
             break

@@ -7,7 +7,7 @@
 `use` with nested braces, `crate`, `self`, `super` (inside an inline `mod` one level less), paths in expressions, other
 crates of the repository by the name in their Cargo.toml, `#[path]`. A name that a module only passes on (`pub use`)
 leads to the file that has it, and softly to the module. `mod x;` is soft: it tells where a file belongs, and the file
-often needs what stands beside the line. It expands no macros.
+often needs what stands beside the line; what modules under `#[cfg(test)]` use is soft, too. It expands no macros.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _USE = re.compile(r"\b(?P<public>pub(?:[ \t]*\([^)]*\))?[ \t\n]+)?use[ \t\n]+(?P
 _MOD = re.compile(r"\bmod[ \t\n]+(?P<name>\w+)[ \t\n]*(?P<end>[;{])")
 _PATH_ATTRIBUTE = re.compile(r"#\[[ \t]*path[ \t]*=[ \t]*\"([^\"\n]+)\"[ \t]*\][\s\w()]*\bmod[ \t\n]+(\w+)[ \t\n]*;")
 _INLINE = re.compile(r"\b(?:crate|self|super)(?:[ \t]*::[ \t]*\w+)+")
+_TESTS = re.compile(r"#\[[ \t]*cfg[ \t]*\([ \t]*test[ \t]*\)[ \t]*\][ \t\n]*$")
 _PACKAGE_NAME = re.compile(r"^\[(?:package|lib)\][^\[]*?^name[ \t]*=[ \t]*\"([^\"]+)\"", re.M)
 _TOKEN = re.compile(r"::|[{},*]|\w+")
 _DEPTH = 8
@@ -39,11 +40,12 @@ class _Crate:
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One path of a `use`: words, the name that it has here, whether others can reach it."""
+    """One path of a `use`: words, the name that it has here, whether others can reach it, whether tests need it."""
 
     words: tuple[str, ...]
     here: str
     public: bool
+    tests: bool = False
 
 
 class Imports:
@@ -70,14 +72,16 @@ class Imports:
         for use in self._read(path):
             targets = self._targets(path, use.words)
             for target, soft in targets:
-                strong[target] = strong.get(target, False) or not soft
+                strong[target] = strong.get(target, False) or not (soft or use.tests)
             own = use.words[0] in ("crate", "self", "super") or use.words[0] in self._libraries
             missing += ["::".join(use.words)] if own and not targets else []
             outside += not own and not targets
         for target in self._modules(path):
             strong.setdefault(target, False)
         strong.pop(path, None)
-        return Found(tuple(Edge(path, target, not hard) for target, hard in sorted(strong.items())), outside, tuple(missing))
+        return Found(
+            tuple(Edge(path, target, not hard) for target, hard in sorted(strong.items())), outside, tuple(missing)
+        )
 
     # ---- the text of a file
 
@@ -87,14 +91,14 @@ class Imports:
             inner = _inline_modules(code)
             found = []
             for match in _USE.finditer(code):
-                level = sum(a <= match.start() < b for a, b in inner)
+                level, tests = _place(match.start(), inner)
                 for words, here in _leaves(_TOKEN.findall(match["tree"])):
-                    found.append(_Use(_raised(words, level), here, match["public"] is not None and level == 0))
+                    found.append(_Use(_raised(words, level), here, match["public"] is not None and not level, tests))
             plain = _USE.sub(lambda match: " " * len(match.group()), code)
             for match in _INLINE.finditer(plain):
-                level = sum(a <= match.start() < b for a, b in inner)
+                level, tests = _place(match.start(), inner)
                 words = tuple(re.findall(r"\w+", match.group()))
-                found.append(_Use(_raised(words, level), "", False))
+                found.append(_Use(_raised(words, level), "", False, tests))
             self._uses[path] = [use for use in dict.fromkeys(found) if use.words]
         return self._uses[path]
 
@@ -105,7 +109,7 @@ class Imports:
             if found["end"] == ";":
                 name = found["name"]
                 own = join(self.tree[path].folder, placed[name]) if name in placed else None
-                target = own if own in self.tree else self._child(self._home(path), name)
+                target = own if own is not None and own in self.tree else self._child(self._home(path), name)
                 if target is not None:
                     yield target
 
@@ -142,9 +146,9 @@ class Imports:
     def _start(self, path: str, words: Sequence[str]) -> tuple[str, Sequence[str]] | None:
         """(file of the module where a path begins, the words after it)."""
         first, *rest = words
-        if first in self._libraries and self._libraries[first].root != path:
-            if self._child(self._home(path), first) is None:
-                return self._libraries[first].root, rest
+        child = self._child(self._home(path), first)
+        if child is None and first in self._libraries and self._libraries[first].root != path:
+            return self._libraries[first].root, rest
         if first == "crate":
             root = self._root(path)
             return None if root is None else (root, rest)
@@ -155,7 +159,6 @@ class Imports:
             while rest and rest[0] == "super" and parent is not None:
                 parent, rest = self._parent(parent), rest[1:]
             return None if parent is None else (parent, rest)
-        child = self._child(self._home(path), first)
         return None if child is None else (child, rest)
 
     def _child(self, home: str, name: str) -> str | None:
@@ -171,8 +174,10 @@ class Imports:
     def _is_alone(self, path: str) -> bool:
         """Whether a file is the root of a program of its own: a test, an example, a bench, a program in src/bin."""
         parts = path.split("/")[:-1]
-        return bool(parts) and (parts[-1] in ("tests", "examples", "benches") or parts[-2:] == ["src", "bin"]) and (
-            join(*parts[:-1] if parts[-1] != "bin" else parts[:-2], "Cargo.toml") in self.tree
+        return (
+            bool(parts)
+            and (parts[-1] in ("tests", "examples", "benches") or parts[-2:] == ["src", "bin"])
+            and (join(*parts[:-1] if parts[-1] != "bin" else parts[:-2], "Cargo.toml") in self.tree)
         )
 
     def _root(self, path: str) -> str | None:
@@ -195,8 +200,14 @@ class Imports:
         return self.tree.first(near)
 
 
-def _inline_modules(code: str) -> list[tuple[int, int]]:
-    """Spans of `mod name { ... }`."""
+def _place(at: int, inner: Sequence[tuple[int, int, bool]]) -> tuple[int, bool]:
+    """(how many inline modules are around a place, whether one of them is for tests)."""
+    around = [tests for begin, end, tests in inner if begin <= at < end]
+    return len(around), any(around)
+
+
+def _inline_modules(code: str) -> list[tuple[int, int, bool]]:
+    """Spans of `mod name { ... }`, and whether they are for tests."""
     spans = []
     for found in _MOD.finditer(code):
         if found["end"] == "{":
@@ -206,7 +217,8 @@ def _inline_modules(code: str) -> list[tuple[int, int]]:
                 at = brace.end()
                 if depth == 0:
                     break
-            spans.append((found.end(), at))
+            before = code[max(0, found.start() - 80) : found.start()]
+            spans.append((found.end(), at, _TESTS.search(before) is not None))
     return spans
 
 

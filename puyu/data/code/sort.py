@@ -1,7 +1,7 @@
 """A repository -> its files in the order of their dependencies, with a report of edges, cycles and what was broken.
 
-    >>> files = [SourceFile("a.py", "import b", "python"), SourceFile("b.py", "", "python"), SourceFile("README.md", "", "markdown")]
-    >>> sort(Tree("demo", files)).paths
+    >>> rows = [("a.py", "import b", "python"), ("b.py", "", "python"), ("README.md", "", "markdown")]
+    >>> sort(Tree("demo", [SourceFile(*row) for row in rows])).paths
     ('README.md', 'b.py', 'a.py')
 
 Imports are found by regular expressions in what is left of a file without comments and strings (InternLM2, 2024,
@@ -42,8 +42,12 @@ class Counts:
     """From file to file of the repository."""
     satisfied: int = 0
     """Edges whose dependency stands before its user."""
+    hard: int = 0
+    """Edges of imports that run when the file is loaded."""
+    hard_satisfied: int = 0
+    """Of these, the ones whose dependency stands before its user."""
     in_cycles: int = 0
-    """Edges that no order can satisfy all of: both ends in one cycle."""
+    """Of these, the ones inside a cycle: no order satisfies all of them."""
     outside: int = 0
     """Imports of other packages and the standard library."""
     missing: int = 0
@@ -94,12 +98,15 @@ def sort(tree: Tree) -> Sorted:
     broken = set(ordered.broken)
     counts: dict[str, Counts] = defaultdict(Counts)
     for path, imports in found.items():
-        inside = [edge for edge in imports.edges if group_of.get(path, -1) == group_of.get(edge.dependency, -2)]
+        hard = [edge for edge in imports.edges if not edge.soft]
+        inside = [edge for edge in hard if group_of.get(path, -1) == group_of.get(edge.dependency, -2)]
         counts[tree[path].language].add(
             Counts(
                 files=1,
                 edges=len(imports.edges),
                 satisfied=sum(edge not in broken for edge in imports.edges),
+                hard=len(hard),
+                hard_satisfied=sum(edge not in broken for edge in hard),
                 in_cycles=len(inside),
                 outside=imports.outside,
                 missing=len(imports.missing),
