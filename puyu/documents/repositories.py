@@ -37,39 +37,12 @@ MAX_BYTES = 1_000_000
 """Larger files are data or generated (the bound of The Stack, Kocetkov et al. 2022)."""
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".zip")
 
-_VENDORED = frozenset(
-    {
-        "node_modules",
-        "bower_components",
-        "vendor",
-        "vendored",
-        "third_party",
-        "third-party",
-        "thirdparty",
-        "3rdparty",
-        "external",
-        "_vendor",
-        "site-packages",
-        "Pods",
-        "Carthage",
-        "jspm_packages",
-        "deps",
-        "venv",
-    }
+_VENDORED = re.compile(
+    r"node_modules|bower_components|vendor|vendored|third_party|third-party|thirdparty|3rdparty|external|"
+    r"_vendor|site-packages|Pods|Carthage|jspm_packages|deps|venv"
 )
-_BUILT = frozenset(
-    {
-        "build",
-        "dist",
-        "out",
-        "target",
-        "bin",
-        "obj",
-        "__pycache__",
-        "_build",
-        "cmake-build-debug",
-        "cmake-build-release",
-    }
+_BUILT = re.compile(
+    r"build|dist|out|target|obj|__pycache__|_build|cmake-build-debug|cmake-build-release"
 )
 _BINARY = re.compile(
     r"\.(?:png|jpe?g|gif|ico|bmp|webp|tiff?|psd|mp[34]|wav|ogg|flac|avi|mov|webm|pdf|docx?|xlsx?|pptx?|zip|gz|bz2|xz|zst"
@@ -197,11 +170,11 @@ def repository_documents(
 def name_reason(path: str) -> str:
     """Why a path is not selected, or nothing."""
     *folders, name = path.split("/")
-    if any(folder in _VENDORED for folder in folders):
+    if any(map(_VENDORED.fullmatch, folders)):
         return "vendored"
     if any(folder.startswith(".") for folder in folders) or (name.startswith(".") and not is_known_suffix(path)):
         return "hidden"
-    if "__pycache__" in folders or (folders and folders[0] in _BUILT - {"bin"}):
+    if "__pycache__" in folders or (folders and _BUILT.fullmatch(folders[0])):
         return "build output"
     rules = ((_BINARY, "binary"), (_LOCKS, "lock file"), (_GENERATED_NAME, "generated"), (_MINIFIED_NAME, "minified"))
     return next((word for pattern, word in rules if pattern.search(path)), "")

@@ -30,76 +30,16 @@ _DECLARED = re.compile(
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _INCLUDE_FOLDERS = ("include", "inc", "includes", "headers", "src", "lib", "source")
 _HEADERS = (".h", ".hh", ".hpp", ".hxx", ".h++", ".cuh", ".inl", ".ipp", ".tpp")
-STANDARD = frozenset(
-    {
-        "assert",
-        "complex",
-        "ctype",
-        "errno",
-        "fenv",
-        "float",
-        "inttypes",
-        "iso646",
-        "limits",
-        "locale",
-        "math",
-        "setjmp",
-        "signal",
-        "stdalign",
-        "stdarg",
-        "stdatomic",
-        "stdbool",
-        "stddef",
-        "stdint",
-        "stdio",
-        "stdlib",
-        "stdnoreturn",
-        "string",
-        "tgmath",
-        "threads",
-        "time",
-        "uchar",
-        "wchar",
-        "wctype",
-        "aio",
-        "dirent",
-        "dlfcn",
-        "fcntl",
-        "fnmatch",
-        "ftw",
-        "glob",
-        "grp",
-        "iconv",
-        "langinfo",
-        "libgen",
-        "malloc",
-        "memory",
-        "netdb",
-        "poll",
-        "pthread",
-        "pwd",
-        "regex",
-        "sched",
-        "search",
-        "semaphore",
-        "spawn",
-        "strings",
-        "syslog",
-        "termios",
-        "ucontext",
-        "unistd",
-        "utime",
-        "wordexp",
-        "getopt",
-        "alloca",
-        "endian",
-        "byteswap",
-        "features",
-        "ifaddrs",
-        "resolv",
-    }
+_STANDARD = re.compile(
+    r"(?:"
+    r"assert|complex|ctype|errno|fenv|float|inttypes|iso646|limits|locale|math|setjmp|signal|stdalign|stdarg|"
+    r"stdatomic|stdbool|stddef|stdint|stdio|stdlib|stdnoreturn|string|tgmath|threads|time|uchar|wchar|wctype|"
+    r"aio|dirent|dlfcn|fcntl|fnmatch|ftw|glob|grp|iconv|langinfo|libgen|malloc|memory|netdb|poll|pthread|pwd|"
+    r"regex|sched|search|semaphore|spawn|strings|syslog|termios|ucontext|unistd|utime|wordexp|getopt|alloca|"
+    r"endian|byteswap|features|ifaddrs|resolv"
+    r")\.h"
 )
-"""Names of standard headers, without `.h`."""
+"""Headers of C and POSIX."""
 
 
 class Imports:
@@ -178,8 +118,8 @@ class Imports:
 
 
 def _is_standard(name: str) -> bool:
-    stem, dot, suffix = name.rpartition(".")
-    return ("/" not in name and (not dot or (suffix == "h" and stem in STANDARD))) or name.startswith("sys/")
+    plain = "/" not in name and ("." not in name or _STANDARD.fullmatch(name) is not None)
+    return plain or name.startswith("sys/")
 
 
 def _in_include_folder(path: str) -> bool:
