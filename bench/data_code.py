@@ -3,7 +3,7 @@
     python bench/data_code.py [--save] [--python DIR ...] [--javascript DIR ...] [--c DIR ...] [--cpp DIR ...]
         [--java DIR ...]
 
-Gold: Python by `ast`, JavaScript by node's parser and resolution, C and C++ by `gcc -MM` (everything a file needs, not
+Gold: Python by `ast`, JavaScript by node's parser and resolution, C and C++ by `gcc -M` (everything a file needs, not
 only what it includes itself), Java by javac's parser; TypeScript, Go and Rust, and three repositories more of each of
 the others, by hand (tests/data/code_gold*.py). Without flags the tools look at what is on the machine: packages of the
 standard library, the packages in npm, headers of Python and of the compiler's neighbors, the sources of a JDK where
@@ -32,7 +32,7 @@ import data_code_gold as tools
 import harness
 
 from puyu.data.code.sort import sort
-from puyu.data.code.tree import SourceFile, Tree
+from puyu.data.code.tree import Edge, SourceFile, Tree
 from puyu.documents.repositories import Tree as Unit
 from puyu.documents.repositories import repository_documents
 
@@ -61,13 +61,29 @@ def measured(tree: Tree, edges: tools.Edges) -> dict[str, int]:
     """Gold edges at load and in all: how many are satisfied, and how many were found at all."""
     found = sort(tree)
     place = {path: at for at, path in enumerate(found.paths)}
-    ours = {(edge.user, edge.dependency) for edge in found.edges}
+    ours = needed(found.edges)
     counts: Counter[str] = Counter(files=len(tree.files))
     for (user, dependency), at_load in edges.items():
         ahead = place[dependency] < place[user]
         counts.update(all=1, all_satisfied=ahead, all_found=(user, dependency) in ours)
         counts.update(load=at_load, load_satisfied=at_load and ahead)
     return dict(counts)
+
+
+def needed(edges: Sequence[Edge]) -> set[tuple[str, str]]:
+    """Every (user, dependency), through others too."""
+    direct: dict[str, set[str]] = defaultdict(set)
+    for edge in edges:
+        direct[edge.user].add(edge.dependency)
+    found = set()
+    for user in direct:
+        work, seen = [user], {user}
+        while work:
+            more = direct.get(work.pop(), set()) - seen
+            seen |= more
+            work += more
+        found |= {(user, dependency) for dependency in seen}
+    return found
 
 
 def on_this_machine(place: Path) -> Iterator[tuple[str, Path]]:

@@ -1,4 +1,4 @@
-"""Import edges of repositories by the tools of their languages: Python's ast, node's parser, gcc -MM, javac's parser.
+"""Import edges of repositories by the tools of their languages: Python's ast, node's parser, gcc -M, javac's parser.
 
 Each function takes a folder and the files that were read of it, and gives {(user, dependency): needed at load}. A tool
 that is not there gives an empty result, and its language is measured on the repositories listed by hand alone.
@@ -128,13 +128,13 @@ def _joined(rows: Sequence[Sequence[object]], known: set[str]) -> Edges:
 
 
 def c_edges(folder: Path, files: Sequence[str]) -> Edges:
-    """By `gcc -MM`: all files that one needs, through others too, with the repository and its include folder known."""
+    """By `gcc -M`: all files that one needs, through others too, with the repository and its include folder known."""
     gcc, edges = shutil.which("gcc"), Edges()
     roots = [folder, folder / "include", folder / "src", folder.parent]
     flags = [flag for root in roots if root.is_dir() for flag in ("-I", str(root))]
     for path in files if gcc else ():
         kind = "c" if path.endswith(".c") else "c++"
-        command = [str(gcc), "-MM", "-x", kind, *flags, str(folder / path)]
+        command = [str(gcc), "-M", "-x", kind, *flags, str(folder / path)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode == 0:
             for word in done.stdout.replace("\\\n", " ").split()[1:]:

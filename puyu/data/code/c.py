@@ -79,6 +79,8 @@ class Imports:
         places = [join(folder, name)] if quoted else []
         for around in ancestors(folder):
             places += [join(around, name), *(join(around, inner, name) for inner in _INCLUDE_FOLDERS)]
+        if name.startswith(f"{self.tree.name}/"):  # the repository is the include folder itself
+            places.append(name.partition("/")[2])
         standard = not quoted and _is_standard(name)
         if standard:
             places = [place for place in places if "include" in place.split("/")]

@@ -209,6 +209,8 @@ class Imports:
         return next((target for target in found if target is not None), None)
 
     def _at(self, place: str) -> str | None:
+        if not place:
+            return self._package("")
         head, _, last = place.rpartition("/")
         return self._in_folder(head, last)
 
@@ -220,6 +222,8 @@ class Imports:
         folder, top = self.tree[path].folder, tail.split("/", 1)[0]
         if self._package(folder) is None:
             yield join(folder, tail)
+        if top == self.tree.name and self._package("") is not None:  # the repository is the package itself
+            yield tail.partition("/")[2]
         if top in sys.stdlib_module_names:
             yield from (join(root, tail) for root in ("", "src", "lib") if self._package(join(root, top)) is not None)
             return
