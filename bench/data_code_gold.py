@@ -172,7 +172,9 @@ class Edges {
       String user = root.relativize(Path.of(unit.getSourceFile().toUri())).toString();
       Set<String> words = new HashSet<>();
       new TreeScanner<Void, Void>() {
-        @Override public Void visitIdentifier(IdentifierTree node, Void v) { words.add(node.getName().toString()); return null; }
+        @Override public Void visitIdentifier(IdentifierTree node, Void v) {
+          words.add(node.getName().toString()); return null;
+        }
         @Override public Void visitImport(ImportTree node, Void v) { return null; }
       }.scan(unit, null);
       for (ImportTree line : unit.getImports()) {

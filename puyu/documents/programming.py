@@ -68,7 +68,7 @@ RUST = Comments(
 )
 PYTHON = Comments(("#",), (), (*_TRIPLE, _DOUBLE, _SINGLE))
 HASH = Comments(("#",), (), _PLAIN)
-SHELL = Comments(("# ", "#\n", "#!", "##"), (), (r'"(?:\\.|[^"\\])*"', r"'[^']*'"))
+SHELL = Comments(("# ", "#\n", "#!", "##"), (), (r"\$\{?#", r'"(?:\\.|[^"\\])*"', r"'[^']*'"))
 STYLE = Comments((), _SLASHES, _PLAIN)
 PHP = Comments(("//", "#"), _SLASHES, (r'"(?:\\.|[^"\\])*"', r"'(?:\\.|[^'\\])*'"))
 ANGLE = Comments((), (("<!--", "-->"),))

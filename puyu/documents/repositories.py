@@ -41,9 +41,7 @@ _VENDORED = re.compile(
     r"node_modules|bower_components|vendor|vendored|third_party|third-party|thirdparty|3rdparty|external|"
     r"_vendor|site-packages|Pods|Carthage|jspm_packages|deps|venv"
 )
-_BUILT = re.compile(
-    r"build|dist|out|target|obj|__pycache__|_build|cmake-build-debug|cmake-build-release"
-)
+_BUILT = re.compile(r"build|dist|out|target|obj|__pycache__|_build|cmake-build-debug|cmake-build-release")
 _BINARY = re.compile(
     r"\.(?:png|jpe?g|gif|ico|bmp|webp|tiff?|psd|mp[34]|wav|ogg|flac|avi|mov|webm|pdf|docx?|xlsx?|pptx?|zip|gz|bz2|xz|zst"
     r"|tar|tgz|rar|7z|jar|war|class|o|a|so|dll|dylib|exe|lib|pyc|pyd|whl|egg|ttf|otf|woff2?|eot|npy|npz|pkl|pt|onnx"

@@ -107,7 +107,10 @@ def _acyclic(paths: Sequence[str], graph: Graph) -> dict[str, list[str]]:
             members = sorted(group)
             inner = {path: [child for child in graph.get(path, ()) if child in set(group)] for path in members}
             place = min(
-                ({path: at for at, path in enumerate(found)} for found in (_depth_first(members, inner), _greedy(inner))),
+                (
+                    {path: at for at, path in enumerate(found)}
+                    for found in (_depth_first(members, inner), _greedy(inner))
+                ),
                 key=lambda place: sum(place[child] > place[path] for path in members for child in inner[path]),
             )
             for path in members:
