@@ -1,6 +1,6 @@
 """Rules, classes, and the whole way from repositories to windows, through the command too."""
 
-import json
+import tarfile
 from collections import Counter
 
 import pytest
@@ -177,19 +177,26 @@ def test_what_the_config_refuses(place):
         )
 
 
-def test_the_command_and_its_recipe(place):
-    done = command("data", "code", place / "repos", "--out", place / "a.jsonl", "--window", "1000")
-    assert done.returncode == 0, done.stderr
-    assert "2 repositories, 2 windows" in done.stdout and "0 cycles" in done.stdout
-    recipe = (
-        (ROOT / "recipes" / "data_code.yaml").read_text(encoding="utf-8").replace("repositories/*", f"{place}/repos/*")
-    )
-    (place / "code.yaml").write_text(recipe, encoding="utf-8")
-    done = command("data", "code", place / "code.yaml", "--out", place / "b.jsonl")
-    assert done.returncode == 0, done.stderr
-    assert read_json(place / "b.report.json")["repositories"] == 2
-    kept = [json.loads(line)["metadata"]["repository"] for line in (place / "b.jsonl").read_text().splitlines()]
-    assert kept == ["one", "two"]
+def test_every_command_of_the_page_works(place):
+    (place / "repos").rename(place / "repositories")
+    (place / "recipes").symlink_to(ROOT / "recipes")
+    with tarfile.open(place / "my-project.tar.gz", "w:gz") as archive:
+        archive.add(place / "repositories" / "one", "one")
+    page = (ROOT / "docs" / "code-data.md").read_text(encoding="utf-8")
+    lines = [line.split()[1:] for line in page.splitlines() if line.startswith("puyu ")]
+    assert len(lines) == 3
+    counts = []
+    for words in lines:
+        done = command(*words, cwd=place)
+        assert "windows" in done.stdout and "0 cycles" in done.stdout
+        counts.append(read_json(place / words[4].replace(".jsonl", ".report.json"))["repositories"])
+    assert counts == [2, 1, 2]
+
+
+def test_the_page_has_every_rule():
+    page = (ROOT / "docs" / "code-data.md").read_text(encoding="utf-8")
+    for name, info in CodeRules.model_fields.items():
+        assert f"| `{name}` |" in page and (info.description or "?").replace("\n", " ") in page
 
 
 @pytest.mark.parametrize(
