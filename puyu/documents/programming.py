@@ -49,12 +49,12 @@ class Language:
 
 # ---- strings and comments
 
-_DOUBLE, _SINGLE = r'"(?:\\.|[^"\\\n])*"', r"'(?:\\.|[^'\\\n])*'"
+_DOUBLE, _SINGLE = r'"(?:\\(?s:.)|[^"\\\n])*"', r"'(?:\\(?s:.)|[^'\\\n])*'"
 _CHARACTER = r"'(?:\\(?:u\{[^}'\n]*\}|[^\n][0-9A-Fa-f]*)|[^'\\\n])'"
-_TRIPLE = r'"""(?:\\.|[^\\])*?"""', r"'''(?:\\.|[^\\])*?'''"
-_TICKS = r"`(?:\\.|[^`\\])*`"
+_TRIPLE = r'"""(?:\\(?s:.)|[^\\])*?"""', r"'''(?:\\(?s:.)|[^\\])*?'''"
+_TICKS = r"`(?:\\(?s:.)|[^`\\])*`"
 # a slash that begins an expression; what stands before it is part of the match
-_REGEX = r"(?:[(,=:\[!&|?{};+\n]|\breturn|\btypeof)[ \t]*/(?![*/])(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\\[\n])+/[a-z]*"
+_REGEX = r"(?:[(,=:\[!&|?{};+\n]|\breturn|\btypeof)[ \t]*/(?![*/])(?:\\(?s:.)|\[(?:\\(?s:.)|[^\]\\\n])*\]|[^/\\\[\n])+/[a-z]*"
 _PLAIN = (_DOUBLE, _SINGLE)
 _SLASHES = (("/*", "*/"),)
 
@@ -64,18 +64,18 @@ JAVA = Comments(("//",), _SLASHES, (_TRIPLE[0], _DOUBLE, _CHARACTER))
 SCRIPT = Comments(("//",), _SLASHES, (_TICKS, _DOUBLE, _SINGLE, _REGEX))
 GO = Comments(("//",), _SLASHES, (r"`[^`]*`", _DOUBLE, _CHARACTER))
 RUST = Comments(
-    ("//",), _SLASHES, (r'\b(?:b|c)?r(?P<hashes>#*)"(?:.|\n)*?"(?P=hashes)', r'"(?:\\.|[^"\\])*"', _CHARACTER), True
+    ("//",), _SLASHES, (r'\b(?:b|c)?r(?P<hashes>#*)"(?:.|\n)*?"(?P=hashes)', r'"(?:\\(?s:.)|[^"\\])*"', _CHARACTER), True
 )
 PYTHON = Comments(("#",), (), (*_TRIPLE, _DOUBLE, _SINGLE))
 HASH = Comments(("#",), (), _PLAIN)
-SHELL = Comments(("# ", "#\n", "#!", "##"), (), (r"\$\{?#", r'"(?:\\.|[^"\\])*"', r"'[^']*'"))
+SHELL = Comments(("# ", "#\n", "#!", "##"), (), (r"\$\{?#", r'"(?:\\(?s:.)|[^"\\])*"', r"'[^']*'"))
 STYLE = Comments((), _SLASHES, _PLAIN)
-PHP = Comments(("//", "#"), _SLASHES, (r'"(?:\\.|[^"\\])*"', r"'(?:\\.|[^'\\])*'"))
+PHP = Comments(("//", "#"), _SLASHES, (r'"(?:\\(?s:.)|[^"\\])*"', r"'(?:\\(?s:.)|[^'\\])*'"))
 ANGLE = Comments((), (("<!--", "-->"),))
 DASHES = Comments(("--",), _SLASHES, (r"'(?:''|[^'])*'", r'"[^"]*"'))
 HASKELL = Comments(("--",), (("{-", "-}"),), (_DOUBLE, _CHARACTER), True)
 LUA = Comments(("--",), (("--[[", "]]"),), (r"\[\[(?:.|\n)*?\]\]", *_PLAIN))
-LISP = Comments((";",), (("#|", "|#"),), (r'"(?:\\.|[^"\\])*"',))
+LISP = Comments((";",), (("#|", "|#"),), (r'"(?:\\(?s:.)|[^"\\])*"',))
 PERCENT = Comments(("%",), (("%{", "%}"),), (_DOUBLE,))
 TEX = Comments(("%",))
 ML = Comments((), (("(*", "*)"),), (_DOUBLE, _CHARACTER), True)
