@@ -1,13 +1,14 @@
 """data.13: repositories in the order of their dependencies, share of import edges whose dependency stands first.
 
-    python bench/data_code.py [--save] [--python DIR ...] [--javascript DIR ...] [--c DIR ...] [--cpp DIR ...]
-        [--java DIR ...]
+    python bench/data_code.py [--save] [--python DIR ...] [--javascript DIR ...] [--typescript DIR ...]
+        [--c DIR ...] [--cpp DIR ...] [--java DIR ...]
 
-Gold: Python by `ast`, JavaScript by node's parser and resolution, C and C++ by `gcc -M` (everything a file needs, not
-only what it includes itself), Java by javac's parser; TypeScript, Go and Rust, and three repositories more of each of
-the others, by hand (tests/data/code_gold*.py). Without flags the tools look at what is on the machine: packages of the
-standard library, the packages in npm, headers of Python and of the compiler's neighbors, the sources of a JDK where
-they are; PUYU_CODE_REPOSITORIES adds DIR/<language>/<repository>. A language needs at least three repositories.
+Gold: Python by `ast`, JavaScript by node's parser and resolution, TypeScript by its compiler (PUYU_TYPESCRIPT names the
+folder of that package), C and C++ by `gcc -M` (everything a file needs, not only what it includes itself), Java by
+javac's parser; Go and Rust, and three repositories more of each of the others, by hand (tests/data/code_gold*.py).
+Without flags the tools look at what is on the machine: packages of the standard library, the packages in npm, headers
+of Python, of numpy and torch and of the system, the sources of a JDK where they are; PUYU_CODE_REPOSITORIES adds
+DIR/<language>/<repository>. A language needs at least three repositories.
 
 An edge counts as resolvable when it is needed at load: an import in a function or under TYPE_CHECKING stands there
 because no order can satisfy it; the notes have those too. Edges inside cycles do count. The value is the share of the
@@ -40,6 +41,7 @@ Tool = Callable[[Path, Sequence[str]], tools.Edges]
 TOOLS: dict[str, Tool] = {
     "python": tools.python_edges,
     "javascript": tools.javascript_edges,
+    "typescript": tools.typescript_edges,
     "c": tools.c_edges,
     "cpp": tools.c_edges,
     "java": tools.java_edges,
@@ -119,8 +121,8 @@ def repositories(arguments: argparse.Namespace, place: Path) -> Iterator[tuple[s
     given = [(language, Path(folder)) for language in TOOLS for folder in getattr(arguments, language)]
     more = os.environ.get("PUYU_CODE_REPOSITORIES", "")
     folders = sorted(Path(more).glob("*/*")) if more else []
-    given += [(folder.parent.name, folder) for folder in folders if folder.parent.name in TOOLS]
     yield from given or on_this_machine(place)
+    yield from ((folder.parent.name, folder) for folder in folders if folder.parent.name in TOOLS)
 
 
 def by_tool(language: str, folder: Path) -> dict[str, int] | None:

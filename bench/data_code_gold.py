@@ -1,4 +1,5 @@
-"""Import edges of repositories by the tools of their languages: Python's ast, node's parser, gcc -M, javac's parser.
+"""Import edges of repositories by the tools of their languages: Python's ast, node's parser,
+TypeScript's own, gcc -M, javac's parser.
 
 Each function takes a folder and the files that were read of it, and gives {(user, dependency): needed at load}. A tool
 that is not there gives an empty result, and its language is measured on the repositories listed by hand alone.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -113,6 +115,49 @@ def javascript_edges(folder: Path, files: Sequence[str]) -> Edges:
         return {}
     command = [node, "--expose-internals", "-e", _NODE, str(folder)]
     done = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True, timeout=SECONDS)
+    return _joined(json.loads(done.stdout), set(files)) if done.returncode == 0 else {}
+
+
+# --- TypeScript ----------------------------------------------------------------------------------------------------
+
+_TYPESCRIPT = r"""
+const ts = require(process.argv[1]), fs = require('fs'), path = require('path')
+const root = fs.realpathSync(process.argv[2]), rows = []
+const options = { moduleResolution: ts.ModuleResolutionKind.Bundler, module: ts.ModuleKind.ESNext, allowJs: true,
+  resolveJsonModule: true }
+for (const file of JSON.parse(fs.readFileSync(0, 'utf8'))) {
+  const whole = path.join(root, file)
+  const tree = ts.createSourceFile(whole, fs.readFileSync(whole, 'utf8'), ts.ScriptTarget.Latest, true)
+  const add = (node, later) => {
+    if (!node || !ts.isStringLiteralLike(node)) return
+    const found = ts.resolveModuleName(node.text, whole, options, ts.sys).resolvedModule
+    const target = found && path.relative(root, fs.realpathSync(found.resolvedFileName))
+    if (target && !target.startsWith('..')) rows.push([file, target, later])
+  }
+  const visit = (node, inside) => {
+    const clause = node.importClause
+    if (ts.isImportDeclaration(node)) add(node.moduleSpecifier, Boolean(clause && clause.isTypeOnly))
+    else if (ts.isExportDeclaration(node)) add(node.moduleSpecifier, node.isTypeOnly)
+    else if (ts.isExternalModuleReference(node)) add(node.expression, false)
+    else if (ts.isCallExpression(node)) {
+      if (node.expression.kind === ts.SyntaxKind.ImportKeyword) add(node.arguments[0], true)
+      else if (node.expression.getText(tree) === 'require') add(node.arguments[0], inside)
+    }
+    ts.forEachChild(node, child => visit(child, inside || ts.isFunctionLike(node)))
+  }
+  visit(tree, false)
+}
+console.log(JSON.stringify(rows))
+"""
+
+
+def typescript_edges(folder: Path, files: Sequence[str]) -> Edges:
+    """By the compiler's parser and resolution; PUYU_TYPESCRIPT is the folder of the package `typescript`."""
+    node, package = shutil.which("node"), os.environ.get("PUYU_TYPESCRIPT", "")
+    if node is None or not package:
+        return {}
+    command = [node, "-e", _TYPESCRIPT, str(Path(package).resolve()), str(folder)]
+    done = subprocess.run(command, input=json.dumps(list(files)), capture_output=True, text=True, timeout=SECONDS)
     return _joined(json.loads(done.stdout), set(files)) if done.returncode == 0 else {}
 
 

@@ -64,7 +64,10 @@ JAVA = Comments(("//",), _SLASHES, (_TRIPLE[0], _DOUBLE, _CHARACTER))
 SCRIPT = Comments(("//",), _SLASHES, (_TICKS, _DOUBLE, _SINGLE, _REGEX))
 GO = Comments(("//",), _SLASHES, (r"`[^`]*`", _DOUBLE, _CHARACTER))
 RUST = Comments(
-    ("//",), _SLASHES, (r'\b(?:b|c)?r(?P<hashes>#*)"(?:.|\n)*?"(?P=hashes)', r'"(?:\\(?s:.)|[^"\\])*"', _CHARACTER), True
+    ("//",),
+    _SLASHES,
+    (r'\b(?:b|c)?r(?P<hashes>#*)"(?:.|\n)*?"(?P=hashes)', r'"(?:\\(?s:.)|[^"\\])*"', _CHARACTER),
+    True,
 )
 PYTHON = Comments(("#",), (), (*_TRIPLE, _DOUBLE, _SINGLE))
 HASH = Comments(("#",), (), _PLAIN)

@@ -13,6 +13,8 @@ from puyu.data.code.rules import CodeFilter, CodeRules, QualityClass, QualityPol
 from puyu.documents.document import make_document
 from puyu.errors import ConfigError, InputError
 from puyu.files import read_json, read_jsonl
+from puyu.tokenizer.chat import CHAT_TEMPLATE
+from puyu.tokenizer.tokenizer import Tokenizer, from_merges
 from tests.conftest import ROOT
 from tests.conftest import puyu as command
 
@@ -163,6 +165,14 @@ def test_a_window_is_learned_as_often_as_its_files_allow(place):
     quality = {"epochs": {"unscored": 3}}
     run(config(place, quality=quality), out=place / "a.jsonl")
     assert [row["metadata"]["epochs"] for row in read_jsonl(place / "a.jsonl")] == [3, 3]
+
+
+def test_a_tokenizer_counts_the_tokens(place):
+    from_merges([(b"d", b"e"), (b"de", b"f")], chat_template=CHAT_TEMPLATE).save(place / "tokenizer")
+    run(config(place, tokenizer=place / "tokenizer"), out=place / "a.jsonl")
+    tokenizer = Tokenizer.load(place / "tokenizer")
+    for row in read_jsonl(place / "a.jsonl"):
+        assert row["metadata"]["length"] - 1 == len(tokenizer.encode(row["text"]))
 
 
 def test_what_the_config_refuses(place):
