@@ -54,7 +54,10 @@ _CHARACTER = r"'(?:\\(?:u\{[^}'\n]*\}|[^\n][0-9A-Fa-f]*)|[^'\\\n])'"
 _TRIPLE = r'"""(?:\\(?s:.)|[^\\])*?"""', r"'''(?:\\(?s:.)|[^\\])*?'''"
 _TICKS = r"`(?:\\(?s:.)|[^`\\])*`"
 # a slash that begins an expression; what stands before it is part of the match
-_REGEX = r"(?:[(,=:\[!&|?{};+\n]|\breturn|\btypeof)[ \t]*/(?![*/])(?:\\(?s:.)|\[(?:\\(?s:.)|[^\]\\\n])*\]|[^/\\\[\n])+/[a-z]*"
+_REGEX = (
+    r"(?:[(,=:\[!&|?{};+\n]|\breturn|\btypeof)[ \t]*/(?![*/])"
+    r"(?:\\(?s:.)|\[(?:\\(?s:.)|[^\]\\\n])*\]|[^/\\\[\n])+/[a-z]*"
+)
 _PLAIN = (_DOUBLE, _SINGLE)
 _SLASHES = (("/*", "*/"),)
 
