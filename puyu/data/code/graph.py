@@ -20,6 +20,8 @@ from puyu.data.code.tree import Edge
 
 _MAX_SOFT = 20_000
 """Soft edges of one component that are tried one by one; beyond it none of the component is kept."""
+_MAX_GREEDY = 2000
+"""Files of a cycle for which the greedy order is tried: its time grows with their square."""
 
 Graph = Mapping[str, Sequence[str]]
 
@@ -106,11 +108,10 @@ def _acyclic(paths: Sequence[str], graph: Graph) -> dict[str, list[str]]:
         if len(group) > 1:
             members = sorted(group)
             inner = {path: [child for child in graph.get(path, ()) if child in set(group)] for path in members}
+            orders = [list(_depth_first(members, inner))]
+            orders += [_greedy(inner)] if len(members) <= _MAX_GREEDY else []
             place = min(
-                (
-                    {path: at for at, path in enumerate(found)}
-                    for found in (_depth_first(members, inner), _greedy(inner))
-                ),
+                ({path: at for at, path in enumerate(found)} for found in orders),
                 key=lambda place: sum(place[child] > place[path] for path in members for child in inner[path]),
             )
             for path in members:
@@ -130,9 +131,9 @@ def _greedy(graph: Graph) -> list[str]:
     last: list[str] = []
     left = sorted(graph)
     while left:
-        path = next((path for path in left if not needs[path]), None)
-        end = None if path is not None else next((path for path in left if not users[path]), None)
-        chosen = path or end or min(left, key=lambda path: (len(needs[path]) - len(users[path]), path))
+        begin = next((path for path in left if not needs[path]), None)
+        end = None if begin is not None else next((path for path in left if not users[path]), None)
+        chosen = begin or end or min(left, key=lambda path: (len(needs[path]) - len(users[path]), path))
         (last if end is not None else first).append(chosen)
         left.remove(chosen)
         for child in needs[chosen]:
