@@ -106,8 +106,8 @@ def _acyclic(paths: Sequence[str], graph: Graph) -> dict[str, list[str]]:
     kept = {user: list(dependencies) for user, dependencies in graph.items()}
     for group in components(paths, graph):
         if len(group) > 1:
-            members = sorted(group)
-            inner = {path: [child for child in graph.get(path, ()) if child in set(group)] for path in members}
+            members, inside = sorted(group), set(group)
+            inner = {path: [child for child in graph.get(path, ()) if child in inside] for path in members}
             orders = [list(_depth_first(members, inner))]
             orders += [_greedy(inner)] if len(members) <= _MAX_GREEDY else []
             place = min(
