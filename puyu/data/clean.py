@@ -38,10 +38,9 @@ from puyu.data.plan import DataConfig, check, row_key, stage_names
 from puyu.data.segments import Clock, MapJob, Segment, map_block
 from puyu.documents import texts
 from puyu.documents.ledger import Ledger, funnel_lines, funnel_steps
-from puyu.documents.raw import Block, blocks
+from puyu.documents.raw import Block, blocks, units
 from puyu.documents.readers import ReadReport, SourceConfig, input_files
 from puyu.documents.runners import num_cores, run_jobs
-from puyu.documents.sources import members
 from puyu.errors import InputError
 from puyu.files import clear_folder, hash_file, hash_json, write_json
 from puyu.log import Progress, say
@@ -146,7 +145,7 @@ def _map_all(config: DataConfig, work: Path, clock: Clock) -> list[_Source]:
         _Source(number, source, work / _folder_name(config, source)) for number, source in enumerate(config.sources)
     ]
     text, workers = config.model_dump_json(), _workers(config)
-    files = sum(1 for source in config.sources for _ in members(source, ReadReport(), lambda bad: None))
+    files = sum(1 for source in config.sources for _ in units(source, ReadReport(), lambda bad: None))
     progress = Progress("data: files", files, unit="doc")
     seen = 0
     for done in run_jobs(map_block, _jobs(sources, text), engine=config.engine, workers=workers):

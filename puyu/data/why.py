@@ -20,9 +20,8 @@ from puyu.data.evidence import first_evidence
 from puyu.data.filters import bounds, margins
 from puyu.data.finish import FILES
 from puyu.data.plan import DataConfig
-from puyu.documents.raw import walk
+from puyu.documents.raw import units, walk
 from puyu.documents.readers import ReadReport, SourceConfig, parse
-from puyu.documents.sources import members
 from puyu.errors import InputError
 from puyu.files import read_object
 
@@ -93,7 +92,7 @@ def _text_again(source: SourceConfig, row: Mapping[str, Any]) -> str | None:
     """The text as it was read; None when its file has gone or changed."""
     at = row["at"]
     try:
-        found = [m for m in members(source, ReadReport(), lambda bad: None) if m.label == at["file"]]
+        found = [m for m in units(source, ReadReport(), lambda bad: None) if m.label == at["file"]]
     except InputError:  # the path of the source is no longer there
         return None
     for member in found:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
+from puyu.documents.repositories import Tree, files_on_disk, trees
 from puyu.documents.sources import BOOKS, PAGES, Member, ReadReport, SourceConfig, members
 from puyu.documents.tables import row_groups
 from puyu.documents.warc import MAX_RECORD, Record, records
@@ -62,7 +63,7 @@ def blocks(source: SourceConfig, report: ReadReport) -> Iterator[Block]:
     bad: list[BadRecord] = []
     raws: list[Raw] = []
     number = size = 0
-    for member in list(members(source, report, bad.append)):
+    for member in list(units(source, report, bad.append)):
         report.files += 1
         for raw in walk(source, member, bad.append):
             raws.append(raw)
@@ -74,11 +75,22 @@ def blocks(source: SourceConfig, report: ReadReport) -> Iterator[Block]:
         yield Block(number, tuple(raws), tuple(bad))
 
 
+def units(source: SourceConfig, report: ReadReport, quarantine: Quarantine) -> Iterator[Member]:
+    """What is opened one by one: files, members of archives, whole repositories."""
+    if source.kind == "repository":
+        yield from (Member(tree.path, tree.name) for tree in trees(source.path, source.name))
+    else:
+        yield from members(source, report, quarantine)
+
+
 def walk(source: SourceConfig, member: Member, quarantine: Quarantine) -> Iterator[Raw]:
     """The raw records of one file."""
     whole = source.kind == "code" or member.suffix in BOOKS or _is_page(source, member)
     try:
-        if source.kind == "warc":
+        if source.kind == "repository":
+            size = sum(path.stat().st_size for path in files_on_disk(Tree(member.origin, member.path)))
+            yield Raw(member, 1, 0, size)
+        elif source.kind == "warc":
             yield from _archive(member, quarantine)
         elif source.kind == "parquet":
             with open_packed(member) as stream:

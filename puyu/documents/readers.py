@@ -25,6 +25,7 @@ from puyu.documents.interleaved import CONTENT, UNLINKED, deal_images, keep_link
 from puyu.documents.killable import Failed
 from puyu.documents.pdf import pdf_text
 from puyu.documents.raw import Raw, blocks, bytes_of, open_packed
+from puyu.documents.repositories import Tree, repository_documents
 from puyu.documents.sources import BOOKS, PROGRAMMING, Member, ReadReport, SourceConfig, input_files
 from puyu.documents.split import split
 from puyu.documents.tables import METADATA, table_rows
@@ -56,6 +57,10 @@ def parse(source: SourceConfig, raw: Raw, *, quarantine: Quarantine, report: Rea
     member = raw.member
     if isinstance(raw.payload, Record):
         yield from _parse_record(source, raw, raw.payload, quarantine, report)
+    elif source.kind == "repository":
+        # Files are not cut here: a window of the whole repository is (`puyu.data.code`).
+        tree, place = Tree(member.origin, member.path), {"source": source.name, "domain": source.domain}
+        yield from repository_documents(tree, **place, skipped=report.records_not_selected, quarantine=quarantine)
     elif source.kind == "parquet":
         yield from _parse_rows(source, raw, quarantine)
     elif source.kind in ("jsonl", "wanjuan") or member.suffix in (".jsonl", ".ndjson"):

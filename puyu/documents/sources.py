@@ -20,10 +20,11 @@ from typing import Literal
 from puyu.configure import Config
 from puyu.documents.extract import Extract
 from puyu.documents.killable import Limits
+from puyu.documents.repositories import files_on_disk, trees
 from puyu.errors import InputError
 from puyu.files import BadRecord, Quarantine
 
-Kind = Literal["html", "text", "jsonl", "code", "warc", "parquet", "files", "wanjuan"]
+Kind = Literal["html", "text", "jsonl", "code", "warc", "parquet", "files", "wanjuan", "repository"]
 
 PROGRAMMING = {
     ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".hpp": "cpp", ".cu": "cuda", ".cs": "csharp", ".go": "go",
@@ -43,6 +44,7 @@ _SUFFIXES: dict[Kind, frozenset[str]] = {
     "parquet": frozenset({".parquet"}),
     "files": TEXT | PAGES | BOOKS,
     "wanjuan": frozenset({".jsonl", ".ndjson"}),
+    "repository": frozenset(),
 }
 _PACKED = (".gz", ".zst")
 
@@ -56,7 +58,8 @@ class SourceConfig(Config):
     """File, folder, glob or .zip (or a list of them)."""
     kind: Kind = "text"
     """html, text, jsonl, parquet, code, warc (WARC, WET and ARC files), or files: whatever holds text, by its suffix
-    (txt, md, rst, tex, html, pdf, docx, epub); wanjuan: WanJuan's records of text, pictures in text, and video."""
+    (txt, md, rst, tex, html, pdf, docx, epub); wanjuan: WanJuan's records of text, pictures in text, and video;
+    repository: whole repositories of source code (folders, archives)."""
     domain: str = "web"
     """What the text is about, for mixtures: web, book, wiki, docs, dialogue, code."""
     language: str = ""
@@ -91,7 +94,8 @@ class ReadReport:
     not_selected: list[str] = field(default_factory=list)
     """Files of another kind."""
     records_not_selected: Counter[str] = field(default_factory=Counter)
-    """Records of archives that are no documents, by what they are: `request`, `image/png`, `status 404`."""
+    """Records of archives that are no documents, by what they are: `request`, `image/png`, `status 404`; files of
+    repositories that are not selected: `vendored`, `binary`, `generated`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,10 @@ def input_files(source: SourceConfig) -> list[Path]:
 
 
 def members(source: SourceConfig, report: ReadReport, quarantine: Quarantine) -> Iterator[Member]:
+    if source.kind == "repository":
+        units = trees(source.path, source.name)
+        yield from (Member(path, path.as_posix()) for unit in units for path in files_on_disk(unit))
+        return
     for pattern in [source.path] if isinstance(source.path, str) else source.path:
         for path, origin, explicit in _expand(pattern, source.name):
             if path.suffix == ".zip":
