@@ -24,6 +24,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from puyu.errors import InputError
 from puyu.files import hash_bytes, read_object, write_text
 from puyu.tokenizer.bpe import base_tokens, char_to_byte, pre_tokenizer, to_chars
+from puyu.tokenizer.encode import FastEncoder
 from puyu.tokenizer.sentencepiece import cut_apart, to_tokenizer_json
 
 LEADING_SPECIALS = ("<unk>", "<s>", "</s>")
@@ -57,6 +58,7 @@ class Tokenizer:
         for backend in (self._special_aware, self._plain):
             backend.no_padding()
             backend.no_truncation()
+        self._fast = FastEncoder.build(tokenizer_json)
         self._added = self._special_aware.get_added_tokens_decoder()
         self._byte_level = isinstance(self._special_aware.decoder, decoders.ByteLevel)
         ids = self._special_aware.get_vocab(with_added_tokens=True).values()
@@ -103,12 +105,19 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of a text, no <s> added. `special=False`: text like `<|im_start|>` is plain text."""
+        ids = self._fast.encode([text], special=special)[0] if self._fast else None
+        if ids is not None:
+            return ids
         backend = self._special_aware if special else self._plain
         return backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many plain texts, on all cores."""
-        return [item.ids for item in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        texts = list(texts)
+        found = self._fast.encode(texts) if self._fast else [None] * len(texts)
+        left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        rest = iter(self._plain.encode_batch_fast(left, add_special_tokens=False) if left else ())
+        return [next(rest).ids if ids is None else ids for ids in found]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
