@@ -63,7 +63,8 @@ class Weighed:
 
     def items(self) -> Iterator[tuple[bytes, int]]:
         data = self.bytes.tobytes()
-        for begin, end, count in zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), self.counts.tolist(), strict=True):
+        borders = self.starts.tolist()
+        for begin, end, count in zip(borders, borders[1:], self.counts.tolist(), strict=False):
             yield data[begin:end], count
 
 
@@ -79,7 +80,7 @@ class BpeLibrary:
             "puyu_encoder_words": (None, [pointer] * 4 + [number]),
             "puyu_encode": (None, [pointer] * 4 + [number, pointer, pointer]),
             "puyu_pieces": (pointer, []),
-            "puyu_pieces_add": (None, [pointer] * 4 + [number, number]),
+            "puyu_pieces_add": (None, [pointer] * 4 + [number] * 3),
             "puyu_pieces_weigh": (None, [pointer] * 4 + [number]),
             "puyu_pieces_size": (None, [pointer, number, pointer, pointer]),
             "puyu_pieces_kept": (None, [pointer, number] + [pointer] * 3),
@@ -197,11 +198,11 @@ class Pieces:
         self._c, self._splitter, self._longest = library.c, splitter, longest
         self._table = Handle(self._c.puyu_pieces(), self._c.puyu_pieces_free)
 
-    def add(self, texts: Sequence[str]) -> None:
-        """Count the pieces of these."""
+    def add(self, texts: Sequence[str], weight: int = 1) -> None:
+        """Count the pieces of these, each so many times."""
         packed = Packed([text.encode("utf-8") for text in texts])
-        arguments = (self._table.value, self._splitter.value, *packed.arguments(), len(packed), self._longest)
-        self._c.puyu_pieces_add(*arguments)
+        limits = (len(packed), self._longest, weight)
+        self._c.puyu_pieces_add(self._table.value, self._splitter.value, *packed.arguments(), *limits)
 
     def weigh(self, pieces: Mapping[bytes, int]) -> None:
         """Count these pieces so many times more."""

@@ -23,7 +23,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from puyu.errors import InputError
 from puyu.files import hash_bytes, read_object, write_text
-from puyu.tokenizer.bpe import base_tokens, char_to_byte, pre_tokenizer, to_chars
+from puyu.tokenizer.bpe import PATTERN, base_tokens, char_to_byte, pre_tokenizer, to_chars
 from puyu.tokenizer.encode import FastEncoder
 from puyu.tokenizer.sentencepiece import cut_apart, to_tokenizer_json
 
@@ -204,19 +204,24 @@ class StreamDecoder:
         return now[len(before) :]
 
 
-def from_merges(merges: Sequence[tuple[bytes, bytes]], *, chat_template: str) -> Tokenizer:
-    """A tokenizer from learned merges: <unk> <s> </s>, 256 bytes, merged tokens, chat tokens."""
+def from_merges(
+    merges: Sequence[tuple[bytes, bytes]], *, chat_template: str, pattern: str = PATTERN, spare: int = 0
+) -> Tokenizer:
+    """A tokenizer from learned merges: <unk> <s> </s>, 256 bytes, merged tokens, spare tokens, chat tokens.
+
+    `spare`: so many special tokens `[UNUSED_TOKEN_0]` ... that no text gives, to be named later or to pad.
+    """
     pieces = dict.fromkeys([*base_tokens(), *(left + right for left, right in merges)])
-    names = [*LEADING_SPECIALS, *map(to_chars, pieces), *TRAILING_SPECIALS]
+    specials = (*LEADING_SPECIALS, *(f"[UNUSED_TOKEN_{n}]" for n in range(spare)), *TRAILING_SPECIALS)
+    names = [*LEADING_SPECIALS, *map(to_chars, pieces), *specials[len(LEADING_SPECIALS) :]]
     ranked = [(to_chars(left), to_chars(right)) for left, right in merges]
     backend = tokenizers.Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, ranked))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer(), to_bytes])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer(pattern), to_bytes])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", LEADING_SPECIALS.index("<s>"))]
     )
-    specials = (*LEADING_SPECIALS, *TRAILING_SPECIALS)
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
     return Tokenizer(backend.to_str(pretty=True), hf_config(chat_template))
 

@@ -42,9 +42,10 @@ void puyu_encode(void* encoder, void* splitter, const uint8_t* bytes, const int6
 void* puyu_pieces() { return new Pieces(); }
 void puyu_pieces_free(void* pieces) { delete static_cast<Pieces*>(pieces); }
 
-// Counts the pieces of texts, none longer than `longest` characters, with a splitter that leaves nothing to others.
+// Counts the pieces of texts `weight` times each, none longer than `longest` characters, with a splitter that leaves
+// nothing to others.
 void puyu_pieces_add(void* pieces, void* splitter, const uint8_t* bytes, const int64_t* starts, int64_t texts,
-                     int64_t longest) {
+                     int64_t longest, int64_t weight) {
     auto& table = *static_cast<Pieces*>(pieces);
     const auto& cut = *static_cast<Splitter*>(splitter);
     for (int64_t n = 0; n < texts; ++n) {
@@ -55,7 +56,7 @@ void puyu_pieces_add(void* pieces, void* splitter, const uint8_t* bytes, const i
             while (at < next) {
                 const uint8_t* stop = at;
                 for (int64_t k = 0; k < longest && stop < next; ++k) stop += width(*stop);
-                table.add(at, size_t(stop - at), 1);
+                table.add(at, size_t(stop - at), weight);
                 at = stop;
             }
         }
