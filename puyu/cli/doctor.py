@@ -95,11 +95,14 @@ def _torch_checks() -> Iterator[tuple[bool, str, str]]:
 def _native_checks() -> Iterator[tuple[bool, str, str]]:
     from puyu.documents.texts import LIBRARY
     from puyu.engine.native import library
+    from puyu.tokenizer.library import LIBRARY as BPE
 
     steps = "not built, PyTorch does its work; remedy: python -m puyu.engine.native"
     texts = "not built, Python does its work; remedy: python -m puyu.documents.texts"
+    bpe = "not built, `tokenizers` and Python do its work; remedy: python -m puyu.tokenizer.library"
     for what, path, remedy in (
         ("step of the engine", library().path(), steps),
         ("measures of texts", LIBRARY.path(), texts),
+        ("byte-level BPE", BPE.path(), bpe),
     ):
         yield path.is_file(), "native", f"{what}: {path if path.is_file() else remedy}"

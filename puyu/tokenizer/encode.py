@@ -106,7 +106,9 @@ def _is_plain_bpe(content: Mapping[str, Any]) -> bool:
     vocab = model["vocab"]
     if max(vocab.values(), default=0) > MAX_ID or len(model["merges"]) > MAX_MERGES:
         return False
-    if model.get("ignore_merges") and any(token["special"] and token["content"] in vocab for token in content["added_tokens"]):
+    if model.get("ignore_merges") and any(
+        token["special"] and token["content"] in vocab for token in content["added_tokens"]
+    ):
         return False  # text is data: `Tokenizer` has such names cut apart
     return all(to_chars(token) in vocab for token in base_tokens())
 

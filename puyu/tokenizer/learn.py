@@ -106,7 +106,7 @@ def learn(
     kept: Sequence[Merge] = (),
     on_merge: Callable[[int], None] | None = None,
 ) -> Learned:
-    """Merges that follow on the 256 bytes and `kept`, until there are `num_tokens` tokens or no pair is frequent enough.
+    """Merges that follow on the 256 bytes and `kept`, until there are `num_tokens` tokens or no pair is frequent.
 
     When the different pre-tokens hold more than `most_bytes`, the rare ones are sampled; a pair must then occur more
     often than one of them counts.
@@ -137,11 +137,9 @@ def _learn(
     made = [(ids[left], ids[right], ids[left + right]) for left, right in kept]
     encoder = library.encoder(byte_ids(ids), np.array(made, dtype=np.int32).reshape(-1, 3))
     encoded, starts = encoder.encode_pieces(pieces)
-    words = Weighed(pieces.bytes, starts, pieces.counts)
+    words = Weighed(pieces.data, starts, pieces.counts)
     del pieces
-    found = library.learn(
-        encoded, words, tokens=len(tokens), wanted=num_tokens, min_count=least, on_merge=on_merge
-    )
+    found = library.learn(encoded, words, tokens=len(tokens), wanted=num_tokens, min_count=least, on_merge=on_merge)
     merges: list[Merge] = []
     for left, right in found.tolist():
         merges.append((tokens[left], tokens[right]))

@@ -12,6 +12,7 @@ tests compare them. Calls release the interpreter. It refuses to know files, spe
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,12 +58,12 @@ class Packed:
 class Weighed:
     """Pieces with counts: all bytes in a row, starts [pieces + 1], counts [pieces]."""
 
-    bytes: NDArray[np.uint8]
+    data: NDArray[np.uint8]
     starts: NDArray[np.int64]
     counts: NDArray[np.int64]
 
     def items(self) -> Iterator[tuple[bytes, int]]:
-        data = self.bytes.tobytes()
+        data = self.data.tobytes()
         borders = self.starts.tolist()
         for begin, end, count in zip(borders, borders[1:], self.counts.tolist(), strict=False):
             yield data[begin:end], count
@@ -166,7 +167,7 @@ class Encoder:
         """(ids of each piece in a row, starts [pieces + 1])."""
         ids = np.empty(int(pieces.starts[-1]) + _ROOM, dtype=np.int32)
         starts = np.zeros(len(pieces.starts), dtype=np.int64)
-        arguments = (_pointer(pieces.bytes), _pointer(pieces.starts), len(pieces.counts), _pointer(ids))
+        arguments = (_pointer(pieces.data), _pointer(pieces.starts), len(pieces.counts), _pointer(ids))
         self._library.c.puyu_encode(self._handle.value, None, *arguments, _pointer(starts[1:]))
         return ids, starts
 
@@ -175,9 +176,10 @@ class Encoder:
         shares = _shares(texts, _threads(sum(map(len, texts))))
         if len(shares) == 1:
             return self._lists(texts, splitter)
-        with ThreadPoolExecutor(len(shares)) as pool:
-            parts = pool.map(lambda share: self._lists(texts[share], splitter), shares)
-            return [ids for part in parts for ids in part]
+        parts = [texts[share] for share in shares]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            done = pool.map(lambda part: self._lists(part, splitter), parts)
+            return [ids for found in done for ids in found]
 
     def _lists(self, texts: Sequence[bytes], splitter: Handle) -> list[list[int] | None]:
         ids, ends = self.encode(Packed(texts), splitter)
@@ -221,7 +223,7 @@ class Pieces:
         assert k >= 1 and k & (k - 1) == 0
         count, size = self.size(k)
         found = Weighed(np.empty(size, np.uint8), np.empty(count + 1, np.int64), np.empty(count, np.int64))
-        arrays = (_pointer(found.bytes), _pointer(found.starts), _pointer(found.counts))
+        arrays = (_pointer(found.data), _pointer(found.starts), _pointer(found.counts))
         self._c.puyu_pieces_kept(self._table.value, k, *arrays)
         return found
 
@@ -240,7 +242,7 @@ def _shares(texts: Sequence[bytes], threads: int) -> list[slice]:
     ends = np.cumsum([len(text) for text in texts])
     cuts = np.searchsorted(ends, [ends[-1] * n // threads for n in range(1, threads)]) + 1
     borders = sorted({0, *map(int, cuts), len(texts)})
-    return [slice(begin, end) for begin, end in zip(borders, borders[1:], strict=False) if begin < end]
+    return [slice(begin, end) for begin, end in itertools.pairwise(borders) if begin < end]
 
 
 def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ def to_ranks(tokenizer: Tokenizer) -> RanksExport:
 
 def _check_order(ranks: Mapping[bytes, int], order: Mapping[bytes, int]) -> None:
     made: Sequence[bytes] = [token for token in order if len(token) > 1]
-    for first, second in zip(made, made[1:], strict=False):
+    for first, second in itertools.pairwise(made):
         if ranks[first] > ranks[second]:
             raise InputError(
                 f"{second!r} is merged after {first!r} but has the lower id; ranks are both order and id",
