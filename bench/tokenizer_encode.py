@@ -80,7 +80,9 @@ def bare(folder: Path) -> None:
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     encoding = tiktoken.Encoding("ours", pat_str=note["pattern"], mergeable_ranks=ranks, special_tokens={})
     threads = os.cpu_count() or 1
-    loop(lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads), folder, tiktoken=tiktoken.__version__)
+    loop(
+        lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads), folder, tiktoken=tiktoken.__version__
+    )
 
 
 def save_inputs(folder: Path) -> None:

@@ -23,15 +23,17 @@ JOINED = 0.02  # share of words that are written together with the next one
 
 def sample_texts(language: str) -> list[str]:
     """The documents of the samples in one language, `en` or `zh`."""
-    texts = [
-        json.loads(line)["text"]
-        for name in {"en": ("wiki_en", "docs_en"), "zh": ("docs_zh",)}[language]
-        for line in gzip.open(CORPUS / f"{name}.jsonl.gz", "rt", encoding="utf-8")
-    ]
+    names = {"en": ("wiki_en", "docs_en"), "zh": ("docs_zh",)}[language]
+    lines = [line for name in names for line in unpacked(CORPUS / f"{name}.jsonl.gz").split("\n") if line]
+    texts = [json.loads(line)["text"] for line in lines]
     for path in sorted((CORPUS / f"novels_{language}").glob("*.txt.gz")):
-        novel = gzip.open(path, "rt", encoding="utf-8").read()
+        novel = unpacked(path)
         texts += [novel[start : start + 4000] for start in range(0, len(novel), 4000)]
     return texts
+
+
+def unpacked(path: Path) -> str:
+    return gzip.decompress(path.read_bytes()).decode("utf-8")
 
 
 class Chain:

@@ -56,6 +56,10 @@ class PlainPieces:
         """Count these pieces so many times more."""
         self._counts.update(pieces)
 
+    def clear(self) -> None:
+        """Forget all."""
+        self._counts.clear()
+
     def size(self, k: int) -> tuple[int, int]:
         """(pieces, bytes) that `weighed(k)` gives."""
         kept = self._kept(k)
@@ -102,44 +106,46 @@ def learn(
     *,
     num_tokens: int,
     min_count: int = 2,
-    most_bytes: int = 1 << 28,
+    most_bytes: int = 1 << 27,
     kept: Sequence[Merge] = (),
     on_merge: Callable[[int], None] | None = None,
 ) -> Learned:
     """Merges that follow on the 256 bytes and `kept`, until there are `num_tokens` tokens or no pair is frequent.
 
-    When the different pre-tokens hold more than `most_bytes`, the rare ones are sampled; a pair must then occur more
-    often than one of them counts.
+    The table is emptied. When the different pre-tokens hold more than `most_bytes`, the rare ones are sampled; a pair
+    must then occur more often than one of them counts.
     """
     every = 1
     while table.size(every)[1] > most_bytes:
         every *= 2
     pieces, library = table.weighed(every), load()
+    table.clear()
     least = min_count if every == 1 else max(min_count, every + 1)
     if library is None:
         heard = (lambda: on_merge(1)) if on_merge else None
         counts = dict(pieces.items())
         merges = bpe.learn_merges(counts, num_tokens=num_tokens, min_count=least, kept=kept, on_merge=heard)
         return Learned(merges, every)
-    return Learned(_learn(library, pieces, num_tokens, least, kept, on_merge), every)
-
-
-def _learn(
-    library: BpeLibrary,
-    pieces: Weighed,
-    num_tokens: int,
-    least: int,
-    kept: Sequence[Merge],
-    on_merge: Callable[[int], None] | None,
-) -> list[Merge]:
+    encoded, words = _encoded(library, pieces, kept)
+    del pieces
     tokens = [*bpe.base_tokens(), *(left + right for left, right in kept)]
-    ids = {token: id for id, token in enumerate(tokens)}
+    limits = {"tokens": len(tokens), "wanted": num_tokens, "min_count": least}
+    return Learned(_named(library.learn(encoded, words, on_merge=on_merge, **limits), tokens), every)
+
+
+def _encoded(
+    library: BpeLibrary, pieces: Weighed, kept: Sequence[Merge]
+) -> tuple[NDArray[np.int32], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(ids of all pieces by the merges that are kept, where each starts and its count)."""
+    ids = {token: id for id, token in enumerate([*bpe.base_tokens(), *(left + right for left, right in kept)])}
     made = [(ids[left], ids[right], ids[left + right]) for left, right in kept]
     encoder = library.encoder(byte_ids(ids), np.array(made, dtype=np.int32).reshape(-1, 3))
     encoded, starts = encoder.encode_pieces(pieces)
-    words = Weighed(pieces.data, starts, pieces.counts)
-    del pieces
-    found = library.learn(encoded, words, tokens=len(tokens), wanted=num_tokens, min_count=least, on_merge=on_merge)
+    return encoded, (starts, pieces.counts)
+
+
+def _named(found: NDArray[np.int32], tokens: list[bytes]) -> list[Merge]:
+    """Merges of ids as merges of bytes; each makes the next token."""
     merges: list[Merge] = []
     for left, right in found.tolist():
         merges.append((tokens[left], tokens[right]))

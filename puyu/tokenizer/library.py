@@ -111,16 +111,20 @@ class BpeLibrary:
     def learn(
         self,
         ids: NDArray[np.int32],
-        pieces: Weighed,
+        words: tuple[NDArray[np.int64], NDArray[np.int64]],
         *,
         tokens: int,
         wanted: int,
         min_count: int,
         on_merge: Callable[[int], None] | None = None,
     ) -> NDArray[np.int32]:
-        """Merges [count, 2] that follow on `tokens` tokens until there are `wanted`; `ids` (of all pieces in a row, at
-        `pieces.starts`) are used up. `on_merge` hears of each few hundred."""
-        arguments = (_pointer(ids), _pointer(pieces.starts), _pointer(pieces.counts), len(pieces.counts))
+        """Merges [count, 2] that follow on `tokens` tokens until there are `wanted`.
+
+        `ids` of all words in a row are used up; `words`: starts [words + 1] and counts [words]. `on_merge` hears of each
+        few hundred merges.
+        """
+        starts, counts = words
+        arguments = (_pointer(ids), _pointer(starts), _pointer(counts), len(counts))
         trainer = Handle(self.c.puyu_trainer(*arguments, tokens, wanted, min_count), self.c.puyu_trainer_free)
         found, step = [], 256
         while True:
@@ -198,7 +202,7 @@ class Pieces:
 
     def __init__(self, library: BpeLibrary, splitter: Handle, longest: int) -> None:
         self._c, self._splitter, self._longest = library.c, splitter, longest
-        self._table = Handle(self._c.puyu_pieces(), self._c.puyu_pieces_free)
+        self.clear()
 
     def add(self, texts: Sequence[str], weight: int = 1) -> None:
         """Count the pieces of these, each so many times."""
@@ -210,6 +214,10 @@ class Pieces:
         """Count these pieces so many times more."""
         packed, counts = Packed(list(pieces)), np.array(list(pieces.values()), dtype=np.int64)
         self._c.puyu_pieces_weigh(self._table.value, *packed.arguments(), _pointer(counts), len(packed))
+
+    def clear(self) -> None:
+        """Forget all, and free the memory."""
+        self._table = Handle(self._c.puyu_pieces(), self._c.puyu_pieces_free)
 
     def size(self, k: int) -> tuple[int, int]:
         """(pieces, bytes) that `weighed(k)` gives."""
