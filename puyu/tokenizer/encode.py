@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,12 +24,16 @@ from puyu.tokenizer.pattern import GPT2, Program, compile_pattern
 _LATIN1 = {ord(char): chr(byte) for char, byte in char_to_byte().items()}
 
 
+@dataclass(frozen=True, eq=False)
 class FastEncoder:
     """The native encoder of one tokenizer.json. Pickles as its text; its tables are made when they are first used."""
 
-    def __init__(self, content: Mapping[str, Any], program: Program) -> None:
-        self._content, self._program = content, program
-        self._added = content["added_tokens"]
+    tokenizer_json: str
+    program: Program
+    added: tuple[str, ...]
+    """Names of added tokens that are found in any text."""
+    special: tuple[str, ...]
+    """And of those that are found only when they are asked for."""
 
     @staticmethod
     def build(tokenizer_json: str) -> FastEncoder | None:
@@ -40,33 +45,30 @@ class FastEncoder:
         if pattern is None or not _is_plain_bpe(content):
             return None
         program = compile_pattern(pattern, nfc=content.get("normalizer") is not None)
-        return None if program is None else FastEncoder(content, program)
+        if program is None:
+            return None
+        names = [tuple(t["content"] for t in content["added_tokens"] if bool(t["special"]) is s) for s in (False, True)]
+        return FastEncoder(tokenizer_json, program, *names)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FastEncoder, (self._content, self._program)
+        return FastEncoder, (self.tokenizer_json, self.program, self.added, self.special)
 
     @cached_property
     def _native(self) -> tuple[Encoder, Handle]:
         library = load()
         assert library is not None
-        model = self._content["model"]
+        model = json.loads(self.tokenizer_json)["model"]
         vocab: dict[str, int] = model["vocab"]
         byte_ids = np.array([vocab[to_chars(bytes([byte]))] for byte in range(256)], dtype=np.int32)
         merges = np.array([_merge(vocab, *pair) for pair in merge_pairs(model)], dtype=np.int32).reshape(-1, 3)
         encoder = library.encoder(byte_ids, merges)
         if model.get("ignore_merges"):
             encoder.set_words({bytes_of(name): id for name, id in vocab.items() if is_bytes(name)})
-        return encoder, library.splitter(self._program)
-
-    @cached_property
-    def _spelled(self) -> tuple[list[str], list[str]]:
-        """Names of added tokens that are found in any text, and the others."""
-        return tuple([t["content"] for t in self._added if bool(t["special"]) is wanted] for wanted in (False, True))  # type: ignore[return-value]
+        return encoder, library.splitter(self.program)
 
     def encode(self, texts: Sequence[str], *, special: bool = False) -> list[list[int] | None]:
         """Ids of each text, on all cores; None for a text that is left to `tokenizers`."""
-        always, marked = self._spelled
-        names = always + marked if special else always
+        names = self.added + self.special if special else self.added
         left = [any(name in text for name in names) for text in texts] if names else [False] * len(texts)
         try:
             encoded = [b"" if skip else text.encode("utf-8") for text, skip in zip(texts, left, strict=True)]
@@ -80,7 +82,7 @@ class FastEncoder:
 def pattern_of(content: Mapping[str, Any]) -> str | None:
     """The pattern that a byte-level tokenizer.json cuts text with, when it cuts once and by a pattern alone."""
     steps = content.get("pre_tokenizer") or {}
-    parts = steps.get("pretokenizers", [steps])
+    parts = steps.get("pretokenizers") or [steps]
     last = parts[-1]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
         return None
@@ -97,7 +99,11 @@ def pattern_of(content: Mapping[str, Any]) -> str | None:
 def _is_plain_bpe(content: Mapping[str, Any]) -> bool:
     """Whether the model is BPE over bytes with nothing else that changes ids."""
     model = content["model"]
-    if model.get("type", "BPE") != "BPE" or any(model.get(key) for key in ("dropout", "byte_fallback")):
+    if (
+        model.get("type", "BPE") != "BPE"
+        or "merges" not in model
+        or any(model.get(key) for key in ("dropout", "byte_fallback"))
+    ):
         return False
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         return False

@@ -120,8 +120,8 @@ class BpeLibrary:
     ) -> NDArray[np.int32]:
         """Merges [count, 2] that follow on `tokens` tokens until there are `wanted`.
 
-        `ids` of all words in a row are used up; `words`: starts [words + 1] and counts [words]. `on_merge` hears of each
-        few hundred merges.
+        `ids` of all words in a row are used up; `words`: starts [words + 1] and counts [words]. `on_merge` hears of
+        each few hundred merges.
         """
         starts, counts = words
         arguments = (_pointer(ids), _pointer(starts), _pointer(counts), len(counts))
