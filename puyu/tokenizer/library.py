@@ -204,11 +204,12 @@ class Pieces:
         self._c, self._splitter, self._longest = library.c, splitter, longest
         self.clear()
 
-    def add(self, texts: Sequence[str], weight: int = 1) -> None:
-        """Count the pieces of these, each so many times."""
+    def add(self, texts: Sequence[str], weight: int = 1) -> int:
+        """Count the pieces of these, each so many times; returns the bytes of the texts."""
         packed = Packed([text.encode("utf-8") for text in texts])
         limits = (len(packed), self._longest, weight)
         self._c.puyu_pieces_add(self._table.value, self._splitter.value, *packed.arguments(), *limits)
+        return int(packed.starts[-1])
 
     def weigh(self, pieces: Mapping[bytes, int]) -> None:
         """Count these pieces so many times more."""

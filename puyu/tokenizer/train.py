@@ -59,8 +59,8 @@ class TokenizerConfig(Config):
     """Learn from at most this many bytes of the corpus (documents drawn by seed)."""
     longest_piece: int = Field(default=LONGEST, ge=8)
     """Runs without a border are cut after so many characters while learning."""
-    max_piece_bytes: int = Field(default=1 << 27, ge=1 << 10)
-    """When the different pre-tokens hold more bytes than this, rare ones are sampled; memory is some 15 times that."""
+    max_piece_bytes: int = Field(default=1 << 28, ge=1 << 10)
+    """When the different pre-tokens hold more bytes than this, rare ones are sampled; memory is some 8 times that."""
     report_bytes: int = Field(default=1_000_000, ge=1)
     """Measure compression on at most this many bytes of each language."""
     seed: int = 0
