@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
     arguments = parser.parse_args(argv)
     is_usual = all(getattr(arguments, name) >= value for name, value in sizes.items())
-    run = harness.Run("serve_replicas", versions=versions())
+    run = harness.Run("serve_replicas", before={}, versions=versions())
     rounds = measure(arguments)
     run.notes = {"each": rounds, "load_s": statistics.median(each["load_s"] for each in rounds)}
     run.notes |= {name: getattr(arguments, name) for name in sizes}

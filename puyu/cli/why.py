@@ -16,7 +16,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if len(options.positional) != 2:
         raise ConfigError("puyu why needs the data folder and a document id", remedy="puyu why runs/nano/data ID")
-    from puyu.data.clean import why
+    from puyu.data.why import why
 
     print(why(Path(options.positional[0]), options.positional[1]))
     return 0

@@ -1,16 +1,17 @@
-"""Duplicates as group stages: exact text, repeated paragraphs, and near copies by MinHash-LSH.
+"""Duplicates as group stages: equal text, equal address, repeated paragraphs, and near copies by MinHash-LSH.
 
     >>> near = NearDedup(NearConfig())
     >>> text = " ".join(map(str, "abcdefghijklmnopqrstuvwxyz"))
     >>> near.estimate(near.signature(text), near.signature(text))
     1.0
 
-Among copies the one of best quality stays, then the longer, then the smaller id: an order of contents, so that neither
-the order of the input nor its cut into shards changes what is kept. Every document that goes names the one that stays
-and their similarity. Ids must be unique among the keys.
+Of copies the best stays, as the order says that the runner hands in: an order of contents, so that neither the order of
+the input nor its cut into shards changes what is kept. Every document that goes names the one that stays and their
+similarity. Keys are columns of numbers; what is held in memory is under a hundred bytes a document.
 
 MinHash after Broder (1997); 128 hashes, 5-grams and 0.7 are InternLM2's (2024, section 3.1.1); 16 bands of 8 rows put
-the steepest part of the LSH curve at (1/16)^(1/8) = 0.71.
+the steepest part of the LSH curve at (1/16)^(1/8) = 0.71. Candidates are verified on the whole signature, so that the
+threshold means what it says.
 """
 
 from __future__ import annotations
@@ -18,23 +19,29 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from puyu.configure import Config
-from puyu.data.measure import UNIT, Units, ngram_hashes, unit_hashes
+from puyu.data.measure import UNIT, Units, mix, ngram_hashes, unit_hashes
 from puyu.documents.characters import folded
 from puyu.documents.document import Document
-from puyu.documents.stages import Drop, Scores, rank
+from puyu.documents.stages import Column, Copies, Drop, GroupStage, Ragged, Scores, best_first
 from puyu.documents.texts import Texts, load
 
 Signature = NDArray[np.uint32]
+Rows = NDArray[np.int64]
 _DIGITS = re.compile(r"\d+")
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _SHORT_PARAGRAPH = 24
+_TRACKING = re.compile(r"utm_\w+|fbclid|gclid|msclkid|mc_[ce]id|ref|spm|from_source")
+MOST = 256
+"""Documents of a bucket that others are compared with, the best ones: pages of one template stay affordable."""
 
 
 class NearConfig(Config):
@@ -57,113 +64,206 @@ class DedupConfig(Config):
 
     exact: bool = True
     """Drop texts that are equal apart from case and white space."""
+    url: bool = False
+    """Drop documents with an address that a better one has (host and path; without fragment and tracking)."""
     paragraphs: float | None = None
     """Drop a document when more than this share of its characters stands, paragraph by paragraph, in better ones."""
     near: NearConfig | None = NearConfig()
     """Drop near copies; null: keep them."""
+    prefer: Literal["best", "newest"] = "best"
+    """Of copies keep the best by the rules, then the longer; or the newest by `date` in the metadata (InternLM2)."""
+    against: list[Path] = []
+    """Folders of earlier runs: what they kept counts as a copy, too (their `index`)."""
+    against_keeps: Literal["older", "newer"] = "older"
+    """Of copies across runs keep the older, so the new one is dropped; or the newer, so the older is listed in
+    `superseded.jsonl`."""
+    index: bool = False
+    """Write an `index` of what is kept, for later runs to compare with."""
+
+    def stages(self) -> list[GroupStage]:
+        """The stages that are on, in their order."""
+        found: list[GroupStage] = [ExactDedup()] if self.exact else []
+        if self.url:
+            found.append(UrlDedup())
+        if self.paragraphs is not None:
+            found.append(ParagraphDedup(self.paragraphs))
+        if self.near is not None:
+            found.append(NearDedup(self.near))
+        return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Key:
-    """What dedup knows of a document instead of its text."""
-
-    id: str
-    quality: float
-    size: int
-    digest: bytes = b""
-    paragraphs: tuple[tuple[bytes, int], ...] = ()
-    signature: Signature | None = field(default=None, compare=False)
+def drops_among(stage: GroupStage, documents: Sequence[Document], scores: Sequence[Scores]) -> dict[str, Drop]:
+    """A group stage over documents in memory: what goes, by id. Ids must be unique."""
+    pairs = np.array([words_of(document.id) for document in documents], dtype=np.uint64).reshape(-1, 2)
+    quality = np.array([row.get("quality", 0.0) for row in scores])
+    size = np.array([len(document.text) for document in documents], dtype=np.int64)
+    copies = stage.decide(stage.keys(documents), best_first(pairs, quality, size))
+    rows = zip(copies.rows.tolist(), copies.of.tolist(), copies.values.tolist(), strict=True)
+    return {documents[i].id: Drop(stage.rule, value, stage.threshold, documents[k].id) for i, k, value in rows}
 
 
-def best_first(keys: Iterable[_Key]) -> list[_Key]:
-    return sorted(keys, key=lambda key: rank(key.quality, key.size, key.id))
+def words_of(id: str) -> tuple[int, int]:
+    """An id as two numbers, which sort as ids do."""
+    return int(id[:16], 16), int(id[16:], 16)
 
 
-def _key(document: Document, scores: Scores, **parts: object) -> _Key:
-    return _Key(document.id, scores.get("quality", 0.0), len(document.text), **parts)  # type: ignore[arg-type]
-
-
-def _digests(texts: Sequence[str]) -> list[bytes]:
+def digests_of(texts: Sequence[str]) -> NDArray[np.uint64]:
+    """[texts, 2]: 128 bits of each text, whatever its case and white space."""
     library = load()
-    if library is None:
-        return [_digest(text) for text in texts]
-    return [row.tobytes() for row in library.digests(Texts(texts))]
+    if library is not None:
+        return library.digests(Texts(texts)).view(np.uint64)
+    return np.frombuffer(b"".join(map(_digest, texts)), dtype=np.uint64).reshape(-1, 2)
 
 
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(" ".join(folded(text).split()).encode("utf-8"), digest_size=16).digest()
 
 
-class ExactDedup:
+# ---- equal
+
+
+class _EqualDedup:
+    """Of rows with the same 128 bits the first stays; all zero is no key."""
+
+    name: str
+    rule: str
+    threshold = 1.0
+
+    def decide(self, columns: Mapping[str, Column | Ragged], order: Rows) -> Copies:
+        high, low = (_plain(columns, part)[order] for part in ("high", "low"))
+        named = np.flatnonzero((high != 0) | (low != 0))
+        order, high, low = order[named], high[named], low[named]
+        places = np.lexsort((low, high))  # stable: equals stay in the order of their rank
+        begins = np.ones(len(places), dtype=bool)
+        begins[1:] = (high[places][1:] != high[places][:-1]) | (low[places][1:] != low[places][:-1])
+        first = places[np.flatnonzero(begins)[np.cumsum(begins) - 1]] if len(places) else places
+        goes = np.flatnonzero(~begins)
+        goes = goes[np.argsort(places[goes])]
+        return Copies(order[places[goes]], order[first[goes]], np.ones(len(goes)))
+
+
+class ExactDedup(_EqualDedup):
     """Group stage: of texts that are equal apart from case and white space, one stays."""
 
     name = "exact"
+    rule = "exact_duplicate"
 
-    def keys(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[_Key]:
-        digests = _digests([document.text for document in documents])
-        rows = zip(documents, scores, digests, strict=True)
-        return [_key(document, row, digest=digest) for document, row, digest in rows]
+    def keys(self, documents: Sequence[Document]) -> dict[str, Column | Ragged]:
+        digests = digests_of([document.text for document in documents])
+        return {"high": digests[:, 0].copy(), "low": digests[:, 1].copy()}
 
-    def decide(self, keys: Sequence[_Key]) -> dict[str, Drop]:
-        owner: dict[bytes, str] = {}
-        drops: dict[str, Drop] = {}
-        for key in best_first(keys):
-            first = owner.setdefault(key.digest, key.id)
-            if first != key.id:
-                drops[key.id] = Drop("exact_duplicate", 1.0, 1.0, first)
-        return drops
+
+class UrlDedup(_EqualDedup):
+    """Group stage: of documents from one address (and, where a document was cut, one part of it) one stays."""
+
+    name = "url"
+    rule = "url_duplicate"
+
+    def keys(self, documents: Sequence[Document]) -> dict[str, Column | Ragged]:
+        table = np.zeros((len(documents), 2), dtype=np.uint64)
+        for row, document in enumerate(documents):
+            url = document.metadata.get("url")
+            if isinstance(url, str) and url:
+                key = f"{plain_url(url)} {document.metadata.get('part', 0)}".encode()
+                table[row] = np.frombuffer(hashlib.blake2b(key, digest_size=16).digest(), dtype=np.uint64)
+        return {"high": table[:, 0].copy(), "low": table[:, 1].copy()}
+
+
+def plain_url(url: str) -> str:
+    """Host, path and query of an address, without scheme, `www.`, fragment, tracking parameters and last slash.
+
+    >>> plain_url("https://WWW.Example.org/a/?b=1&utm_source=x#top")
+    'example.org/a?b=1'
+    """
+    try:
+        parts = urlsplit(url.strip())
+        host = (parts.hostname or "").removeprefix("www.") + (f":{parts.port}" if parts.port else "")
+    except ValueError:  # brackets or a port that are none: the address as it stands
+        return url.strip()
+    query = [(key, value) for key, value in parse_qsl(parts.query) if not _TRACKING.fullmatch(key)]
+    return host + parts.path.rstrip("/") + (f"?{urlencode(sorted(query))}" if query else "")
+
+
+# ---- paragraphs
 
 
 class ParagraphDedup:
     """Group stage: a document goes when most of it stands, paragraph by paragraph, in documents that stay."""
 
     name = "paragraphs"
+    rule = "paragraphs_elsewhere"
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
 
-    def keys(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[_Key]:
-        return [_key(*row, paragraphs=self._paragraphs(row[0].text)) for row in zip(documents, scores, strict=True)]
+    def keys(self, documents: Sequence[Document]) -> dict[str, Column | Ragged]:
+        parts = [[p for p in _PARAGRAPH.split(d.text) if len(p) >= _SHORT_PARAGRAPH] for d in documents]
+        flat = [paragraph for row in parts for paragraph in row]
+        values = np.empty((len(flat), 3), dtype=np.uint64)
+        values[:, :2] = digests_of(flat)
+        values[:, 2] = [len(paragraph) for paragraph in flat]
+        starts = np.concatenate([[0], np.cumsum([len(row) for row in parts])]).astype(np.int64)
+        size = np.array([len(document.text) for document in documents], dtype=np.int64)
+        return {"size": size, "paragraphs": Ragged(values, starts)}
 
-    def _paragraphs(self, text: str) -> tuple[tuple[bytes, int], ...]:
-        long = [part for part in _PARAGRAPH.split(text) if len(part) >= _SHORT_PARAGRAPH]
-        return tuple(zip(_digests(long), map(len, long), strict=True))
-
-    def decide(self, keys: Sequence[_Key]) -> dict[str, Drop]:
-        owner: dict[bytes, str] = {}
-        drops: dict[str, Drop] = {}
-        for key in best_first(keys):
-            held: dict[str, int] = defaultdict(int)
-            for digest, size in key.paragraphs:
+    def decide(self, columns: Mapping[str, Column | Ragged], order: Rows) -> Copies:
+        paragraphs, sizes = columns["paragraphs"], _plain(columns, "size")
+        assert isinstance(paragraphs, Ragged)
+        repeated = _repeated(paragraphs.values[:, 0])
+        owner: dict[bytes, int] = {}
+        goes: list[tuple[int, int, float]] = []
+        for row in order.tolist():
+            own = [(digest.tobytes(), int(size)) for digest, size in _paragraphs(paragraphs.row(row), repeated)]
+            held: dict[int, int] = defaultdict(int)
+            for digest, size in own:
                 if digest in owner:
                     held[owner[digest]] += size
-            share = round(sum(held.values()) / key.size, 4) if key.size else 0.0
+            share = round(sum(held.values()) / int(sizes[row]), 4) if sizes[row] else 0.0
             if share > self.threshold:
-                most = min(held, key=lambda id: (-held[id], id))
-                drops[key.id] = Drop("paragraphs_elsewhere", share, self.threshold, most)
+                goes.append((row, max(held, key=lambda at: held[at]), share))
             else:
-                owner.update((digest, key.id) for digest, _ in key.paragraphs if digest not in owner)
-        return drops
+                owner.update((digest, row) for digest, _ in own if digest not in owner)
+        table = np.array(goes).reshape(-1, 3)
+        return Copies(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2])
+
+
+def _repeated(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Those that stand there twice and more, sorted."""
+    found, counts = np.unique(hashes, return_counts=True)
+    return found[counts > 1]
+
+
+def _paragraphs(values: Column, repeated: NDArray[np.uint64]) -> Iterator[tuple[Column, int]]:
+    """(digest, size) of the paragraphs of one document that stand anywhere twice."""
+    places = np.searchsorted(repeated, values[:, 0])
+    known = places < len(repeated)
+    known[known] = repeated[places[known]] == values[known, 0]
+    for row in values[known]:
+        yield row[:2], int(row[2])
+
+
+# ---- near copies
 
 
 class NearDedup:
     """Group stage: near copies found by MinHash-LSH and verified on the whole signature."""
 
     name = "near"
+    rule = "near_duplicate"
 
     def __init__(self, config: NearConfig) -> None:
         self.config = config
+        self.threshold = config.threshold
         random = np.random.Generator(np.random.PCG64(config.seed))
         size = config.bands * config.rows
         self._factors = random.integers(0, 2**63, size, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
         self._offsets = random.integers(0, 2**63, size, dtype=np.uint64)
 
-    def keys(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[_Key]:
+    def keys(self, documents: Sequence[Document]) -> dict[str, Column | Ragged]:
         signatures, counts = self.signatures([document.text for document in documents])
-        return [
-            _key(document, row, signature=signature if count else None)
-            for document, row, signature, count in zip(documents, scores, signatures, counts.tolist(), strict=True)
-        ]
+        bands = self._bands(signatures)
+        named = {f"band{i:02d}": bands[:, i].copy() for i in range(self.config.bands)}
+        return {"signature": signatures, "shingles": counts, **named}
 
     def shingles(self, text: str) -> Units:
         """Hashes of n-grams of words (characters for Chinese), without case, punctuation and the value of numbers."""
@@ -201,31 +301,68 @@ class NearDedup:
         """Estimated Jaccard similarity: the share of equal minima; its standard error is sqrt(j (1 - j) / 128)."""
         return float(np.mean(a == b))
 
-    def decide(self, keys: Sequence[_Key]) -> dict[str, Drop]:
+    def _bands(self, signatures: NDArray[np.uint32]) -> NDArray[np.uint64]:
+        """[documents, bands]: one number for the rows of a band."""
+        rows = signatures.reshape(-1, self.config.bands, self.config.rows).astype(np.uint64)
+        total = np.zeros(rows.shape[:2], dtype=np.uint64)
+        for i in range(self.config.rows):
+            total = total * np.uint64(0x9E3779B97F4A7C15) + rows[:, :, i]
+        return mix(total)
+
+    def decide(self, columns: Mapping[str, Column | Ragged], order: Rows) -> Copies:
         """Best first: a document goes when it is a verified near copy of one that stays."""
-        buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-        kept: list[_Key] = []
-        drops: dict[str, Drop] = {}
-        for key in best_first(keys):
-            if key.signature is None:
-                continue
-            bands = self._bands(key.signature)
-            twin = self._twin(key.signature, sorted({i for band in bands for i in buckets.get(band, ())}), kept)
-            if twin is not None:
-                drops[key.id] = Drop("near_duplicate", round(twin[0], 4), self.config.threshold, twin[1])
-                continue
-            for band in bands:
-                buckets[band].append(len(kept))
-            kept.append(key)
-        return drops
+        order = order[_plain(columns, "shingles")[order] > 0]
+        buckets = np.zeros((self.config.bands, len(order)), dtype=np.uint32)
+        used = 0
+        for band in range(self.config.bands):
+            used = _number_buckets(_plain(columns, f"band{band:02d}")[order], buckets[band], used)
+        together = np.flatnonzero(buckets.any(axis=0))
+        order, buckets = order[together], buckets[:, together]
+        signatures = _plain(columns, "signature")
+        library = load()
+        if library is not None:
+            of, equal = library.near_copies(signatures, order, buckets, threshold=self.threshold, most=MOST)
+        else:
+            of, equal = self._near_copies(signatures, order, buckets)
+        goes = np.flatnonzero(of >= 0)
+        values = np.round(equal[goes] / signatures.shape[1], 4)
+        return Copies(order[goes], order[of[goes]], values)
 
-    def _bands(self, signature: Signature) -> list[tuple[int, bytes]]:
-        return [(i, row.tobytes()) for i, row in enumerate(signature.reshape(self.config.bands, self.config.rows))]
+    def _near_copies(
+        self, signatures: Column, order: Rows, buckets: NDArray[np.uint32]
+    ) -> tuple[Rows, NDArray[np.int32]]:
+        """What the library does: the most similar of the kept in its buckets (the best of equals), or -1."""
+        kept: dict[int, list[int]] = defaultdict(list)
+        of, equal = np.full(len(order), -1, dtype=np.int64), np.zeros(len(order), dtype=np.int32)
+        for place, row in enumerate(order.tolist()):
+            own = [bucket for bucket in buckets[:, place].tolist() if bucket]
+            others = sorted({other for bucket in own for other in kept[bucket]})
+            if others:
+                same = (signatures[order[others]] == signatures[row]).sum(axis=1)
+                best = int(np.argmax(same))
+                if same[best] / signatures.shape[1] >= self.threshold:
+                    of[place], equal[place] = others[best], same[best]
+                    continue
+            for bucket in own:
+                if len(kept[bucket]) < MOST:
+                    kept[bucket].append(place)
+        return of, equal
 
-    def _twin(self, signature: Signature, candidates: Sequence[int], kept: Sequence[_Key]) -> tuple[float, str] | None:
-        """The most similar candidate at or above the threshold (the earliest, so the best, of equals)."""
-        if not candidates:
-            return None
-        similar = np.mean(np.stack([kept[i].signature for i in candidates]) == signature, axis=1)  # type: ignore[misc]
-        best = int(np.argmax(similar))
-        return (float(similar[best]), kept[candidates[best]].id) if similar[best] >= self.config.threshold else None
+
+def _number_buckets(hashes: NDArray[np.uint64], into: NDArray[np.uint32], used: int) -> int:
+    """Number the values that occur twice and more from `used` + 1 on; returns the last number."""
+    places = np.argsort(hashes, kind="stable")
+    values = hashes[places]
+    begins = np.ones(len(values), dtype=bool)
+    begins[1:] = values[1:] != values[:-1]
+    group = np.cumsum(begins) - 1
+    sizes = np.bincount(group) if len(group) else group
+    numbers = np.where(sizes > 1, used + np.cumsum(sizes > 1), 0).astype(np.uint32)
+    into[places] = numbers[group]
+    return used + int((sizes > 1).sum())
+
+
+def _plain(columns: Mapping[str, Column | Ragged], name: str) -> Column:
+    column = columns[name]
+    assert not isinstance(column, Ragged)
+    return column

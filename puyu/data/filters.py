@@ -11,16 +11,21 @@ be moved without computing a score again.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from puyu.configure import Config
-from puyu.data.measure import measure_all, scores_of
+from puyu.data.measure import SCORES, measure_all, scores_of
 from puyu.documents.document import Document
 from puyu.documents.language import Guess, detect_all
 from puyu.documents.stages import Drop, Scores, Verdict
 
 Bound = float | None
+_COLUMNS = {name: number for number, name in enumerate(SCORES)}
 
 
 class WordPolicy(Config):
@@ -166,9 +171,13 @@ class Policies(Config):
     """Source code."""
 
     def of(self, language: str) -> Policy:
-        if language == "zh":
-            return self.zh
-        return self.code if language == "code" else self.words
+        found: Policy = getattr(self, policy_name(language))
+        return found
+
+
+def policy_name(language: str) -> str:
+    """The field of `Policies` for a language."""
+    return language if language in ("zh", "code") else "words"
 
 
 def bounds(policy: Policy) -> Iterator[tuple[str, str, bool, float]]:
@@ -205,6 +214,22 @@ def quality(scores: Mapping[str, float], policy: Policy) -> float:
     return min(margins(scores, policy).values(), default=1.0)
 
 
+def judge_all(table: NDArray[np.float64], policy: Policy) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Of each row of `measure_all`: the number of the first rule that it breaks or -1, and its quality (then 0)."""
+    rules = list(bounds(policy))
+    if not rules:
+        return np.full(len(table), -1), np.ones(len(table))
+    limits = np.array([threshold for _, _, _, threshold in rules])
+    minimum = np.array([is_minimum for _, _, is_minimum, _ in rules])
+    values = table[:, [_COLUMNS[score] for _, score, _, _ in rules]]
+    fails = np.where(minimum, values < limits, values > limits)
+    broken = np.where(fails.any(axis=1), fails.argmax(axis=1), -1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        margin = np.where(minimum & (values > 0), 1 - limits / values, 1 - values / limits)
+    margin = np.where(limits > 0, np.round(np.clip(margin, 0.0, 1.0), 4), 1.0)
+    return broken, np.where(broken < 0, margin.min(axis=1), 0.0)
+
+
 class LanguageFilter:
     """Map stage: sets the language (unless the source declares it) and drops those that are not wanted."""
 
@@ -237,10 +262,29 @@ class RuleFilter:
 
     def __call__(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[Verdict]:
         table = measure_all([document.text for document in documents], [document.language for document in documents])
-        return [self._judge(document, row) for document, row in zip(documents, scores_of(table), strict=True)]
+        broken, values = np.full(len(documents), -1), np.zeros(len(documents))
+        by_policy: dict[str, list[int]] = defaultdict(list)
+        for at, document in enumerate(documents):
+            by_policy[policy_name(document.language)].append(at)
+        for name, rows in by_policy.items():
+            broken[rows], values[rows] = judge_all(table[rows], getattr(self.policies, name))
+        rules = {name: list(bounds(getattr(self.policies, name))) for name in by_policy}
+        return [
+            self._verdict(document, measured, rules[policy_name(document.language)], judged)
+            for document, measured, judged in zip(
+                documents, scores_of(table), zip(broken.tolist(), values.tolist(), strict=True), strict=True
+            )
+        ]
 
-    def _judge(self, document: Document, measured: dict[str, float]) -> Verdict:
-        policy = self.policies.of(document.language)
-        drop = judge(measured, policy)
-        scores = {**measured, "quality": 0.0 if drop else quality(measured, policy)}
-        return Verdict(document, scores, drop if self.enforce else None)
+    def _verdict(
+        self,
+        document: Document,
+        measured: dict[str, float],
+        rules: Sequence[tuple[str, str, bool, float]],
+        judged: tuple[int, float],
+    ) -> Verdict:
+        number, measured["quality"] = judged
+        if number < 0 or not self.enforce:
+            return Verdict(document, measured)
+        rule, score, _, threshold = rules[number]
+        return Verdict(document, measured, Drop(rule, measured[score], threshold))

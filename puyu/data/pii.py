@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from puyu.documents.texts import Texts, load
+
 Kind = Literal["email", "id_number", "card", "phone", "ip"]
 KINDS: tuple[Kind, ...] = ("email", "id_number", "card", "phone", "ip")
 PLACEHOLDERS: dict[Kind, str] = {
@@ -52,16 +54,26 @@ class Masked:
 
 def mask(text: str, kinds: Sequence[Kind] = KINDS) -> Masked:
     """Replace personal data of these kinds by placeholders."""
+    return mask_all([text], kinds)[0]
+
+
+def mask_all(texts: Sequence[str], kinds: Sequence[Kind] = KINDS) -> list[Masked]:
+    """`mask` of each; where the native library was built, only texts that can hold a kind are searched for it."""
+    library = load()
+    if library is None:
+        return [_mask(text, kinds, 255) for text in texts]
+    may = library.may_hold(Texts(texts)).tolist()
+    return [_mask(text, kinds, bits) if bits else Masked(text, {}) for text, bits in zip(texts, may, strict=True)]
+
+
+def _mask(text: str, kinds: Sequence[Kind], may: int) -> Masked:
     counts: Counter[Kind] = Counter()
     for kind in KINDS:
-        if kind in kinds and _may_hold(kind, text):
-            for pattern, accept in _FINDERS[kind]:
-                text = _replace(text, pattern, accept, kind, counts)
+        if kind in kinds:
+            for bit, pattern, accept in _FINDERS[kind]:
+                if may & bit:
+                    text = _replace(text, pattern, accept, kind, counts)
     return Masked(text, dict(counts))
-
-
-def _may_hold(kind: Kind, text: str) -> bool:
-    return "@" in text if kind == "email" else any(map(text.__contains__, "0123456789"))
 
 
 def _replace(
@@ -117,10 +129,12 @@ def _always(text: str) -> bool:
     return True
 
 
-_FINDERS: dict[Kind, tuple[tuple[re.Pattern[str], Callable[[str], bool]], ...]] = {
-    "email": ((_EMAIL, _is_personal_email),),
-    "id_number": ((_ID_NUMBER, is_id_number),),
-    "card": ((_CARD, is_card),),
-    "phone": ((_PHONE, _always),),
-    "ip": ((_IPV4, _is_public_ip), (_IPV6, _is_public_ip)),
+# The bits are those of `documents/cpp/personal.h`: a text without it has no match of the pattern. Placeholders hold
+# neither digits nor what stands between them, so masking one kind makes no other possible.
+_FINDERS: dict[Kind, tuple[tuple[int, re.Pattern[str], Callable[[str], bool]], ...]] = {
+    "email": ((1, _EMAIL, _is_personal_email),),
+    "id_number": ((2, _ID_NUMBER, is_id_number),),
+    "card": ((4, _CARD, is_card),),
+    "phone": ((8, _PHONE, _always),),
+    "ip": ((16, _IPV4, _is_public_ip), (32, _IPV6, _is_public_ip)),
 }

@@ -42,6 +42,7 @@ def make_document(
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b\u2060]")
 _LINE_END = re.compile(r"[ \t\u00a0\u3000]+\n")
+_LINE_ENDS = (" \n", "\t\n", "\u3000\n")
 _BLANK_LINES = re.compile(r"\n{3,}")
 
 
@@ -50,8 +51,17 @@ def normalize(text: str, *, code: bool = False) -> str:
 
     Code keeps its indentation and its empty lines.
     """
-    text = _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _CONTROL.sub("", text)
     if code:
         return text.strip("\n")
-    text = _LINE_END.sub("\n", text.replace("\u00a0", " ") + "\n")
-    return _BLANK_LINES.sub("\n\n", text).strip()
+    # Searches for a string are many times as fast as the expressions, which most texts do not need.
+    if "\u00a0" in text:
+        text = text.replace("\u00a0", " ")
+    text += "\n"
+    if any(map(text.__contains__, _LINE_ENDS)):
+        text = _LINE_END.sub("\n", text)
+    if "\n\n\n" in text:
+        text = _BLANK_LINES.sub("\n\n", text)
+    return text.strip()

@@ -15,6 +15,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,15 @@ from numpy.typing import NDArray
 from puyu.documents.characters import HAN, KANA
 from puyu.documents.texts import Bayes, Texts, load
 from puyu.errors import DependencyError
+from puyu.files import atomic_write, read_object, write_json
+from puyu.native import native_folder
 
 _HAN = re.compile(f"[{HAN}]")
 _KANA = re.compile(f"[{KANA}]")
 _HANGUL = re.compile("[\uac00-\ud7af]")
 _LATIN_WORD = re.compile(r"[A-Za-zÀ-ÿ]{2,}")
 # Enough to be sure, and bounded: the classifier walks every byte in Python.
-_SAMPLE = 2400
+_SAMPLE = 1200
 HAN_SHARE = 0.15
 """Han characters over Han characters plus Latin words, from which on a text is Chinese."""
 
@@ -57,8 +60,8 @@ def detect_all(texts: Sequence[str]) -> list[Guess]:
     samples = [_sample(text) for text in texts]
     guesses = [_judge(*counts) for counts in library.scripts(Texts(samples)).tolist()]
     left = [at for at, guess in enumerate(guesses) if guess is None]
-    scores = library.languages(Texts([_encodable(samples[at]) for at in left]), _tables())
-    names, pairs = _identifier().nb_classes, _identifier()._alias_pairs
+    tables, names, pairs = _tables()
+    scores = library.languages(Texts([_encodable(samples[at]) for at in left]), tables)
     likely = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-np.inf))
     likely /= likely.sum(axis=1, keepdims=True)
     for first, second in pairs:  # two scripts of one language
@@ -66,7 +69,7 @@ def detect_all(texts: Sequence[str]) -> list[Guess]:
         likely[:, second] = 0.0
     for at, row in zip(left, likely, strict=True):
         best = int(row.argmax())
-        guesses[at] = Guess(str(names[best]), float(row[best]))
+        guesses[at] = Guess(names[best], float(row[best]))
     return [guess for guess in guesses if guess is not None]
 
 
@@ -107,12 +110,30 @@ def _encodable(sample: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def _tables() -> Bayes:
-    """What the classifier knows, as the native library reads it."""
-    found = _identifier()
-    moves, rows, outputs = (_integers(part) for part in (found.tk_nextmove, found.tk_row, found.tk_output))
+def _tables() -> tuple[Bayes, list[str], list[tuple[int, int]]]:
+    """What the classifier knows, as the native library reads it; its languages; pairs that are one language.
+
+    Unpacking py3langid's model takes a second, so its tables are kept beside the library, and mapped.
+    """
+    folder = native_folder() / f"language-{version('py3langid')}"
+    if not (folder / "names.json").is_file():
+        found = _identifier()
+        for name, values in zip(_ARRAYS, _arrays(found), strict=True):
+            with atomic_write(folder / f"{name}.npy", "wb") as stream:
+                np.save(stream, values)
+        pairs = [[int(first), int(second)] for first, second in found._alias_pairs]
+        write_json(folder / "names.json", {"languages": list(map(str, found.nb_classes)), "pairs": pairs})
+    names = read_object(folder / "names.json")
+    tables = Bayes(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
+    return tables, names["languages"], [(first, second) for first, second in names["pairs"]]
+
+
+_ARRAYS = ("moves", "rows", "outputs", "weights", "priors")
+
+
+def _arrays(found: Any) -> list[NDArray[Any]]:
     weights, priors = (np.ascontiguousarray(part, dtype=np.float32) for part in (found.nb_ptc, found.nb_pc))
-    return Bayes(moves, rows, outputs, weights, priors)
+    return [*map(_integers, (found.tk_nextmove, found.tk_row, found.tk_output)), weights, priors]
 
 
 def _integers(values: Any) -> NDArray[np.int32]:

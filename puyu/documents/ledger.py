@@ -82,9 +82,9 @@ class Ledger:
         counts.kept += 1
         counts.kept_characters += characters
 
-    def drop(self, source: str, stage: str, rule: str) -> None:
+    def drop(self, source: str, stage: str, rule: str, count: int = 1) -> None:
         assert stage in self.stages, f"unknown stage {stage}"
-        self.source(source).dropped[stage, rule] += 1
+        self.source(source).dropped[stage, rule] += count
 
     def quarantine(self, source: str, reason: str) -> None:
         self.source(source).quarantined[reason] += 1

@@ -11,34 +11,25 @@ It filters nothing: what is unwanted is for the rules to say.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import IO, Any
+from itertools import islice
+from typing import Any
 
 from puyu.documents.books import Unreadable, book_text
 from puyu.documents.document import Document, make_document, normalize
 from puyu.documents.extract import decode_html, page
 from puyu.documents.pdf import pdf_text
-from puyu.documents.sources import (
-    BOOKS,
-    PAGES,
-    PROGRAMMING,
-    Member,
-    ReadReport,
-    SourceConfig,
-    input_files,
-    members,
-)
+from puyu.documents.raw import Raw, blocks, bytes_of, open_packed
+from puyu.documents.sources import BOOKS, PROGRAMMING, Member, ReadReport, SourceConfig, input_files
 from puyu.documents.split import split
 from puyu.documents.tables import METADATA, table_rows
-from puyu.documents.warc import Answer, Damaged, Record, http_answer, records
-from puyu.files import BadRecord, Quarantine, open_bytes, torn_errors
+from puyu.documents.warc import Answer, Damaged, Record, http_answer
+from puyu.files import BadRecord, Quarantine
 
-__all__ = ["ReadReport", "SourceConfig", "input_files", "read"]
+__all__ = ["ReadReport", "SourceConfig", "input_files", "parse", "read"]
 
 _HTML = ("text/html", "application/xhtml+xml")
 
@@ -46,90 +37,57 @@ _HTML = ("text/html", "application/xhtml+xml")
 def read(source: SourceConfig, quarantine: Quarantine, *, report: ReadReport | None = None) -> Iterator[Document]:
     """Documents of one source in the order of file names. Raises InputError for a path that does not exist."""
     seen = report if report is not None else ReadReport()
-    count = 0
-    for member in list(members(source, seen, quarantine)):
-        seen.files += 1
-        for document in _read_member(source, member, quarantine, seen):
-            if source.max_documents is not None and count >= source.max_documents:
-                return
-            count += 1
-            yield document
+    found = _read_all(source, quarantine, seen)
+    yield from found if source.max_documents is None else islice(found, source.max_documents)
 
 
-# ---- one file
+def _read_all(source: SourceConfig, quarantine: Quarantine, report: ReadReport) -> Iterator[Document]:
+    for block in blocks(source, report):
+        for bad in block.bad:
+            quarantine(bad)
+        for raw in block.raws:
+            yield from parse(source, raw, quarantine=quarantine, report=report)
 
 
-def _read_member(
-    source: SourceConfig, member: Member, quarantine: Quarantine, report: ReadReport
-) -> Iterator[Document]:
-    if source.kind == "warc":
-        yield from _read_archive(source, member, quarantine, report)
-        return
-    if source.kind == "parquet":
-        yield from _read_table(source, member, quarantine)
-        return
-    if member.suffix in (".jsonl", ".ndjson") or source.kind == "jsonl":
-        yield from _read_jsonl(source, member, quarantine)
-        return
-    data = _bytes_of(member, quarantine)
-    if data is None:
-        return
-    if source.kind == "html" or (source.kind == "files" and member.suffix in PAGES):
-        yield from _read_page(source, data, member.label, {"path": member.origin}, quarantine)
-    elif source.kind == "code":
+def parse(source: SourceConfig, raw: Raw, *, quarantine: Quarantine, report: ReadReport) -> Iterator[Document]:
+    """The documents of one raw record."""
+    member = raw.member
+    if isinstance(raw.payload, Record):
+        yield from _parse_record(source, raw, raw.payload, quarantine, report)
+    elif source.kind == "parquet":
+        yield from _parse_rows(source, raw, quarantine)
+    elif source.kind == "jsonl" or member.suffix in (".jsonl", ".ndjson"):
+        assert raw.payload is not None
+        yield from _parse_line(source, raw, raw.payload, quarantine)
+    elif raw.payload is not None:
+        text = _decode_lines(raw.payload, raw, quarantine)
+        whole = raw.ends and not raw.offset
+        metadata = {"path": member.origin} if whole else {"path": member.origin, "line": raw.number}
+        yield from _documents(source, normalize(text), metadata)
+    elif (data := bytes_of(member, quarantine)) is not None:
+        yield from _parse_file(source, data, member, quarantine)
+
+
+# ---- one record
+
+
+def _parse_file(source: SourceConfig, data: bytes, member: Member, quarantine: Quarantine) -> Iterator[Document]:
+    if source.kind == "code":
         yield from _read_code(source, data, member, quarantine)
-    elif source.kind == "files" and member.suffix in BOOKS:
+    elif member.suffix in BOOKS:
         yield from _read_book(source, data, member, quarantine)
     else:
-        text = _decode_lines(data, member.label, quarantine)
-        yield from _documents(source, normalize(text), {"path": member.origin})
+        yield from _read_page(source, data, member.label, {"path": member.origin}, quarantine)
 
 
-@contextlib.contextmanager
-def _open_packed(member: Member) -> Iterator[IO[bytes]]:
-    """The member's bytes as they are stored."""
-    if member.inside:
-        with _open_member(member) as stream:
-            yield stream
-    else:
-        with open(member.path, "rb") as stream:
-            yield stream
-
-
-@contextlib.contextmanager
-def _open_member(member: Member) -> Iterator[IO[bytes]]:
-    if member.inside:
-        with zipfile.ZipFile(member.path) as archive, archive.open(member.inside) as stream:
-            yield stream
-    else:
-        with open_bytes(member.path) as stream:
-            yield stream
-
-
-def _bytes_of(member: Member, quarantine: Quarantine) -> bytes | None:
-    """All bytes of a member; None (and a quarantined record) when its compression is torn."""
-    try:
-        with _open_member(member) as stream:
-            data = stream.read()
-        return data
-    except _damaged() as error:
-        quarantine(BadRecord(member.label, 0, 0, f"archive: {error}", ""))
-        return None
-
-
-def _damaged() -> tuple[type[Exception], ...]:
-    """What a damaged archive raises."""
-    return (zipfile.BadZipFile, *torn_errors())
-
-
-def _decode_lines(data: bytes, label: str, quarantine: Quarantine) -> str:
+def _decode_lines(data: bytes, raw: Raw, quarantine: Quarantine) -> str:
     """UTF-8 text; when it does not decode as a whole, the lines that do not are quarantined one by one."""
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8" if raw.offset else "utf-8-sig")
     except UnicodeDecodeError:
         good: list[str] = []
-    offset = 0
-    for number, line in enumerate(data.split(b"\n"), 1):
+    label, offset = raw.member.label, raw.offset
+    for number, line in enumerate(data.split(b"\n"), raw.number):
         try:
             good.append(line.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -160,13 +118,15 @@ def _read_book(source: SourceConfig, data: bytes, member: Member, quarantine: Qu
     yield from _documents(source, normalize(book.text), metadata)
 
 
-def _read_table(source: SourceConfig, member: Member, quarantine: Quarantine) -> Iterator[Document]:
-    with _open_packed(member) as stream:
-        for number, row in table_rows(stream, member.label, text_field=source.text_field, quarantine=quarantine):
+def _parse_rows(source: SourceConfig, raw: Raw, quarantine: Quarantine) -> Iterator[Document]:
+    label, field = raw.member.label, source.text_field
+    with open_packed(raw.member) as stream:
+        rows = table_rows(stream, label, group=raw.offset, first=raw.number, text_field=field, quarantine=quarantine)
+        for number, row in rows:
             if problem := _problem(row, source.text_field):
-                quarantine(BadRecord(member.label, number, 0, problem, ""))
+                quarantine(BadRecord(label, number, 0, problem, ""))
             else:
-                yield from _record(source, row, member.label, quarantine)
+                yield from _record(source, row, label, quarantine)
 
 
 def _bad_bytes(label: str, data: bytes, error: UnicodeDecodeError) -> BadRecord:
@@ -193,23 +153,22 @@ def _read_page(
     yield from _documents(source, normalize(found.full_text()), named)
 
 
-def _read_archive(
-    source: SourceConfig, member: Member, quarantine: Quarantine, report: ReadReport
+def _parse_record(
+    source: SourceConfig, raw: Raw, found: Record, quarantine: Quarantine, report: ReadReport
 ) -> Iterator[Document]:
-    """Pages and plain texts of a web archive; each record that is none is counted by what it is."""
-    with _open_packed(member) as stream:
-        for found in records(stream, member.label, quarantine=quarantine):
-            try:
-                answer = _content(found)
-            except Damaged as error:
-                quarantine(BadRecord(member.label, 0, found.offset, f"record: {error}", found.url[:80]))
-                continue
-            if isinstance(answer, str):
-                report.records_not_selected[answer] += 1
-                continue
-            place: Quarantine = partial(_quarantine_at, quarantine, found.offset)
-            metadata = {"path": member.origin, "url": found.url, "date": found.date}
-            yield from _read_answer(source, answer, member.label, metadata, place)
+    """A page or plain text of a web archive; a record that is none is counted by what it is."""
+    label = raw.member.label
+    try:
+        answer = _content(found)
+    except Damaged as error:
+        quarantine(BadRecord(label, 0, found.offset, f"record: {error}", found.url[:80]))
+        return
+    if isinstance(answer, str):
+        report.records_not_selected[answer] += 1
+        return
+    place: Quarantine = partial(_quarantine_at, quarantine, found.offset)
+    metadata = {"path": raw.member.origin, "url": found.url, "date": found.date}
+    yield from _read_answer(source, answer, label, metadata, place)
 
 
 def _quarantine_at(quarantine: Quarantine, offset: int, bad: BadRecord) -> None:
@@ -244,31 +203,18 @@ def _read_answer(
     yield from _documents(source, normalize(text), metadata)
 
 
-def _read_jsonl(source: SourceConfig, member: Member, quarantine: Quarantine) -> Iterator[Document]:
-    for number, offset, line in _lines(member, quarantine):
-        value: Any = None
-        try:
-            value = json.loads(line.decode("utf-8"))
-            problem = _problem(value, source.text_field)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            problem = f"{'json' if isinstance(error, json.JSONDecodeError) else 'encoding'}: {error}"
-        if problem:
-            quarantine(BadRecord(member.label, number, offset, problem, line[:80].decode("utf-8", "replace")))
-        else:
-            yield from _record(source, value, member.label, quarantine)
-
-
-def _lines(member: Member, quarantine: Quarantine) -> Iterator[tuple[int, int, bytes]]:
-    """(1-based number, byte offset in the plain text, line) of the lines that are not blank."""
-    number = offset = 0
+def _parse_line(source: SourceConfig, raw: Raw, line: bytes, quarantine: Quarantine) -> Iterator[Document]:
+    value: Any = None
     try:
-        with _open_member(member) as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, offset, line
-                offset += len(line)
-    except _damaged() as error:
-        quarantine(BadRecord(member.label, number + 1, offset, f"archive: {error}", ""))
+        value = json.loads(line.decode("utf-8"))
+        problem = _problem(value, source.text_field)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        problem = f"{'encoding' if isinstance(error, UnicodeDecodeError) else 'json'}: {error}"
+    if problem:
+        head = line[:80].decode("utf-8", "replace")
+        quarantine(BadRecord(raw.member.label, raw.number, raw.offset, problem, head))
+    else:
+        yield from _record(source, value, raw.member.label, quarantine)
 
 
 def _problem(value: Any, text_field: str) -> str:

@@ -95,6 +95,11 @@ class Member:
     def suffix(self) -> str:
         return _plain_suffix(self.inside or self.path.name)
 
+    @property
+    def size(self) -> int:
+        """Bytes as it is stored; of a member of an archive, those of the archive."""
+        return self.path.stat().st_size
+
 
 def input_files(source: SourceConfig) -> list[Path]:
     """The files on disk that the source reads, for hashing."""

@@ -1,18 +1,21 @@
 """The stage contract: `map` looks at each document by itself, `group` at the keys of all; neither does I/O.
 
 A runner owns files, processes and order. Because a map stage says of a document what it would say of it alone, and a
-group stage answers by document id, the result depends neither on the order of the input nor on how it is cut into
-batches and shards. Documents come many at a time, since native code measures a thousand texts in one call.
+group stage sees documents in an order of their contents, the result depends neither on the order of the input nor on
+how it is cut into batches and shards. Documents come many at a time, since native code measures a thousand in one call.
 
-    map     documents -> a Verdict each       the (changed) document, its scores, and a Drop or None
-    group   keys of all -> {id: Drop}
+    map     documents -> a Verdict each                 the (changed) document, its scores, and a Drop or None
+    group   keys of each, then all, best first -> Copies    which go, and which stay in their place
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from puyu.documents.document import Document
 
@@ -43,8 +46,9 @@ class Verdict:
     drop: Drop | None = None
 
 
-K = TypeVar("K")
 Scores = Mapping[str, float]
+Column = NDArray[Any]
+"""Fixed width: a number or a row of numbers for each document."""
 
 
 class MapStage(Protocol):
@@ -55,16 +59,49 @@ class MapStage(Protocol):
     def __call__(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[Verdict]: ...
 
 
-class GroupStage(Protocol[K]):
-    """`keys` is a map (runs beside the texts); `decide` sees keys only and answers by id."""
+@dataclass(frozen=True)
+class Ragged:
+    """A column of rows of different lengths: row i is values[starts[i] : starts[i + 1]]."""
+
+    values: Column
+    starts: NDArray[np.int64]
+
+    def row(self, i: int) -> Column:
+        return self.values[self.starts[i] : self.starts[i + 1]]
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Rows that go, the rows that stay in their place, and how alike they are."""
+
+    rows: NDArray[np.int64]
+    of: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+    @staticmethod
+    def none() -> Copies:
+        nothing = np.empty(0, dtype=np.int64)
+        return Copies(nothing, nothing, np.empty(0))
+
+
+class GroupStage(Protocol):
+    """`keys` runs beside the texts, for many documents at a time; `decide` sees columns of all keys only."""
 
     name: str
+    rule: str
+    threshold: float
 
-    def keys(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[K]: ...
+    def keys(self, documents: Sequence[Document]) -> Mapping[str, Column | Ragged]:
+        """Named columns, a row for each document."""
+        ...
 
-    def decide(self, keys: Sequence[K]) -> Mapping[str, Drop]: ...
+    def decide(self, columns: Mapping[str, Column | Ragged], order: NDArray[np.int64]) -> Copies:
+        """`order`: the rows that are still there, the best first; a row goes only where a better one stays."""
+        ...
 
 
-def rank(quality: float, size: int, id: str) -> tuple[Hashable, ...]:
-    """Sort key of the one to keep: best quality first, then the longer, then the smaller id."""
-    return (-quality, -size, id)
+def best_first(
+    ids: NDArray[np.uint64], quality: NDArray[np.float64], size: NDArray[np.int64], *before: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Rows by `before` (larger first), then quality, then length, then the smaller id [rows, 2]."""
+    return np.lexsort((ids[:, 1], ids[:, 0], -size, -quality, *(-key for key in reversed(before))))

@@ -1,6 +1,6 @@
 """Parquet files -> rows, a bounded number at a time.
 
-    for number, row in table_rows(stream, "part.parquet", text_field="text", quarantine=print): ...
+    for first, group, size in row_groups(stream, "part.parquet", quarantine=print): ...
 
 Only the text and the columns that become metadata are read. A row group that is damaged costs its rows, which are
 counted in what is quarantined; a file whose footer is torn costs the file.
@@ -14,39 +14,46 @@ from typing import IO, Any
 from puyu.errors import DependencyError, InputError
 from puyu.files import BadRecord, Quarantine
 
-METADATA = ("url", "path", "title", "license")
+METADATA = ("url", "path", "title", "license", "date")
 """Fields of a record that stay with the document."""
 _ROWS = 256
 
 
-def table_rows(
-    stream: IO[bytes], label: str, *, text_field: str, quarantine: Quarantine
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(1-based number, row) of every row that can be read. InputError where there is no column for the text."""
+def row_groups(stream: IO[bytes], label: str, quarantine: Quarantine) -> Iterator[tuple[int, int, int]]:
+    """(1-based number of its first row, its place among the groups, bytes) of every row group."""
     parquet, damaged = _parquet()
     try:
         file = parquet.ParquetFile(stream)
     except damaged as error:
         quarantine(BadRecord(label, 0, 0, f"archive: {error}", ""))
         return
+    first = 1
+    for group in range(file.num_row_groups):
+        about = file.metadata.row_group(group)
+        yield first, group, about.total_byte_size
+        first += about.num_rows
+
+
+def table_rows(
+    stream: IO[bytes], label: str, *, group: int, first: int, text_field: str, quarantine: Quarantine
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(1-based number, row) of every row of a group that can be read. InputError where no column holds the text."""
+    parquet, damaged = _parquet()
+    file = parquet.ParquetFile(stream)
     names = file.schema_arrow.names
     if text_field not in names:
         raise InputError(
             f"{label} has no column {text_field!r}", remedy=f"set text_field to one of: {', '.join(names)}"
         )
     columns = [name for name in (text_field, *METADATA) if name in names]
-    first = 1
-    for group in range(file.num_row_groups):
-        number = first
-        first += file.metadata.row_group(group).num_rows
-        try:
-            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
-                for row in batch.to_pylist():
-                    yield number, row
-                    number += 1
-        except damaged as error:
-            rows = f"archive: rows {number} to {first - 1}: {error}"
-            quarantine(BadRecord(label, number, 0, rows, ""))
+    number, behind = first, first + file.metadata.row_group(group).num_rows
+    try:
+        for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+            for row in batch.to_pylist():
+                yield number, row
+                number += 1
+    except damaged as error:
+        quarantine(BadRecord(label, number, 0, f"archive: rows {number} to {behind - 1}: {error}", ""))
 
 
 def _parquet() -> tuple[Any, tuple[type[Exception], ...]]:

@@ -11,6 +11,7 @@ Each has a slower twin in plain Python, which gives the same and says what it me
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from collections.abc import Sequence
@@ -46,6 +47,20 @@ class _Bayes(ctypes.Structure):
         ("num_features", ctypes.c_int64),
         ("num_languages", ctypes.c_int64),
     ]
+
+
+class _NearTask(ctypes.Structure):
+    _fields_ = [
+        ("order", ctypes.c_void_p),
+        ("buckets", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("count", "bands", "num_buckets")),
+        ("threshold", ctypes.c_double),
+        ("most", ctypes.c_int64),
+    ]
+
+
+class _Signatures(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("file", ctypes.c_int32), ("width", ctypes.c_int64)]
 
 
 class Texts:
@@ -151,6 +166,49 @@ class TextLibrary:
         length, hashes = ctypes.c_int64(ngram), ctypes.c_int64(size)
         self._call("puyu_minhash", texts.native, length, factors, offsets, hashes, signatures, counts)
         return signatures, counts
+
+    def near_copies(
+        self,
+        signatures: NDArray[np.uint32],
+        order: NDArray[np.int64],
+        buckets: NDArray[np.uint32],
+        *,
+        threshold: float,
+        most: int,
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """(place of the one that stays or -1, equal hashes with it) of each place in `order`.
+
+        `buckets` [bands, places]: 0 where a document is alone. A signature column that is a memory map is read from
+        its file row by row. `most`: kept documents of a bucket that others are compared with.
+        """
+        bands, count = buckets.shape
+        of, equal = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int32)
+        order, buckets = np.ascontiguousarray(order), np.ascontiguousarray(buckets)
+        num_buckets = int(buckets.max(initial=0))
+        task = _NearTask(order.ctypes.data, buckets.ctypes.data, count, bands, num_buckets, threshold, most)
+        path = signatures.filename if isinstance(signatures, np.memmap) else None
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(path, "rb")).fileno() if path is not None else -1
+            base = None if path is not None else np.ascontiguousarray(signatures)
+            rows = _Signatures(None if base is None else base.ctypes.data, file, signatures.shape[1])
+            function = self._library.puyu_near_copies
+            failed = function(ctypes.byref(task), ctypes.byref(rows), _pointer(of), _pointer(equal))
+        if failed:
+            raise OSError(f"{path}: signatures cannot be read")
+        return of, equal
+
+    def may_hold(self, texts: Texts) -> NDArray[np.uint8]:
+        """[texts]: bits of what kinds of personal data a text can hold at all (`cpp/personal.h`)."""
+        found = np.empty(texts.count, dtype=np.uint8)
+        self._call("puyu_may_hold", texts.native, found)
+        return found
+
+    def count_words(self, texts: Texts, words: Automaton, whole: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """[texts, 2]: how many different phrases stand in each, and how many places. `whole` [phrases]: 1 where no
+        letter or digit may touch the phrase."""
+        counts = np.zeros((texts.count, 2), dtype=np.int64)
+        self._call("puyu_count_words", words.handle, texts.native, whole, counts)
+        return counts
 
     def scripts(self, texts: Texts) -> NDArray[np.int64]:
         """[texts, 5]: Han characters, kana, hangul, words of two and more Latin letters, letters of any kind."""

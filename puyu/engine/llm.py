@@ -32,12 +32,12 @@ from puyu.engine.request import Request, Running
 from puyu.engine.score import encode_pairs, score_encoded
 from puyu.engine.speculate import ModelDrafter
 from puyu.engine.weights import Model, drop_weights, refill_weights, update_weights
-from puyu.errors import CheckpointError, ConfigError, RequestError, ResourceError
+from puyu.errors import CheckpointError, ConfigError, InputError, RequestError, ResourceError
 from puyu.hub import resolve
 from puyu.model.checkpoint import is_scalar_checkpoint, load_model, load_scalar_model, read_config
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.lora import AdapterBank
-from puyu.tokenizer.chat import render
+from puyu.tokenizer.chat import render_all
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import (
     Completion,
@@ -291,7 +291,10 @@ class LLM:
         whole = [item if isinstance(item, Conversation) else Conversation(tuple(item)) for item in conversations]
         for item in whole:
             self.driver.front.check_size(GenerateRequest(item.messages))
-        return [[*render(item, self.tokenizer).ids, reward_id] for item in whole]
+        try:
+            return [[*rendered.ids, reward_id] for rendered in render_all(whole, self.tokenizer)]
+        except InputError as error:
+            raise RequestError(error.message, param="messages", remedy=error.remedy) from error
 
     def _pooled(self, requests: Sequence[Request]) -> list[list[float]]:
         found: list[Running] = self._run([partial(self.driver.submit_pool, request) for request in requests])

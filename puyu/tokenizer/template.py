@@ -1,22 +1,22 @@
 """Chat templates in Jinja: ours, for other tools to read, and other families', rendered in a sandbox.
 
 A template is a program from a stranger: it runs in `sandbox.py`, and sees only messages, tools, the names of the
-special tokens and what the caller adds (documents, a switch for thinking). A user's text that spells a special token
-stays plain text.
+special tokens and what the caller adds (documents, a switch for thinking). A user's text that spells a special token,
+or another one that the template writes (Qwen's <tool_call>), stays plain text.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
 from puyu.errors import DependencyError, InputError
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.types import Conversation, Message
+from puyu.types import Conversation
 
 # The same text as chat.render (tested), in the form that transformers, vLLM and llama.cpp read.
 CHAT_TEMPLATE = r"""
@@ -60,6 +60,7 @@ CHAT_TEMPLATE = r"""
 """.strip()
 
 _GUARD = "\ufdd0"  # a noncharacter put into a user's `<|im_end|>` until the template has run
+_CUT = "\ufdd1"  # the same for a marker that is not special: there the text is encoded in two parts
 
 
 def render_jinja(
@@ -74,13 +75,16 @@ def render_jinja(
     `options` are more variables of the template: documents, enable_thinking and the like.
     """
     text = _guarded_text(conversation, tokenizer, add_generation_prompt, options or {})
-    if _GUARD not in text:
+    if _GUARD not in text and _CUT not in text:
         return tokenizer.encode(text, special=True)
     ids: list[int] = []
     names = tokenizer.special_tokens
     for part in _special_pattern(tokenizer).split(text):
-        plain = part.replace(_GUARD, "")
-        ids += [names[part]] if part in names else tokenizer.encode(plain) if plain else []
+        if part in names:
+            ids.append(names[part])
+            continue
+        for plain in part.replace(_GUARD, "").split(_CUT):
+            ids += tokenizer.encode(plain) if plain else []
     return ids
 
 
@@ -92,17 +96,27 @@ def jinja_text(
     options: Mapping[str, Any] | None = None,
 ) -> str:
     """The folder's own template as text."""
-    return _guarded_text(conversation, tokenizer, add_generation_prompt, options or {}).replace(_GUARD, "")
+    return _guarded_text(conversation, tokenizer, add_generation_prompt, options or {}).translate(
+        {ord(_GUARD): None, ord(_CUT): None}
+    )
 
 
 def _guarded_text(conversation: Conversation, tokenizer: Tokenizer, prompt: bool, options: Mapping[str, Any], /) -> str:
-    guard = _special_pattern(tokenizer)
-    messages = [_template_message(message, guard) for message in conversation.messages]
-    tools = _guard([tool.to_openai() for tool in conversation.tools], guard)
+    template = _template_of(tokenizer, with_tools=bool(conversation.tools))
+    special, written = _special_pattern(tokenizer), _written_pattern(tokenizer, template)
+
+    def guard(value: Any) -> Any:
+        return _guard(_guard(value, special, _GUARD), written, _CUT)
+
+    messages = []
+    for message in conversation.messages:
+        value = message.to_openai()
+        messages.append(_with_objects(_guard(value, special, _GUARD) if message.role == "assistant" else guard(value)))
+    tools = guard([tool.to_openai() for tool in conversation.tools])
     variables = {"messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": prompt}
     variables |= tokenizer.variables
-    variables |= {key: _guard(value, guard) for key, value in options.items()}
-    text: str = _sandbox().run(_compiled(_template_of(tokenizer, with_tools=bool(tools))), variables)
+    variables |= {key: guard(value) for key, value in options.items()}
+    text: str = _sandbox().run(_compiled(template), variables)
     return text
 
 
@@ -120,9 +134,8 @@ def _template_of(tokenizer: Tokenizer, *, with_tools: bool) -> str:
     )
 
 
-def _template_message(message: Message, guard: re.Pattern[str]) -> dict[str, Any]:
-    """OpenAI's form; arguments as an object, as templates expect them (text when they are torn)."""
-    value: dict[str, Any] = _guard(message.to_openai(), guard)
+def _with_objects(value: dict[str, Any]) -> dict[str, Any]:
+    """A message with arguments as objects, as templates expect them (text when they are torn)."""
     for call in value.get("tool_calls", ()):
         try:
             call["function"]["arguments"] = json.loads(call["function"]["arguments"] or "{}")
@@ -131,19 +144,30 @@ def _template_message(message: Message, guard: re.Pattern[str]) -> dict[str, Any
     return value
 
 
-def _guard(value: Any, pattern: re.Pattern[str]) -> Any:
+def _guard(value: Any, pattern: re.Pattern[str], sign: str) -> Any:
+    """Everything in a value that spells one of the names, with the sign behind its first character."""
     if isinstance(value, str):
-        return pattern.sub(lambda match: match[0][0] + _GUARD + match[0][1:], value)
+        return pattern.sub(lambda match: match[0][0] + sign + match[0][1:], value)
     if isinstance(value, dict):
-        return {key: _guard(item, pattern) for key, item in value.items()}
+        return {key: _guard(item, pattern, sign) for key, item in value.items()}
     if isinstance(value, list):
-        return [_guard(item, pattern) for item in value]
+        return [_guard(item, pattern, sign) for item in value]
     return value
 
 
 @lru_cache(maxsize=16)
 def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
-    names = sorted(tokenizer.special_tokens, key=len, reverse=True)
+    return _any_of(tokenizer.special_tokens)
+
+
+@lru_cache(maxsize=16)
+def _written_pattern(tokenizer: Tokenizer, template: str) -> re.Pattern[str]:
+    """Tokens that are not special, and that the template writes as its markers. The assistant may write them too."""
+    return _any_of(name for name in tokenizer.open_tokens if len(name) > 1 and name in template)
+
+
+def _any_of(found: Iterable[str]) -> re.Pattern[str]:
+    names = sorted(found, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, names)) + ")" if names else r"(?!)()")
 
 

@@ -148,6 +148,11 @@ class Tokenizer:
         return {self._added[id].content: id for id in sorted(self.special_ids)}
 
     @property
+    def open_tokens(self) -> dict[str, int]:
+        """Name -> id of added tokens that are not special: `encode` finds them in any text (Qwen's <tool_call>)."""
+        return {self._added[id].content: id for id in sorted(self._added.keys() - self.special_ids)}
+
+    @property
     def json_text(self) -> str:
         """The content of tokenizer.json."""
         return self._json

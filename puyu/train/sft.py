@@ -2,7 +2,8 @@
 
     $ puyu sft --base runs/nano/pretrain --data.0.path chats.jsonl --out runs/nano/sft
 
-Conversations are rendered in InternLM2's ChatML and packed whole; each sees only itself. Full weights.
+Conversations are rendered in the chat format of the base's tokenizer (InternLM2, ChatML, Qwen, Llama 3) and packed
+whole; each sees only itself. Full weights.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from puyu.errors import ConfigError
 from puyu.files import BadRecord
 from puyu.log import logger
 from puyu.model.checkpoint import load_model
-from puyu.tokenizer.chat import render
+from puyu.tokenizer.chat import render_all
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
 from puyu.train.stage import TrainingConfig, check_vocabulary, finish, finished, identity_of, place, save
 from puyu.train.trainer import OnStep, Trainer
+from puyu.types import Conversation
 
 
 class ChatData(Config):
@@ -89,12 +91,25 @@ def read_docs(data: Sequence[ChatData], tokenizer: Tokenizer, *, seed: int) -> t
     for number, part in enumerate(data):
         conversations, bad = read_conversations(part.path)
         order = repeated(len(conversations), part.repeat, key=key_of(seed, number))
-        rendered = {i: render(conversations[i], tokenizer) for i in sorted(set(order))}
-        docs += [(rendered[i].ids, rendered[i].loss) for i in order]
+        docs += _rendered(conversations, order, tokenizer, path=part.path)
         torn += bad
     for record in torn:
         logger.warning("torn record left out: %s, line %d (byte %d)", record.path, record.line, record.offset)
     return docs, torn
+
+
+def _rendered(
+    conversations: Sequence[Conversation], order: Sequence[int], tokenizer: Tokenizer, *, path: Path
+) -> list[Doc]:
+    """Documents in that order; InputError names file and conversation of what the tokenizer's format cannot express."""
+    wanted = sorted(set(order))
+
+    def where(number: int) -> str:
+        return f"{path}, conversation {wanted[number] + 1}"
+
+    found = render_all((conversations[i] for i in wanted), tokenizer, where=where)
+    docs: dict[int, Doc] = {i: (rendered.ids, rendered.loss) for i, rendered in zip(wanted, found, strict=True)}
+    return [docs[i] for i in order]
 
 
 def repeated(count: int, repeat: float, *, key: int) -> list[int]:

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from puyu.configure import build, dump
-from puyu.data import clean, dedup, measure
-from puyu.data.clean import DataConfig, run, why
-from puyu.documents import language, texts
+from puyu.data import clean, dedup, measure, segments
+from puyu.data.clean import DataConfig, run
+from puyu.data.why import why
+from puyu.documents import language, raw, texts
 from puyu.documents.ledger import Ledger
+from puyu.documents.readers import read
 from puyu.errors import ConfigError, InputError
 from puyu.files import read_jsonl
 
-NAMES = ("kept.jsonl", "dropped.jsonl", "quarantined.jsonl", "ledger.json")
+NAMES = ("kept.jsonl", "dropped.jsonl", "quarantined.jsonl", "ledger.json", "ids.bin", "scores.parquet")
 VOCABULARY = """
 river bridge children village mule hills mill water fog flour story harvest summer evening road field garden window
 letter winter morning table kitchen market silver copper wooden narrow bright heavy quiet distant ancient gentle
@@ -149,55 +151,82 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from puyu.configure import build
-from puyu.data import clean, dedup, measure
-count = int(sys.argv[3])
-def dying(path, rows, write=clean.write_jsonl):
+from puyu.data import clean
+real, count = os.replace, int(sys.argv[3])
+def dying(*args):
     global count
     count -= 1
     if count < 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, rows)
-clean.write_jsonl = dying
+    return real(*args)
+os.replace = dying
 clean.run(build(clean.DataConfig, json.loads(sys.argv[1])), out=Path(sys.argv[2]))
 """
 
 
-@pytest.mark.parametrize("writes", [1, 4])
-def test_killed_and_run_again_gives_the_same_bytes(corpus, tmp_path, writes):
+def run_killed(config: DataConfig, out: Path, renames: int) -> int:
+    """A run in another process, killed before it puts its (renames + 1)th file in place; its exit code."""
+    command = [sys.executable, "-c", KILLED, json.dumps(dump(config)), str(out), str(renames)]
+    return subprocess.run(command, check=False, capture_output=True).returncode
+
+
+@pytest.mark.parametrize("renames", [0, 4, 11, 30, 40, 46, 49])
+def test_killed_and_run_again_gives_the_same_bytes(corpus, tmp_path, renames):
     run(corpus, out=tmp_path / "whole")
     out = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, json.dumps(dump(corpus)), str(out), str(writes)]
-    assert subprocess.run(command, check=False, capture_output=True).returncode == -9
-    committed = sorted(path.name for path in (out / "work").iterdir())
-    assert len(committed) == min(writes, 3) and not (out / "ledger.json").exists()
+    assert run_killed(corpus, out, renames) == -9
+    assert not (out / "ledger.json").exists()
     run(corpus, out=out)
     assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(path.name for path in out.iterdir()) == sorted(NAMES), "no work is left behind"
 
 
-def test_a_run_goes_on_with_the_next_source(corpus, tmp_path, monkeypatch):
-    real, mapped = clean._map_source, []
+def test_a_run_goes_on_with_the_next_block(corpus, tmp_path, monkeypatch):
+    real, mapped = clean.map_block, []
 
-    def counted(config, path):
-        mapped.append(config.sources[0].name)
+    def counted(job):
+        mapped.append((job.source, job.block.number))
         if len(mapped) == 3:
             raise KeyboardInterrupt
-        return real(config, path)
+        return real(job)
 
-    monkeypatch.setattr(clean, "_map_source", counted)
+    monkeypatch.setattr(clean, "map_block", counted)
     with pytest.raises(KeyboardInterrupt):
         run(corpus, out=tmp_path / "out")
     run(corpus, out=tmp_path / "out")
-    assert mapped == ["web", "books", "code", "code"]
+    assert mapped == [(0, 0), (1, 0), (2, 0), (2, 0)]
 
 
 def test_a_changed_input_or_threshold_is_not_taken_from_old_work(corpus, tmp_path):
     source = corpus.sources[2]
-    name = clean._commit_name(corpus, source)
-    assert name == clean._commit_name(corpus.model_copy(update={"workers": 7, "mask": ()}), source)
+    name = clean._folder_name(corpus, source)
+    assert name == clean._folder_name(corpus.model_copy(update={"workers": 7, "mask": ()}), source)
     moved = build(DataConfig, {**dump(corpus), "policies": {"code": {"chars_min": 9}}})
-    assert name != clean._commit_name(moved, source)
+    assert name != clean._folder_name(moved, source)
     (Path(source.path) / "area.py").write_text("changed = 1\n")
-    assert name != clean._commit_name(corpus, source)
+    assert name != clean._folder_name(corpus, source)
+
+
+def test_the_cut_into_blocks_changes_nothing(corpus, tmp_path, monkeypatch):
+    run(corpus, out=tmp_path / "whole")
+    monkeypatch.setattr(raw, "BLOCK_RECORDS", 3)
+    monkeypatch.setattr(segments, "BATCH", 2)
+    run(corpus, out=tmp_path / "small")
+    assert contents(tmp_path / "small") == contents(tmp_path / "whole")
+
+
+def test_no_more_documents_than_asked_for(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(raw, "BLOCK_RECORDS", 4)
+    web = corpus.sources[0].model_copy(update={"max_documents": 18})
+    asked = corpus.model_copy(update={"sources": [web]})
+    run(asked, out=tmp_path / "a")
+    run(asked.model_copy(update={"workers": 2}), out=tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    ledger = json.loads((tmp_path / "a" / "ledger.json").read_text())["total"]
+    assert ledger["read"] - sum(ledger["quarantined"].values()) == 18
+    first = [document.id for document in read(web, lambda bad: None)]
+    ids = {row["id"] for name in ("kept", "dropped") for row in rows_of(tmp_path / "a", name)}
+    assert ids == set(first) and len(first) == 18
 
 
 def test_why_names_rule_value_and_threshold(corpus, tmp_path):

@@ -5,7 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from puyu.data.dedup import ExactDedup, NearConfig, NearDedup, ParagraphDedup
+from puyu.data import dedup
+from puyu.data.columns import Columns, ColumnWriter, as_table
+from puyu.data.dedup import ExactDedup, NearConfig, NearDedup, ParagraphDedup, UrlDedup, drops_among, plain_url
 from puyu.documents.document import make_document
 
 WORDS = [f"word{a}{b}" for a in "abcdefghijklmnopqrstuvwxyz" for b in "abcdefghijklmnopqrstuvwxyz"]
@@ -71,7 +73,7 @@ def test_recall_and_precision_on_planted_near_duplicates():
     texts, pairs = planted(2)
     documents = [make_document(text, source="s") for text in dict.fromkeys(texts)]
     by_id = {document.id: document.text for document in documents}
-    drops = near.decide(near.keys(documents, [{}] * len(documents)))
+    drops = drops_among(near, documents, [{}] * len(documents))
     gone = {by_id[id] for id in drops}
     high = [pair for pair in pairs if 1 > jaccard(near, *pair) >= 0.8]
     assert len(high) > 60
@@ -88,22 +90,21 @@ def test_decisions_do_not_depend_on_order(stage):
     rng = random.Random(4)
     texts += [text.upper() for text in texts[:40]] + ["\n\n".join(rng.sample(texts[:50], 4)) for _ in range(30)]
     documents = [make_document(text, source=rng.choice("ab")) for text in dict.fromkeys(texts)]
-    keys = stage.keys(documents, [{"quality": rng.choice([0.1, 0.5])} for _ in documents])
-    expected = stage.decide(keys)
+    pairs = [(document, {"quality": rng.choice([0.1, 0.5])}) for document in documents]
+    expected = drops_among(stage, *zip(*pairs, strict=True))
     assert expected
     for _ in range(3):
-        rng.shuffle(keys)
-        assert stage.decide(keys) == expected
+        rng.shuffle(pairs)
+        assert drops_among(stage, *zip(*pairs, strict=True)) == expected
 
 
 def test_the_best_then_the_longer_then_the_smaller_id_stays():
     stage = ExactDedup()
     documents = [make_document(text, source="s") for text in ("A text.", "a text.", "a  text.", "A  TEXT.")]
-    keys = stage.keys(documents, [{"quality": 0.9 if d is documents[0] else 0.2} for d in documents])
-    assert {drop.of for drop in stage.decide(keys).values()} == {documents[0].id}
-    equal = stage.keys(documents, [{"quality": 0.5}] * len(documents))
-    longest = min(documents[2].id, documents[3].id)
-    assert {drop.of for drop in stage.decide(equal).values()} == {longest}
+    best = drops_among(stage, documents, [{"quality": 0.9 if d is documents[0] else 0.2} for d in documents])
+    assert {drop.of for drop in best.values()} == {documents[0].id}
+    equal = drops_among(stage, documents, [{"quality": 0.5}] * len(documents))
+    assert {drop.of for drop in equal.values()} == {min(documents[2].id, documents[3].id)}
 
 
 def test_paragraphs_elsewhere_keeps_one_owner():
@@ -113,12 +114,93 @@ def test_paragraphs_elsewhere_keeps_one_owner():
     whole = make_document("\n\n".join([*shared, text_of(rng, 30)]), source="s")
     part = make_document("\n\n".join([*shared, "short"]), source="s")
     other = make_document("\n\n".join([shared[0], text_of(rng, 90)]), source="s")
-    drops = stage.decide(stage.keys([part, other, whole], [{}] * 3))
+    drops = drops_among(stage, [part, other, whole], [{}] * 3)
     assert set(drops) == {part.id} and drops[part.id].of == whole.id and drops[part.id].value > 0.6
 
 
 def test_texts_without_units_are_no_copies():
     near = NearDedup(NearConfig())
     documents = [make_document(text, source="s") for text in ("", "...", "!!!", "one", "two", "one!")]
-    drops = near.decide(near.keys(documents, [{}] * len(documents)))
+    drops = drops_among(near, documents, [{}] * len(documents))
     assert [d.text for d in documents if d.id in drops] == ["one"], "the longer of the two stays"
+
+
+def all_pairs(near, documents):
+    """Greedy over all pairs, best first: what the buckets may only miss, never add to."""
+    order = sorted(documents, key=lambda d: (-len(d.text), d.id))
+    kept, drops = [], {}
+    for document in order:
+        own = near.signature(document.text)
+        alike = [(near.estimate(own, other), -i) for i, (_, other) in enumerate(kept)]
+        best = max(alike, default=(0.0, 0))
+        if best[0] >= near.threshold:
+            drops[document.id] = (kept[-best[1]][0].id, best[0])
+        else:
+            kept.append((document, own))
+    return drops
+
+
+def test_what_the_buckets_find_is_what_all_pairs_give():
+    near = NearDedup(NearConfig())
+    texts, _ = planted(7)
+    documents = [make_document(text, source="s") for text in dict.fromkeys(texts[250:])]
+    found = {id: drop.of for id, drop in drops_among(near, documents, [{}] * len(documents)).items()}
+    expected = all_pairs(near, documents)
+    sure = {id: of for id, (of, alike) in expected.items() if alike >= 0.85}
+    assert len(sure) > 40 and sure.items() <= found.items()
+    assert set(found) <= set(expected), "nothing goes that all pairs would keep"
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_the_library_finds_what_its_twin_finds(tmp_path, monkeypatch, in_file):
+    near = NearDedup(NearConfig())
+    rng = random.Random(9)
+    base = [text_of(rng, 60) for _ in range(12)]
+    texts = [edited(rng, rng.choice(base), rng.choice([0.0, 0.02, 0.05, 0.3])) for _ in range(400)]
+    documents = [make_document(text, source="s") for text in dict.fromkeys(texts)]
+    columns = near.keys(documents)
+    if in_file:
+        with ColumnWriter(tmp_path) as writer:
+            writer.append(as_table(columns))
+        columns = Columns.open(tmp_path)
+    order = np.array(rng.sample(range(len(documents)), len(documents)))
+    for most in (256, 3):
+        monkeypatch.setattr(dedup, "MOST", most)
+        native = near.decide(columns, order)
+        with monkeypatch.context() as context:
+            context.setattr(dedup, "load", lambda: None)
+            plain = near.decide(columns, order)
+        assert len(native.rows) > 60
+        for name in ("rows", "of", "values"):
+            np.testing.assert_array_equal(getattr(native, name), getattr(plain, name))
+
+
+def test_a_signature_file_that_ends_early_is_an_error(tmp_path):
+    near = NearDedup(NearConfig())
+    documents = [make_document(f"the same words in every text, {c}", source="s") for c in "abcd"]
+    with ColumnWriter(tmp_path) as writer:
+        writer.append(as_table(near.keys(documents)))
+    columns = dict(Columns.open(tmp_path))
+    (tmp_path / "signature.bin").write_bytes(b"")
+    with pytest.raises(OSError, match="cannot be read"):
+        near.decide(columns, np.arange(4))
+
+
+def test_one_document_of_an_address_stays():
+    addresses = [
+        "https://www.example.org/a/?utm_source=mail&b=2&a=1",
+        "http://EXAMPLE.org/a?a=1&b=2#top",
+        "https://example.org/b",
+        "",
+        "",
+        "http://[broken/",
+    ]
+    documents = [
+        make_document(f"text {i} " + "x" * i, source="s", metadata={"url": url} if url else {})
+        for i, url in enumerate(addresses)
+    ]
+    drops = drops_among(UrlDedup(), documents, [{}] * len(documents))
+    assert {id: drop.of for id, drop in drops.items()} == {documents[0].id: documents[1].id}
+    assert plain_url("http://example.org:8080/x/") == "example.org:8080/x"
+    parts = [make_document(f"p{i}", source="s", metadata={"url": "http://a/b", "part": i}) for i in range(3)]
+    assert drops_among(UrlDedup(), parts, [{}] * 3) == {}

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -16,10 +17,11 @@ from puyu.data.filters import (
     WordPolicy,
     bounds,
     judge,
+    judge_all,
     margins,
     quality,
 )
-from puyu.data.measure import measure
+from puyu.data.measure import SCORES, measure, scores_of
 from puyu.documents.document import make_document
 from puyu.errors import ConfigError
 
@@ -130,3 +132,25 @@ def test_language_filter_sets_and_drops():
 def test_rule_filter_stores_scores_with_the_document():
     [verdict] = RuleFilter(Policies())([make_document(GOOD_EN, source="s", language="en")], [{}])
     assert verdict.drop is None and verdict.scores["words"] > 80 and verdict.scores["quality"] > 0
+
+
+@pytest.mark.parametrize("language", ["en", "zh", "code"])
+def test_many_are_judged_as_one_by_one(language):
+    rng = np.random.default_rng(3)
+    policy = Policies().of(language)
+    names = [score for _, score, _, _ in bounds(policy)]
+    limits = {score: threshold for _, score, _, threshold in bounds(policy)}
+    table = np.full((400, len(SCORES)), np.nan)
+    for name in dict.fromkeys(names):
+        column = limits[name] * rng.choice([0.0, 0.5, 0.99, 1.0, 1.01, 2.0], 400, p=[0.01, 0.3, 0.1, 0.18, 0.4, 0.01])
+        table[:, SCORES.index(name)] = np.round(column, 4)
+    table[:40] = np.where(np.isnan(table[:40]), np.nan, table[40])  # and some that are equal
+    broken, values = judge_all(table, policy)
+    rules = [rule for rule, _, _, _ in bounds(policy)]
+    for row, number, value in zip(scores_of(table), broken.tolist(), values.tolist(), strict=True):
+        drop = judge(row, policy)
+        assert (drop.rule if drop else None) == (rules[number] if number >= 0 else None)
+        assert value == pytest.approx(0.0 if drop else quality(row, policy), abs=1e-4)
+    assert (broken >= 0).sum() > 0
+    nothing = build(type(policy), dict.fromkeys(type(policy).model_fields))
+    assert judge_all(table, nothing)[0].tolist() == [-1] * 400

@@ -17,6 +17,16 @@ struct Bayes {
     int64_t num_features, num_languages;
 };
 
+// log(1 + count), of small counts from a table.
+struct Logarithms {
+    float of[256];
+    Logarithms() {
+        for (int i = 0; i < 256; i++) of[i] = std::log1p(float(i));
+    }
+    float operator()(int32_t count) const { return count < 256 ? of[count] : std::log1p(float(count)); }
+};
+const Logarithms LOGARITHMS;
+
 // Log-probabilities of each language, up to a constant, over the root of the length; `seen` is all zero before and after.
 inline void classify(const Bayes &model, const uint8_t *bytes, int64_t length, std::vector<int32_t> &seen, float *scores) {
     std::vector<int32_t> features;
@@ -28,7 +38,7 @@ inline void classify(const Bayes &model, const uint8_t *bytes, int64_t length, s
     }
     for (int64_t l = 0; l < model.num_languages; l++) scores[l] = features.empty() ? 0.0f : model.priors[l];
     for (int32_t feature : features) {
-        float count = std::log1p(float(seen[size_t(feature)]));
+        float count = LOGARITHMS(seen[size_t(feature)]);
         const float *row = model.weights + int64_t(feature) * model.num_languages;
         for (int64_t l = 0; l < model.num_languages; l++) scores[l] += count * row[l];
         seen[size_t(feature)] = 0;

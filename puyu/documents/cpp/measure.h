@@ -55,7 +55,8 @@ class Measure {
     Characters text;
     Units units;
     Table table;
-    std::vector<uint64_t> grams;
+    std::vector<uint32_t> places;
+    std::vector<Table::Slot *> slots;
     std::vector<Line> found;
     std::vector<uint8_t> marked;
 
@@ -172,11 +173,19 @@ class Measure {
         scores[DUP_PARAGRAPH_CHARS] = share(again_chars, text.size);
     }
 
+    // An n-gram can only stand there twice where the shorter ones in it do, so each length looks at what the one before
+    // left: few places after the second.
     void repetition(double *scores) {
         int64_t all = 0;
         for (int64_t i = 0; i < units.size; i++) all += units.ends[i] - units.begins[i];
-        for (int n = 2; n <= 4; n++) scores[TOP_2GRAM + n - 2] = top(n, all);
-        for (int n = 5; n <= 10; n++) scores[DUP_5GRAM + n - 5] = repeated(n, all);
+        places.resize(size_t(units.size > 1 ? units.size - 1 : 0));
+        for (size_t i = 0; i < places.size(); i++) places[i] = uint32_t(i);
+        for (int n = 2; n <= 10; n++) {
+            count_grams(n);
+            if (n <= 4) scores[TOP_2GRAM + n - 2] = top(n, all);
+            else scores[DUP_5GRAM + n - 5] = repeated(n, all);
+            keep_repeated(n);
+        }
     }
 
     int64_t size_of(int64_t from, int64_t to) const {
@@ -185,35 +194,49 @@ class Measure {
         return size;
     }
 
-    // Characters in the most frequent n-gram, the longest of those that are equally frequent.
-    double top(int n, int64_t all) {
-        ngrams(units.hashes, n, grams);
-        table.clear(int64_t(grams.size()));
-        uint32_t best = 0;
-        for (size_t i = 0; i < grams.size(); i++) {
-            uint32_t count = ++table.add(grams[i], int64_t(i)).count;
-            best = count > best ? count : best;
+    // The slot of the n-gram at each place.
+    void count_grams(int n) {
+        table.clear(int64_t(places.size()));
+        slots.resize(places.size());
+        for (size_t i = 0; i < places.size(); i++) {
+            uint64_t total = 0;
+            for (int k = 0; k < n; k++) total = total * PRIME + units.hashes[places[i] + size_t(k)];
+            slots[i] = &table.add(mixed(total), places[i]);
+            slots[i]->count++;
         }
+    }
+
+    // Places where an n + 1-gram may stand that stands twice.
+    void keep_repeated(int n) {
+        size_t left = 0;
+        for (size_t i = 0; i + 1 < places.size(); i++)
+            if (slots[i]->count > 1 && places[i + 1] == places[i] + 1 && slots[i + 1]->count > 1 &&
+                places[i] + uint32_t(n) < units.size)
+                places[left++] = places[i];
+        places.resize(left);
+    }
+
+    // Characters in the most frequent n-gram, the longest of those that are equally frequent.
+    double top(int n, int64_t all) const {
+        uint32_t best = 0;
+        for (const Table::Slot *slot : slots) best = slot->count > best ? slot->count : best;
         if (best < 2) return 0.0;
         int64_t longest = 0;
-        for (size_t i = 0; i < grams.size(); i++) {
-            const Table::Slot &slot = table.add(grams[i], 0);
-            if (slot.count != best || slot.first != i) continue;
-            int64_t size = size_of(int64_t(i), int64_t(i) + n);
+        for (size_t i = 0; i < places.size(); i++) {
+            if (slots[i]->count != best || slots[i]->first != places[i]) continue;
+            int64_t size = size_of(places[i], places[i] + n);
             longest = size > longest ? size : longest;
         }
         return share(double(longest) * best, double(all));
     }
 
     // Characters inside an n-gram that stood before, each counted once.
-    double repeated(int n, int64_t all) {
-        ngrams(units.hashes, n, grams);
-        table.clear(int64_t(grams.size()));
+    double repeated(int n, int64_t all) const {
         int64_t covered = 0, upto = 0;
-        for (size_t i = 0; i < grams.size(); i++) {
-            if (!table.add(grams[i], 0).count++) continue;
-            int64_t from = int64_t(i) > upto ? int64_t(i) : upto;
-            covered += size_of(from, int64_t(i) + n), upto = int64_t(i) + n;
+        for (size_t i = 0; i < places.size(); i++) {
+            if (slots[i]->first == places[i]) continue;
+            int64_t begin = places[i], from = begin > upto ? begin : upto;
+            covered += size_of(from, begin + n), upto = begin + n;
         }
         return share(double(covered), double(all));
     }

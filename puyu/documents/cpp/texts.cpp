@@ -4,6 +4,9 @@
 #include "language.h"
 #include "measure.h"
 #include "minhash.h"
+#include "near.h"
+#include "personal.h"
+#include "words.h"
 
 using namespace puyu;
 
@@ -57,6 +60,29 @@ void puyu_minhash(const Unicode *unicode, const Texts *texts, int64_t ngram, con
         counts[i] = int64_t(shingles.size());
         signature_of(shingles, factors, offsets, size, signatures + i * size);
     }
+}
+
+// 0 when all were compared, 1 when a signature could not be read.
+int32_t puyu_near_copies(const NearTask *task, const Signatures *signatures, int64_t *of, int32_t *equal) {
+    return near_copies(*task, *signatures, of, equal) ? 0 : 1;
+}
+
+// found [texts]: bits of `Personal`
+void puyu_may_hold(const Unicode *unicode, const Texts *texts, uint8_t *found) {
+    Characters text;
+    for (int64_t i = 0; i < texts->count; i++) {
+        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        found[i] = may_hold(text);
+    }
+}
+
+// counts [texts, 2]: different phrases and places; whole [phrases]: whether letters may not touch it
+void puyu_count_words(const Unicode *unicode, const void *words, const Texts *texts, const uint8_t *whole,
+                      int64_t *counts) {
+    std::vector<int64_t> seen;
+    for (int64_t i = 0; i < texts->count; i++)
+        count_words(*unicode, *static_cast<const Automaton *>(words), whole, texts->bytes + texts->starts[i],
+                    texts->starts[i + 1] - texts->starts[i], seen, counts + 2 * i);
 }
 
 // counts [texts, 5]: Han, kana, hangul, Latin words, letters.

@@ -1,0 +1,111 @@
+"""data.1 and 2: a seeded corpus in JSONL.zst to packed shards, MB of raw text a second and core, and peak memory.
+
+    python bench/data_chain.py [--save] [--megabytes 500] [--runs 3]
+
+The whole chain as a user runs it, its start included: read, language, rules, listed words, exact and near duplicates,
+personal data, quality, then tokens in shards; two processes on two cores. The rate is raw input text over wall time and
+cores. Memory is the sum over all processes of the run, looked at ten times a second, the largest of all runs. About
+30 % of the corpus is kept; what each step takes is printed by the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import corpus
+import harness
+import psutil
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from puyu.configure import build
+from puyu.data.clean import DataConfig, run
+from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.corpus import open_corpus
+if __name__ == "__main__":
+    source, tokenizer, out = map(Path, sys.argv[1:])
+    sources = [{"name": "web", "path": str(source / "*.zst"), "kind": "jsonl"}]
+    numbers = run(build(DataConfig, {"sources": sources, "safety": {}}), out=out / "data")
+    found = open_corpus(out / "data", Tokenizer.load(tokenizer), out / "shards", heldout=0.001)
+    tokens = sum(shard.num_tokens for shard in found.train.values())
+    print(json.dumps({"kept": numbers["kept"] / numbers["read"], "tokens": tokens}))
+"""
+
+
+def tokenizer_of(folder: Path, vocab_size: int) -> Path:
+    """A tokenizer trained once on a small corpus of another seed."""
+    made = folder / f"tokenizer-{vocab_size}"
+    if not (made / "tokenizer.json").is_file():
+        corpus.make(folder / "corpus-small", megabytes=20, seed=99, files=1)
+        config = {"sources": [{"name": "web", "path": str(folder / "corpus-small" / "*.zst"), "kind": "jsonl"}]}
+        (folder / "small.json").write_text(json.dumps(config))
+        puyu = [sys.executable, "-m", "puyu"]
+        subprocess.run([*puyu, "data", folder / "small.json", "--out", folder / "small"], check=True)
+        flags = ["--data", str(folder / "small"), "--vocab_size", str(vocab_size)]
+        subprocess.run([*puyu, "tokenizer", *flags, "--out", made], check=True)
+    return made
+
+
+def measure(source: Path, tokenizer: Path) -> tuple[float, float, dict[str, float]]:
+    """(seconds, peak bytes of all processes, what the run says of itself)."""
+    with tempfile.TemporaryDirectory() as name:
+        script = Path(name) / "child.py"
+        script.write_text(CHILD)
+        command = [sys.executable, str(script), str(source), str(tokenizer), name]
+        began = time.perf_counter()
+        process = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _memory(process))
+            time.sleep(0.1)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            raise SystemExit(f"the run ended with code {process.returncode}")
+        return seconds, float(peak), json.loads(process.stdout.read())
+
+
+def _memory(process: psutil.Process) -> int:
+    """Memory of a process and its children; what they share counts once (proportional set size)."""
+    total = 0
+    try:
+        for one in (process, *process.children(recursive=True)):
+            total += one.memory_full_info().pss
+    except psutil.Error:  # it ended meanwhile
+        pass
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--megabytes", type=int, default=500)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
+    given = parser.parse_args()
+    folder = harness.ROOT / "runs" / "bench"
+    source = folder / f"corpus-{given.megabytes}"
+    if not (source / "truth.json").is_file():
+        corpus.make(source, megabytes=given.megabytes)
+    truth, tokenizer = json.loads((source / "truth.json").read_text()), tokenizer_of(folder, 32000)
+    run = harness.Run("data_chain", notes={"corpus": truth})
+    rates, peaks = [], []
+    for number in range(given.runs):
+        seconds, peak, facts = measure(source, tokenizer)
+        rates.append(truth["bytes"] / 1e6 / seconds / harness.cores())
+        peaks.append(peak / 1e9)
+        run.notes |= facts
+        print(
+            f"  run {number + 1}/{given.runs}: {seconds:.1f} s, {rates[-1]:.2f} MB/s of a core, {peaks[-1]:.2f} GB",
+            file=sys.stderr,
+        )
+    run.finish([harness.Samples("data.1", rates), harness.Samples("data.2", [max(peaks)])], save=given.save)
+
+
+if __name__ == "__main__":
+    main()

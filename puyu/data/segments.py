@@ -1,0 +1,264 @@
+"""One block of raw records -> a segment on disk: its documents with scores, verdicts and the keys of duplicates.
+
+A segment is three files: `NAME.rows.arrow` (a row for each document; of what was dropped only the head of the text),
+`NAME.keys.arrow` (a row for each document that is still there) and `NAME.json`, written last: its commit. It depends on
+the block and the config alone, so that whoever finds it need not make it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from puyu.data.columns import as_table
+from puyu.data.dedup import words_of
+from puyu.data.plan import config_of, map_stages
+from puyu.documents.document import Document
+from puyu.documents.raw import Block, Raw
+from puyu.documents.readers import ReadReport, SourceConfig, parse
+from puyu.documents.stages import Column, Drop, GroupStage, MapStage, Ragged
+from puyu.files import BadRecord, disk_errors, hash_json, read_object, write_json
+
+HEAD = 160
+"""Characters that are kept of a text that was dropped."""
+BATCH = 512
+"""Documents that stages see at a time, at most."""
+_BATCH_CHARACTERS = 4_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One document on its way: its scores, and the stage and reason where it left."""
+
+    document: Document
+    scores: dict[str, float] = field(default_factory=dict)
+    stage: str = ""
+    drop: Drop | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MapJob:
+    """A block of a source, and where its segment belongs. `limit`: documents that may still be read."""
+
+    config: str
+    source: int
+    block: Block
+    path: Path
+    limit: int | None = None
+
+
+@dataclass
+class Clock:
+    """Seconds by what they were spent on."""
+
+    seconds: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began  # type: ignore[assignment]
+
+    def add(self, seconds: Mapping[str, float]) -> None:
+        self.seconds.update(seconds)  # type: ignore[arg-type]
+
+    def lines(self, size: int) -> list[str]:
+        """Seconds by step and the rate of one core, over `size` bytes of raw input; no line when nothing was done."""
+        rows = [(name, seconds) for name, seconds in self.seconds.items() if seconds >= 0.05]
+        if not rows:
+            return []
+        parts = [f"{name} {seconds:.1f} s ({size / 1e6 / seconds:.0f} MB/s)" for name, seconds in rows]
+        total = sum(self.seconds.values())
+        return [f"  {size / 1e6:.0f} MB in {total:.1f} s of a core, {size / 1e6 / total:.1f} MB/s: {', '.join(parts)}"]
+
+    def timed(self, name: str, items: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            with self.of(name):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a segment holds."""
+
+    documents: int
+    size: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A committed segment."""
+
+    path: Path
+
+    @property
+    def head_path(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.json")
+
+    def is_done(self) -> bool:
+        return self.head_path.is_file()
+
+    def head(self) -> dict[str, Any]:
+        return read_object(self.head_path)
+
+    def rows(self) -> pa.Table:
+        return _read(self.path.with_name(f"{self.path.name}.rows.arrow"))
+
+    def keys(self) -> pa.Table:
+        return _read(self.path.with_name(f"{self.path.name}.keys.arrow"))
+
+
+def map_block(job: MapJob) -> Done:
+    """Parse and judge a block, commit its segment."""
+    config = config_of(job.config)
+    source, clock, report = config.sources[job.source], Clock(), ReadReport()
+    bad = list(job.block.bad)
+    found = clock.timed("read", islice(_parsed(source, job.block, bad, report), job.limit))
+    maps, groups = map_stages(config, source), config.dedup.stages()
+    rows, keys = [], []
+    for batch in batches(found):
+        table, key = _batch(batch, maps, groups, clock)
+        rows.append(table)
+        keys.append(key)
+    with clock.of("write"):
+        segment = Segment(job.path)
+        _write(job.path.with_name(f"{job.path.name}.rows.arrow"), rows, compression="lz4")
+        _write(job.path.with_name(f"{job.path.name}.keys.arrow"), keys, compression=None)
+    documents = sum(table.num_rows for table in rows)
+    done = Done(documents, job.block.size, dict(clock.seconds))
+    head = {"documents": documents, "quarantined": [_quarantine_row(source.name, record) for record in bad]}
+    head |= {"records_not_selected": dict(report.records_not_selected), "done": asdict(done)}
+    write_json(segment.head_path, head)
+    return done
+
+
+def _parsed(
+    source: SourceConfig, block: Block, bad: list[BadRecord], report: ReadReport
+) -> Iterator[tuple[Document, Raw]]:
+    for raw in block.raws:
+        for document in parse(source, raw, quarantine=bad.append, report=report):
+            yield document, raw
+
+
+def batches(documents: Iterable[tuple[Document, Raw]]) -> Iterator[list[tuple[Document, Raw]]]:
+    """As many at a time as make native calls cheap and memory small."""
+    batch: list[tuple[Document, Raw]] = []
+    size = 0
+    for pair in documents:
+        batch.append(pair)
+        size += len(pair[0].text)
+        if len(batch) == BATCH or size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def map_batch(documents: Sequence[Document], stages: Sequence[MapStage], clock: Clock) -> list[Row]:
+    """Every document through the stages, as far as it comes."""
+    rows = [Row(document) for document in documents]
+    for stage in stages:
+        with clock.of(stage.name):
+            alive = [at for at, row in enumerate(rows) if row.drop is None]
+            verdicts = stage([rows[at].document for at in alive], [rows[at].scores for at in alive])
+            for at, verdict in zip(alive, verdicts, strict=True):
+                name = stage.name if verdict.drop else ""
+                rows[at] = Row(verdict.document, {**rows[at].scores, **verdict.scores}, name, verdict.drop)
+    return rows
+
+
+def _batch(
+    batch: Sequence[tuple[Document, Raw]], maps: Sequence[MapStage], groups: Sequence[GroupStage], clock: Clock
+) -> tuple[pa.Table, pa.Table]:
+    rows = map_batch([document for document, _ in batch], maps, clock)
+    alive = [row for row in rows if row.drop is None]
+    keys = _standing(alive)
+    for stage in groups:
+        with clock.of(f"{stage.name} keys"):
+            found = stage.keys([row.document for row in alive])
+            keys |= {f"{stage.name}.{name}": column for name, column in found.items()}
+    with clock.of("write"):
+        return _row_table(rows, [raw for _, raw in batch]), as_table(keys)
+
+
+def _standing(rows: Sequence[Row]) -> dict[str, Column | Ragged]:
+    """What the order of the best is made of."""
+    ids = np.array([words_of(row.document.id) for row in rows], dtype=np.uint64).reshape(-1, 2)
+    return {
+        "id_high": ids[:, 0].copy(),
+        "id_low": ids[:, 1].copy(),
+        "quality": np.array([row.scores.get("quality", 0.0) for row in rows], dtype=np.float64),
+        "size": np.array([len(row.document.text) for row in rows], dtype=np.int64),
+        "date": np.array([_date(row.document) for row in rows], dtype=np.int64),
+    }
+
+
+def _date(document: Document) -> int:
+    """The digits of an ISO date up to its seconds as one number, so that later is larger; 0 without a date."""
+    text = document.metadata.get("date")
+    digits = "".join(c for c in text if c in "0123456789")[:14] if isinstance(text, str) else ""
+    return int(digits.ljust(14, "0")) if digits else 0
+
+
+def _row_table(rows: Sequence[Row], raws: Sequence[Raw]) -> pa.Table:
+    documents = [row.document for row in rows]
+    columns: dict[str, Any] = {
+        "id": [document.id for document in documents],
+        "text": [d.text if row.drop is None else d.text[:HEAD] for d, row in zip(documents, rows, strict=True)],
+        "characters": pa.array([len(document.text) for document in documents], pa.int64()),
+        "language": [document.language for document in documents],
+        "metadata": [json.dumps(dict(d.metadata), ensure_ascii=False) if d.metadata else "{}" for d in documents],
+        "file": [raw.member.label for raw in raws],
+        "record": pa.array([raw.number for raw in raws], pa.int64()),
+        "offset": pa.array([raw.offset for raw in raws], pa.int64()),
+        "stage": [row.stage for row in rows],
+        "drop": [json.dumps(row.drop.to_json(), ensure_ascii=False) if row.drop else "" for row in rows],
+    }
+    names = sorted(set().union(*(row.scores for row in rows)))
+    for name in names:
+        columns[f"score.{name}"] = pa.array([row.scores.get(name) for row in rows], pa.float64())
+    texts = {name: pa.array(value, pa.large_string()) for name, value in columns.items() if isinstance(value, list)}
+    return pa.table({**columns, **texts})
+
+
+def _quarantine_row(source: str, bad: BadRecord) -> dict[str, Any]:
+    where = {"file": bad.path, "line": bad.line, "offset": bad.offset, "reason": bad.reason, "head": bad.head}
+    return {"id": hash_json([source, where]), "source": source, **where}
+
+
+# ---- files
+
+
+def _write(path: Path, tables: Sequence[pa.Table], *, compression: str | None) -> None:
+    table = pa.concat_tables(tables, promote_options="default") if tables else pa.table({})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    try:
+        with disk_errors(path), pa.OSFile(str(temporary), "wb") as sink:
+            with pa.ipc.new_file(sink, table.schema, options=options) as writer:
+                writer.write_table(table)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> pa.Table:
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
