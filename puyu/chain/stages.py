@@ -68,7 +68,7 @@ STAGES: dict[str, Stage] = {
     stage.verb: stage
     for stage in (
         Stage("data", "raw files -> clean documents, with a ledger", "puyu.data.clean", "DataConfig", version=2),
-        Stage("tokenizer", "train a byte-level BPE on documents", "puyu.tokenizer.train", "TokenizerConfig"),
+        Stage("tokenizer", "train a byte-level BPE on documents", "puyu.tokenizer.train", "TokenizerConfig", version=2),
         Stage("pretrain", "train a model from documents", "puyu.train.pretrain", "PretrainConfig"),
         Stage("sft", "fine-tune on conversations", "puyu.train.sft", "SFTConfig"),
         Stage("reward", "train a reward model on preference pairs", "puyu.train.reward", "RewardConfig"),

@@ -96,12 +96,15 @@ def _native_checks() -> Iterator[tuple[bool, str, str]]:
     from puyu.data.ngram_native import LIBRARY as NGRAM
     from puyu.documents.texts import LIBRARY
     from puyu.engine.native import library
+    from puyu.tokenizer.library import LIBRARY as BPE
 
     steps = "not built, PyTorch does its work; remedy: python -m puyu.engine.native"
     texts = "not built, Python does its work; remedy: python -m puyu.documents.texts"
+    bpe = "not built, `tokenizers` and Python do its work; remedy: python -m puyu.tokenizer.library"
     for what, path, remedy in (
         ("step of the engine", library().path(), steps),
         ("measures of texts", LIBRARY.path(), texts),
         ("n-gram model", NGRAM.path(), "not built, Python does its work; remedy: python -m puyu.data.ngram_native"),
+        ("byte-level BPE", BPE.path(), bpe),
     ):
         yield path.is_file(), "native", f"{what}: {path if path.is_file() else remedy}"

@@ -34,7 +34,7 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
     "stages (each takes a recipe or its own config)": (
         Verb("data", "raw files -> clean documents, with an exact ledger; check, convert", "puyu.cli.data", stage=True),
         Verb("why", "why a document was kept, dropped or quarantined", "puyu.cli.why"),
-        Verb("tokenizer", "train a byte-level BPE tokenizer", "puyu.cli.stage", stage=True),
+        Verb("tokenizer", "train a byte-level BPE; extend, import, export, compare", "puyu.cli.tokenizer", stage=True),
         Verb("pretrain", "train a model from documents (also under torchrun)", "puyu.cli.stage", stage=True),
         Verb("sft", "fine-tune on conversations", "puyu.cli.stage", stage=True),
         Verb("reward", "train a reward model on preference pairs", "puyu.cli.stage", stage=True),

@@ -92,12 +92,17 @@ class DedupConfig(Config):
         return found
 
 
-def drops_among(stage: GroupStage, documents: Sequence[Document], scores: Sequence[Scores]) -> dict[str, Drop]:
-    """A group stage over documents in memory: what goes, by id. Ids must be unique."""
+def copies_among(stage: GroupStage, documents: Sequence[Document], scores: Sequence[Scores]) -> Copies:
+    """A group stage over documents in memory: which of them go, by place."""
     pairs = np.array([words_of(document.id) for document in documents], dtype=np.uint64).reshape(-1, 2)
     quality = np.array([row.get("quality", 0.0) for row in scores])
     size = np.array([len(document.text) for document in documents], dtype=np.int64)
-    copies = stage.decide(stage.keys(documents), best_first(pairs, quality, size))
+    return stage.decide(stage.keys(documents), best_first(pairs, quality, size))
+
+
+def drops_among(stage: GroupStage, documents: Sequence[Document], scores: Sequence[Scores]) -> dict[str, Drop]:
+    """`copies_among` by id. Ids must be unique."""
+    copies = copies_among(stage, documents, scores)
     rows = zip(copies.rows.tolist(), copies.of.tolist(), copies.values.tolist(), strict=True)
     return {documents[i].id: Drop(stage.rule, value, stage.threshold, documents[k].id) for i, k, value in rows}
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -64,14 +64,14 @@ def base_tokens() -> tuple[bytes, ...]:
     return tuple(bytes([byte]) for byte in sorted(range(256), key=byte_to_char().__getitem__))
 
 
-def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Cuts text at the borders of PATTERN; every character is in exactly one piece."""
-    return pre_tokenizers.Split(Regex(PATTERN), "isolated")
+def pre_tokenizer(pattern: str = PATTERN) -> pre_tokenizers.PreTokenizer:
+    """Cuts text at the borders of a pattern; every character is in exactly one piece."""
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
-def count_pieces(texts: Iterable[str]) -> Counter[bytes]:
+def count_pieces(texts: Iterable[str], pattern: str = PATTERN) -> Counter[bytes]:
     """How often each pre-token occurs, as UTF-8 bytes."""
-    splitter = pre_tokenizer()
+    splitter = pre_tokenizer(pattern)
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update([piece for piece, _ in splitter.pre_tokenize_str(text)])
@@ -88,9 +88,12 @@ class _Corpus:
     where: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
 
     @staticmethod
-    def build(pieces: Mapping[bytes, int]) -> _Corpus:
+    def build(pieces: Mapping[bytes, int], kept: Sequence[tuple[int, int]]) -> _Corpus:
         rank = {token[0]: index for index, token in enumerate(base_tokens())}
         corpus = _Corpus([[rank[byte] for byte in piece] for piece in pieces], list(pieces.values()))
+        for new, (left, right) in enumerate(kept, 256):
+            for word in corpus.words:
+                merge_word(word, left << _SHIFT | right, new)
         for index, (word, count) in enumerate(zip(corpus.words, corpus.counts, strict=True)):
             for left, right in pairwise(word):
                 pair = left << _SHIFT | right
@@ -143,15 +146,16 @@ def learn_merges(
     *,
     num_tokens: int,
     min_count: int = 2,
+    kept: Sequence[tuple[bytes, bytes]] = (),
     on_merge: Callable[[], None] | None = None,
 ) -> list[tuple[bytes, bytes]]:
     """Merges in rank order until there are `num_tokens` tokens (256 bytes included) or no pair is frequent enough.
 
-    Two merges may give the same bytes (ab+c, a+bc); they share one token, as in `tokenizers`.
+    `kept`: merges that are made first, of a vocabulary to go on from; they count in num_tokens and are not returned.
     """
-    corpus = _Corpus.build(pieces)
-    tokens = list(base_tokens())
+    tokens = [*base_tokens(), *(left + right for left, right in kept)]
     ids = {token: index for index, token in enumerate(tokens)}
+    corpus = _Corpus.build(pieces, [(ids[left], ids[right]) for left, right in kept])
     heap = [(-count, pair) for pair, count in corpus.pairs.items() if count >= min_count]
     heapq.heapify(heap)
     merges: list[tuple[bytes, bytes]] = []

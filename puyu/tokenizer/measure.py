@@ -1,21 +1,48 @@
-"""How many bytes a token carries, by group of texts. More bytes per token means shorter sequences.
+"""How well a tokenizer carries texts, by group: bytes, characters and words of a token, and what it has no token for.
 
 >>> compression(tokenizer, {"en": ["The cat sat."], "zh": ["你好。"]})["zh"]["bytes_per_token"]
+>>> fertility({"ours": ours, "other": other}, {"zh": texts})["zh"]["ours"]["tokens_per_word"]
+
+Words are runs of letters and digits, and each character of Chinese, Japanese and Thai, which write without spaces; so
+`tokens_per_word` (fertility, Rust et al. 2021, arXiv 2012.15613) can be compared within a language, not between two.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from puyu.tokenizer.tokenizer import Tokenizer
 
+_UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
-def compression(tokenizer: Tokenizer, groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+Row = dict[str, float]
+
+
+def compression(tokenizer: Tokenizer, groups: Mapping[str, Sequence[str]]) -> dict[str, Row]:
     """Texts, bytes, tokens, bytes per token and characters per token of each group that is not empty."""
     return {name: _one(tokenizer, texts) for name, texts in sorted(groups.items()) if any(texts)}
 
 
-def _one(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, float]:
+def fertility(tokenizers: Mapping[str, Tokenizer], groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Row]]:
+    """Group -> tokenizer -> tokens, bytes, characters and words of a token, shares of torn characters and unknowns.
+
+    `torn_share`: of all tokens, those that are part of a character only (single bytes of one included);
+    `unknown_share`: those that stand for a text which is lost. `against_first`: tokens, as a share of the first
+    tokenizer's.
+    """
+    found: dict[str, dict[str, Row]] = {}
+    for group, texts in sorted(groups.items()):
+        if not any(texts):
+            continue
+        rows = {name: _fertile(tokenizer, texts) for name, tokenizer in tokenizers.items()}
+        first = next(iter(rows.values()))["tokens"]
+        found[group] = {name: row | {"against_first": round(row["tokens"] / first, 3)} for name, row in rows.items()}
+    return found
+
+
+def _one(tokenizer: Tokenizer, texts: Sequence[str]) -> Row:
     tokens = sum(map(len, tokenizer.encode_batch(texts)))
     size = sum(len(text.encode("utf-8")) for text in texts)
     return {
@@ -25,3 +52,27 @@ def _one(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, float]:
         "bytes_per_token": round(size / tokens, 3),
         "chars_per_token": round(sum(map(len, texts)) / tokens, 3),
     }
+
+
+def _fertile(tokenizer: Tokenizer, texts: Sequence[str]) -> Row:
+    ids = [id for encoded in tokenizer.encode_batch(texts) for id in encoded]
+    words = sum(len(_WORD.findall(text)) for text in texts)
+    kinds = {id: _kind(tokenizer, id) for id in set(ids)}
+    torn, unknown = (sum(kinds[id] == kind for id in ids) for kind in ("torn", "unknown"))
+    return _one(tokenizer, texts) | {
+        "words": words,
+        "tokens_per_word": round(len(ids) / words, 3) if words else 0.0,
+        "torn_share": round(torn / len(ids), 5),
+        "unknown_share": round(unknown / len(ids), 5),
+    }
+
+
+def _kind(tokenizer: Tokenizer, id: int) -> str:
+    """Whether a token in a text is whole characters, part of one, or the unknown token."""
+    if id in tokenizer.special_ids:
+        return "unknown"  # in plain text no other special token comes up
+    try:
+        tokenizer.token_bytes(id).decode("utf-8")
+    except UnicodeDecodeError:
+        return "torn"
+    return "whole"

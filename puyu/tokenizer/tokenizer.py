@@ -23,7 +23,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from puyu.errors import InputError
 from puyu.files import hash_bytes, read_object, write_text
-from puyu.tokenizer.bpe import base_tokens, char_to_byte, pre_tokenizer, to_chars
+from puyu.tokenizer.bpe import PATTERN, base_tokens, char_to_byte, pre_tokenizer, to_chars
+from puyu.tokenizer.encode import FastEncoder
 from puyu.tokenizer.sentencepiece import cut_apart, to_tokenizer_json
 
 LEADING_SPECIALS = ("<unk>", "<s>", "</s>")
@@ -57,6 +58,7 @@ class Tokenizer:
         for backend in (self._special_aware, self._plain):
             backend.no_padding()
             backend.no_truncation()
+        self._fast = FastEncoder.build(tokenizer_json)
         self._added = self._special_aware.get_added_tokens_decoder()
         self._byte_level = isinstance(self._special_aware.decoder, decoders.ByteLevel)
         ids = self._special_aware.get_vocab(with_added_tokens=True).values()
@@ -103,12 +105,19 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of a text, no <s> added. `special=False`: text like `<|im_start|>` is plain text."""
+        ids = self._fast.encode([text], special=special)[0] if self._fast else None
+        if ids is not None:
+            return ids
         backend = self._special_aware if special else self._plain
         return backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many plain texts, on all cores."""
-        return [item.ids for item in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        texts = list(texts)
+        found = self._fast.encode(texts) if self._fast else [None] * len(texts)
+        left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+        rest = iter(self._plain.encode_batch_fast(left, add_special_tokens=False) if left else ())
+        return [next(rest).ids if ids is None else ids for ids in found]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -200,19 +209,24 @@ class StreamDecoder:
         return now[len(before) :]
 
 
-def from_merges(merges: Sequence[tuple[bytes, bytes]], *, chat_template: str) -> Tokenizer:
-    """A tokenizer from learned merges: <unk> <s> </s>, 256 bytes, merged tokens, chat tokens."""
+def from_merges(
+    merges: Sequence[tuple[bytes, bytes]], *, chat_template: str, pattern: str = PATTERN, spare: int = 0
+) -> Tokenizer:
+    """A tokenizer from learned merges: <unk> <s> </s>, 256 bytes, merged tokens, spare tokens, chat tokens.
+
+    `spare`: so many special tokens `[UNUSED_TOKEN_0]` ... that no text gives, to be named later or to pad.
+    """
     pieces = dict.fromkeys([*base_tokens(), *(left + right for left, right in merges)])
-    names = [*LEADING_SPECIALS, *map(to_chars, pieces), *TRAILING_SPECIALS]
+    specials = (*LEADING_SPECIALS, *(f"[UNUSED_TOKEN_{n}]" for n in range(spare)), *TRAILING_SPECIALS)
+    names = [*LEADING_SPECIALS, *map(to_chars, pieces), *specials[len(LEADING_SPECIALS) :]]
     ranked = [(to_chars(left), to_chars(right)) for left, right in merges]
     backend = tokenizers.Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, ranked))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer(), to_bytes])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer(pattern), to_bytes])
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", LEADING_SPECIALS.index("<s>"))]
     )
-    specials = (*LEADING_SPECIALS, *TRAILING_SPECIALS)
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
     return Tokenizer(backend.to_str(pretty=True), hf_config(chat_template))
 

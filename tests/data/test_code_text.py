@@ -11,7 +11,7 @@ from puyu.data.code.indent import Reindented, dedup_text
 from puyu.data.code.lexer import blank
 from puyu.data.code.markdown import code_block, mended, notebook_cells, to_markdown
 from puyu.data.code.windows import Piece, windows
-from puyu.data.dedup import ExactDedup, NearConfig, NearDedup
+from puyu.data.dedup import ExactDedup, NearConfig, NearDedup, drops_among
 from puyu.documents.document import make_document
 from puyu.documents.programming import LANGUAGES
 from puyu.errors import ConfigError
@@ -72,7 +72,7 @@ def test_two_blanks_four_blanks_and_tabs_are_one_text(stage):
     body = "".join(CODE.replace("f(", f"f{n}(") for n in range(20))
     texts = [body.replace("{0}", indent) for indent in ("  ", "    ", "\t", "   ")]
     documents = [make_document(text + "\n" * n, source=str(n)) for n, text in enumerate(texts)]
-    drops = Reindented(stage).decide(Reindented(stage).keys(documents, [{}] * 4))
+    drops = drops_among(Reindented(stage), documents, [{}] * 4)
     assert len(drops) == 3 and len({drop.of for drop in drops.values()}) == 1
 
 

@@ -10,8 +10,10 @@ import pytest
 from puyu.configure import build
 from puyu.errors import ConfigError, InputError
 from puyu.files import hash_path, write_jsonl
-from puyu.tokenizer.measure import compression
-from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.tokenizer.extend import Extension
+from puyu.tokenizer.measure import compression, fertility
+from puyu.tokenizer.ranks import to_ranks
+from puyu.tokenizer.tokenizer import Tokenizer, from_merges
 from puyu.tokenizer.train import TokenizerConfig, run
 
 
@@ -68,6 +70,78 @@ def test_every_short_number_is_one_token_when_asked_for(data: Path, tmp_path: Pa
 def test_a_draw_stays_below_the_limit(data: Path, tmp_path: Path, corpus: list[str]) -> None:
     numbers = run(TokenizerConfig(data=data, vocab_size=300, max_bytes=300), out=tmp_path / "out")
     assert 0 < numbers["train_bytes"] <= 300 < sum(len(text.encode("utf-8")) for text in corpus)
+
+
+def test_documents_in_another_order_give_the_same_tokenizer(data: Path, tmp_path: Path) -> None:
+    run(TokenizerConfig(data=data, vocab_size=400), out=tmp_path / "one")
+    lines = (data / "kept.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (data / "kept.jsonl").write_text("".join(reversed(lines)), encoding="utf-8")
+    run(TokenizerConfig(data=data, vocab_size=400), out=tmp_path / "two")
+    names = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("one", "two")]
+    assert names[0] == names[1]
+
+
+def test_a_vocabulary_is_extended_the_way_of_internlm2(data: Path, tmp_path: Path, corpus: list[str]) -> None:
+    """The first ranks of one, new tokens from Chinese alone, spare ones, and padding that says what it is."""
+    run(TokenizerConfig(data=data, languages=["en"], vocab_size=380), out=tmp_path / "base")
+    base = Tokenizer.load(tmp_path / "base")
+    extend = Extension(base=tmp_path / "base", keep=330)
+    config = TokenizerConfig(
+        data=data, languages=["zh"], extend=extend, vocab_size=400, spare=5, pad_to_multiple=64, min_count=1
+    )
+    run(config, out=tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert tokenizer.vocab_size == 448 == report["vocab_size"] and tokenizer.vocab_size % 64 == 0
+    assert (report["kept_ranks"], report["spare"], report["merges"]) == (330, 5 + 48, 400 - 266 - 5)
+    assert set(report["compression"]) == {"zh"}
+    kept = [base.token_bytes(3 + n) for n in range(330)]
+    assert [tokenizer.token_bytes(3 + n) for n in range(330)] == kept
+    assert len(set(map(tokenizer.token_bytes, range(tokenizer.vocab_size)))) == tokenizer.vocab_size
+    new = [tokenizer.token_bytes(3 + n) for n in range(330, 256 + report["merges"])]
+    assert any("我".encode() in token for token in new)
+    zh = "我是浦语，一个小小的演示模型。"
+    assert len(tokenizer.encode(zh)) < len(base.encode(zh))
+    names = [f"[UNUSED_TOKEN_{n}]" for n in range(53)]
+    assert [tokenizer.token_id(name) for name in names] == list(range(448 - 7 - 53, 448 - 7))
+    assert not tokenizer.special_ids & set(tokenizer.encode("[UNUSED_TOKEN_0]"))
+    for text in corpus:
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert to_ranks(tokenizer).pattern == to_ranks(base).pattern  # every rank is reached
+
+
+def test_a_vocabulary_too_small_for_what_is_kept(data: Path, tmp_path: Path) -> None:
+    run(TokenizerConfig(data=data, vocab_size=380), out=tmp_path / "base")
+    extend = Extension(base=tmp_path / "base", keep=330)
+    with pytest.raises(ConfigError, match="vocab_size 330 is too small"):
+        run(TokenizerConfig(data=data, extend=extend, vocab_size=330), out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="numbers: true cannot come after kept ranks"):
+        run(TokenizerConfig(data=data, extend=extend, vocab_size=1500, numbers=True), out=tmp_path / "out")
+
+
+def test_fertility_compares_tokenizers_by_language(tokenizer: Tokenizer) -> None:
+    bytes_only = from_merges([], chat_template="")
+    report = fertility(
+        {"a": bytes_only, "b": tokenizer}, {"en": ["the answer, the answer"], "zh": ["我是"], "no": [""]}
+    )
+    assert set(report) == {"en", "zh"}
+    row = report["zh"]["a"]
+    assert (row["tokens"], row["words"], row["tokens_per_word"]) == (6, 2, 3.0)
+    assert (row["torn_share"], row["unknown_share"], row["against_first"]) == (1.0, 0.0, 1.0)
+    assert report["en"]["a"] == {
+        "texts": 1,
+        "bytes": 22,
+        "tokens": 22,
+        "bytes_per_token": 1.0,
+        "chars_per_token": 1.0,
+        "words": 4,
+        "tokens_per_word": 5.5,
+        "torn_share": 0.0,
+        "unknown_share": 0.0,
+        "against_first": 1.0,
+    }
+    tokens = len(tokenizer.encode("the answer, the answer"))
+    assert report["en"]["b"]["against_first"] == round(tokens / 22, 3) < 0.5
 
 
 def test_compression_counts_bytes_and_tokens(tokenizer: Tokenizer) -> None:

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from puyu.documents.document import Document
-from puyu.documents.stages import Drop, GroupStage, Scores
+from puyu.documents.stages import Column, Copies, GroupStage, Ragged
 
 _MARK = "»"
 _TAB = 8
-K = TypeVar("K")
 
 
 def dedup_text(text: str) -> str:
@@ -46,14 +47,14 @@ def _width(line: str) -> int:
     return len(line[: len(line) - len(line.lstrip())].expandtabs(_TAB))
 
 
-class Reindented(Generic[K]):
+class Reindented:
     """A group stage that sees texts without the accidents of their layout."""
 
-    def __init__(self, stage: GroupStage[K]) -> None:
-        self.name, self._stage = stage.name, stage
+    def __init__(self, stage: GroupStage) -> None:
+        self.name, self.rule, self.threshold, self._stage = stage.name, stage.rule, stage.threshold, stage
 
-    def keys(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[K]:
-        return self._stage.keys([replace(each, text=dedup_text(each.text)) for each in documents], scores)
+    def keys(self, documents: Sequence[Document]) -> Mapping[str, Column | Ragged]:
+        return self._stage.keys([replace(each, text=dedup_text(each.text)) for each in documents])
 
-    def decide(self, keys: Sequence[K]) -> Mapping[str, Drop]:
-        return self._stage.decide(keys)
+    def decide(self, columns: Mapping[str, Column | Ragged], order: NDArray[np.int64]) -> Copies:
+        return self._stage.decide(columns, order)

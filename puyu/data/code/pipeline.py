@@ -25,7 +25,7 @@ from puyu.data.code.rules import CodeFilter, CodeRules, QualityClass, QualityPol
 from puyu.data.code.sort import Counts, Sorted, sort
 from puyu.data.code.tree import SourceFile, Tree
 from puyu.data.code.windows import Length, Piece, Window, windows
-from puyu.data.dedup import ExactDedup, NearConfig, NearDedup
+from puyu.data.dedup import ExactDedup, NearConfig, NearDedup, copies_among
 from puyu.documents.document import Document, document_id
 from puyu.documents.ledger import Ledger, funnel_lines
 from puyu.documents.readers import ReadReport, SourceConfig, read
@@ -148,7 +148,7 @@ def _judge(config: CodeConfig, rows: list[_Row]) -> None:
     rare = rare_languages(counts, config.rules.low_resource_share)
     exempt = (*config.rules.low_resource, *sorted(rare))
     _map(rows, CodeFilter(config.rules, rare=rare))
-    groups: list[GroupStage[Any]] = [ExactDedup()] if config.exact else []
+    groups: list[GroupStage] = [ExactDedup()] if config.exact else []
     groups += [NearDedup(config.near)] if config.near is not None else []
     for stage in groups:
         _group(rows, Reindented(stage), config.dedup_chars_min)
@@ -163,12 +163,12 @@ def _map(rows: list[_Row], stage: MapStage) -> None:
         row.stage = stage.name if verdict.drop else ""
 
 
-def _group(rows: list[_Row], stage: GroupStage[Any], shortest: int) -> None:
+def _group(rows: list[_Row], stage: GroupStage, shortest: int) -> None:
     alive = [row for row in rows if row.drop is None and len(row.document.text) >= shortest]
-    drops = stage.decide(stage.keys([row.document for row in alive], [row.scores for row in alive]))
-    for row in alive:
-        if (drop := drops.get(row.document.id)) is not None:
-            row.drop, row.stage = drop, stage.name
+    copies = copies_among(stage, [row.document for row in alive], [row.scores for row in alive])
+    for row, of, value in zip(copies.rows.tolist(), copies.of.tolist(), copies.values.tolist(), strict=True):
+        drop = Drop(stage.rule, value, stage.threshold, alive[of].document.id)
+        alive[row].drop, alive[row].stage = drop, stage.name
 
 
 # ---- order and windows
