@@ -15,9 +15,14 @@ from pathlib import Path
 
 from puyu.configure import Config, dump
 from puyu.data import pii
+from puyu.data.contamination import ContaminationConfig, ContaminationFilter
 from puyu.data.dedup import DedupConfig
 from puyu.data.filters import LanguageFilter, Policies, RuleFilter
+from puyu.data.long import LongConfig, LongFilter
+from puyu.data.perplexity import PerplexityConfig, PerplexityFilter
 from puyu.data.safety import DomainFilter, SafetyConfig, WordFilter
+from puyu.data.scorers import ScorerConfig, ScorerFilter
+from puyu.data.value import ValueConfig, ValueScorer
 from puyu.documents.readers import SourceConfig, input_files
 from puyu.documents.runners import Engine
 from puyu.documents.stages import MapStage
@@ -36,6 +41,16 @@ class DataConfig(Config):
     """Block lists of domains and words; null: none."""
     policies: Policies = Policies()
     """Thresholds of the rules, per language."""
+    scorers: list[ScorerConfig] = []
+    """Linear scorers (`puyu data train-scorer`): toxicity, pornography, advertisement, fluency, or one's own."""
+    perplexity: PerplexityConfig | None = None
+    """Perplexity under n-gram models (`puyu data train-ngram`)."""
+    value: ValueConfig | None = None
+    """Columns of text quality, information quality and density."""
+    long: LongConfig | None = None
+    """The long-context subset: length, statistics, splices. Give its sources a large `max_characters`."""
+    contamination: ContaminationConfig | None = None
+    """Documents that hold items of evaluation sets."""
     dedup: DedupConfig = DedupConfig()
     """Duplicates."""
     mask: tuple[pii.Kind, ...] = pii.KINDS
@@ -49,7 +64,7 @@ class DataConfig(Config):
     def inputs(self) -> list[tuple[str, Path]]:
         """Every file that is read, under the name of its source."""
         files = [(f"sources.{source.name}", path) for source in self.sources for path in input_files(source)]
-        files += [("safety", path) for path in _lists(self)]
+        files += _model_files(self)
         return files + [("dedup.against", folder / "index") for folder in self.dedup.against]
 
 
@@ -63,13 +78,22 @@ def check(config: DataConfig) -> None:
 
 
 def map_stages(config: DataConfig, source: SourceConfig) -> tuple[MapStage, ...]:
-    """What each document of a source goes through, in order."""
+    """What each document of a source goes through, in order: what is cheap and drops most comes first."""
     stages: list[MapStage] = []
     if config.safety is not None and config.safety.domains:
         stages.append(DomainFilter(config.safety.domains))
     stages += [LanguageFilter(config.languages), RuleFilter(config.policies, enforce=source.rules)]
     if config.safety is not None and (config.safety.words or config.safety.more_words):
         stages.append(WordFilter(config.safety))
+    if config.contamination is not None:
+        stages.append(ContaminationFilter(config.contamination))
+    stages += [ScorerFilter(scorer, enforce=source.rules) for scorer in config.scorers]
+    if config.perplexity is not None:
+        stages.append(PerplexityFilter(config.perplexity, enforce=source.rules))
+    if config.value is not None:
+        stages.append(ValueScorer(config.value))
+    if config.long is not None:
+        stages.append(LongFilter(config.long, enforce=source.rules))
     return tuple(stages)
 
 
@@ -80,16 +104,21 @@ def stage_names(config: DataConfig) -> tuple[str, ...]:
 
 
 def row_key(config: DataConfig, source: SourceConfig) -> list[object]:
-    """Everything but the files that the rows of a source depend on."""
+    """Everything but the files of the source that its rows depend on."""
     keys = [stage.name for stage in config.dedup.stages()]
     near = None if config.dedup.near is None else dump(config.dedup.near)
-    safety = None if config.safety is None else [dump(config.safety), [hash_file(path) for path in _lists(config)]]
-    return [dump(source), list(config.languages), dump(config.policies), safety, keys, near]
+    asked = dump(config)
+    parts = {name: asked[name] for name in ("languages", "policies", *_MODELS)}
+    files = [[name, hash_file(path)] for name, path in _model_files(config)]
+    return [dump(source), parts, files, keys, near]
 
 
-def _lists(config: DataConfig) -> list[Path]:
-    safety = config.safety
-    return [] if safety is None else [*safety.domains, *(path for _, path in sorted(safety.more_words.items()))]
+_MODELS = ("safety", "scorers", "perplexity", "value", "long", "contamination")
+
+
+def _model_files(config: DataConfig) -> list[tuple[str, Path]]:
+    """Lists and models that stages read."""
+    return [(name, path) for name, path in Config.inputs(config) if name.partition(".")[0] in _MODELS]
 
 
 @lru_cache(maxsize=4)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def map_block(job: MapJob) -> Done:
     source, clock, report = config.sources[job.source], Clock(), ReadReport()
     bad = list(job.block.bad)
     found = clock.timed("read", islice(_parsed(source, job.block, bad, report), job.limit))
-    maps, groups = map_stages(config, source), config.dedup.stages()
+    maps, groups = _stages(job.config, job.source, job.path.parent.name), config.dedup.stages()
     rows, keys = [], []
     for batch in batches(found):
         table, key = _batch(batch, maps, groups, clock)
@@ -146,6 +147,13 @@ def map_block(job: MapJob) -> Done:
     head |= {"records_not_selected": dict(report.records_not_selected), "done": asdict(done)}
     write_json(segment.head_path, head)
     return done
+
+
+@lru_cache(maxsize=8)
+def _stages(config: str, source: int, key: str) -> tuple[MapStage, ...]:
+    """The map stages of a source, kept by a process with the models that they read; `key` names what is in those."""
+    found = config_of(config)
+    return map_stages(found, found.sources[source])
 
 
 def _parsed(

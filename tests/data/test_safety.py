@@ -94,6 +94,6 @@ def test_the_data_stage_with_lists(tmp_path):
     assert numbers["dropped_by_rule"] == {"blocked_domain": 1, "listed_words": 1}
     assert [row["scores"]["listed_words"] for row in rows_of(tmp_path / "out", "kept")] == [0.0] * 3
     names = dict(config.inputs())
-    assert names["safety"] == tmp_path / "mine.txt"
+    assert names["safety.more_words.en"] == tmp_path / "mine.txt"
     (tmp_path / "domains.txt").write_text("site1.example\nsite2.example\n")
     assert run(config, out=tmp_path / "out")["dropped_by_rule"]["blocked_domain"] == 2
