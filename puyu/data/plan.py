@@ -17,6 +17,7 @@ from puyu.configure import Config, dump
 from puyu.data import pii
 from puyu.data.dedup import DedupConfig
 from puyu.data.filters import LanguageFilter, Policies, RuleFilter
+from puyu.data.presets import PresetConfig, PresetFilter
 from puyu.documents.readers import SourceConfig, input_files
 from puyu.documents.stages import MapStage
 from puyu.errors import ConfigError
@@ -31,6 +32,8 @@ class DataConfig(Config):
     """Languages to keep (ISO 639); empty: all. Sources that declare a language are not asked."""
     policies: Policies = Policies()
     """Thresholds of the rules, per language."""
+    presets: PresetConfig | None = None
+    """Published rule sets, by name, asked before `policies`: a list of names, or `use` and what is changed in them."""
     dedup: DedupConfig = DedupConfig()
     """Duplicates."""
     mask: tuple[pii.Kind, ...] = pii.KINDS
@@ -55,19 +58,25 @@ def check(config: DataConfig) -> None:
 
 def map_stages(config: DataConfig, source: SourceConfig) -> tuple[MapStage, ...]:
     """What each document of a source goes through, in order."""
-    return LanguageFilter(config.languages), RuleFilter(config.policies, enforce=source.rules)
+    presets, language = config.presets, LanguageFilter(config.languages)
+    if presets is None:
+        return language, RuleFilter(config.policies, enforce=source.rules)
+    rules = RuleFilter(config.policies, enforce=source.rules and not presets.alone)
+    return language, PresetFilter(presets, enforce=source.rules), rules
 
 
 def stage_names(config: DataConfig) -> tuple[str, ...]:
     """The stages of the funnel, in order."""
-    return ("language", "rules", "identical", *(stage.name for stage in config.dedup.stages()))
+    maps = [stage.name for source in config.sources[:1] for stage in map_stages(config, source)]
+    return (*maps, "identical", *(stage.name for stage in config.dedup.stages()))
 
 
 def row_key(config: DataConfig, source: SourceConfig) -> list[object]:
     """Everything but the files that the rows of a source depend on."""
     keys = [stage.name for stage in config.dedup.stages()]
     near = None if config.dedup.near is None else dump(config.dedup.near)
-    return [dump(source), list(config.languages), dump(config.policies), keys, near]
+    presets = None if config.presets is None else dump(config.presets)
+    return [dump(source), list(config.languages), dump(config.policies), presets, keys, near]
 
 
 @lru_cache(maxsize=4)

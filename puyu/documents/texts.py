@@ -17,6 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ class TextLibrary:
         return scores
 
     def c4(self, texts: Texts, rules: Mapping[str, int], ends: str) -> tuple[list[str], NDArray[np.float64]]:
-        """(what is kept of each text, scores [texts, C4's]); a negative rule is off, as are ends without a character."""
+        """(what is kept of each text, scores [texts, C4's]); a negative rule is off, as are no `ends`."""
         points = np.array([ord(end) for end in ends], dtype=np.uint32)
         given = _LineRules(ends=points.ctypes.data, num_ends=len(points), **rules)
         scores = np.empty((texts.count, self._library.puyu_num_published(ctypes.c_int64(C4_FAMILY))))
@@ -250,7 +251,7 @@ class TextLibrary:
         self._call("puyu_c4", texts.native, given, scores, kept, stops[1:])
         whole = kept[: stops[-1]].tobytes()
         places = stops.tolist()
-        return [whole[a:b].decode("utf-8") for a, b in zip(places, places[1:], strict=False)], scores
+        return [whole[a:b].decode("utf-8") for a, b in pairwise(places)], scores
 
     def _call(self, name: str, *arguments: Any) -> None:
         getattr(self._library, name)(self._unicode, *map(_argument, arguments))
