@@ -276,7 +276,7 @@ class InternLM2(Preset):
     """Punctuation: share of lines that end with some, at least."""
 
     def measure(self, texts: Sequence[str], languages: Sequence[str]) -> Measured:
-        return _ours(texts, languages)
+        return _ours(self, texts, ["" if language == "code" else language for language in languages])
 
 
 class Zh(ChinesePolicy, Preset):
@@ -286,11 +286,14 @@ class Zh(ChinesePolicy, Preset):
     """Languages that it judges, by ISO 639; empty: all but code."""
 
     def measure(self, texts: Sequence[str], languages: Sequence[str]) -> Measured:
-        return _ours(texts, ["zh"] * len(texts))
+        return _ours(self, texts, ["zh"] * len(texts))
 
 
-def _ours(texts: Sequence[str], languages: Sequence[str]) -> Measured:
-    return Measured(measure.SCORES, measure.measure_all(texts, languages))
+def _ours(preset: Preset, texts: Sequence[str], languages: Sequence[str]) -> Measured:
+    """The scores of `puyu.data.measure` that the preset has rules for."""
+    names = tuple(dict.fromkeys(rule[:-4] for rule in _rules(preset)))
+    table = measure.measure_all(texts, languages)
+    return Measured(names, table[:, [measure.SCORES.index(name) for name in names]])
 
 
 # ---- the stage
@@ -339,10 +342,14 @@ class PresetConfig(Config):
             yield field, getattr(self, field)
 
 
+def _rules(preset: Preset) -> list[str]:
+    """Fields that bound a score."""
+    return [field for field in type(preset).model_fields if field.endswith(("_min", "_max"))]
+
+
 def _bounds(preset: Preset, names: Sequence[str]) -> list[tuple[str, int, bool, float]]:
     """(rule, column, is a minimum, threshold) of the rules that are on, in their order."""
-    rules = [rule for rule in type(preset).model_fields if rule.endswith(("_min", "_max"))]
-    limits = {rule: getattr(preset, rule) for rule in rules}
+    limits = {rule: getattr(preset, rule) for rule in _rules(preset)}
     return [
         (rule, names.index(rule[:-4]), rule.endswith("_min"), float(limit))
         for rule, limit in limits.items()
@@ -388,7 +395,7 @@ class PresetFilter:
             verdicts = _first_broken(preset, measured)
             names = [f"{prefix}.{name}" for name in measured.names]
             for at, (row, values, drop) in enumerate(zip(rows, measured.table.tolist(), verdicts, strict=True)):
-                found[row].update((name, value) for name, value in zip(names, values, strict=True) if value == value)
+                found[row].update(zip(names, values, strict=True))
                 if drop is not None:
                     drops[row] = drops[row] or replace(drop, rule=f"{prefix}.{drop.rule}")
                 elif measured.texts is not None:

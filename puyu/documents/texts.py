@@ -251,7 +251,7 @@ class TextLibrary:
         self._call("puyu_c4", texts.native, given, scores, kept, stops[1:])
         whole = kept[: stops[-1]].tobytes()
         places = stops.tolist()
-        return [whole[a:b].decode("utf-8") for a, b in pairwise(places)], scores
+        return [whole[a:b].decode("utf-8").strip() for a, b in pairwise(places)], scores
 
     def _call(self, name: str, *arguments: Any) -> None:
         getattr(self._library, name)(self._unicode, *map(_argument, arguments))

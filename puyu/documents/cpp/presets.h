@@ -19,7 +19,8 @@ inline double over(int64_t part, int64_t whole) { return whole ? double(part) / 
 
 // Where str.splitlines() ends a line.
 inline bool is_line_end(uint32_t p) {
-    return (p >= 0x0a && p <= 0x0d) || (p >= 0x1c && p <= 0x1e) || p == 0x85 || p == 0x2028 || p == 0x2029;
+    if (p > 0x1e && p != 0x85 && (p & ~1u) != 0x2028) return false;
+    return (p >= 0x0a && p <= 0x0d) || p >= 0x1c;
 }
 
 // f(begin, end) of each line, as str.splitlines() gives them.
@@ -49,9 +50,10 @@ class Published {
     }
 
   private:
+    static constexpr int64_t SAME = 16;
+
     struct Word {
         int64_t begin, end;
-        uint64_t hash;
     };
 
     const Unicode &unicode;
@@ -60,8 +62,11 @@ class Published {
     Characters text;
     std::vector<Word> words;
     Table table;
-    std::vector<uint64_t> heads, powers;  // of the words joined without blanks: hashes up to each word; PRIME ** i
-    std::vector<int64_t> sizes;           // characters up to each word
+    std::vector<uint32_t> places;      // words where an n-gram may stand twice
+    std::vector<Table::Slot *> slots;
+    std::vector<uint64_t> hashes;      // of words
+    std::vector<uint8_t> joined;       // the words without the blanks between them
+    std::vector<int64_t> ends, sizes;  // bytes and characters of them up to each word
 
     uint64_t hash_of(int64_t begin, int64_t end) const {
         return quick_hash(text.bytes + text.at[begin], int64_t(text.at[end]) - int64_t(text.at[begin]));
@@ -78,7 +83,7 @@ class Published {
                 i++;
             else
                 while (i < text.size && text.is_word(i) && !text.is(i, HAN | KANA)) i++;
-            if (i > begin) words.push_back({begin, i, hash_of(begin, i)});
+            if (i > begin) words.push_back({begin, i});
             else i++;
         }
     }
@@ -90,7 +95,7 @@ class Published {
         unsigned stop_words = 0;
         for (const Word &word : words) {
             bool is_bare = false, has_letter = false;
-            for (int64_t i = word.begin; i < word.end; i++) {
+            for (int64_t i = word.begin; i < word.end && !(is_bare && has_letter); i++) {
                 is_bare |= !(marks[text.points[i]] & MARK);
                 has_letter |= text.is(i, ALPHA);
             }
@@ -98,16 +103,24 @@ class Published {
             letters += has_letter;
             stop_words |= stop_word(word);
         }
-        int64_t hashes = 0, dots = 0;
-        for (int64_t i = 0; i < text.size; i++) {
-            hashes += text.points[i] == '#';
-            dots += text.points[i] == 0x2026;
-            if (is_ellipsis(i, text.size)) dots++, i += 2;
-        }
+        int64_t hashes = 0, dots = ellipses();
+        for (int64_t i = 0; i < text.size; i++) hashes += text.points[i] == '#';
         scores[0] = double(bare), scores[1] = over(bare_size, bare);
         scores[2] = over(hashes, count), scores[3] = over(dots, count);
         marked_lines(scores);
         scores[6] = over(letters, count), scores[7] = __builtin_popcount(stop_words);
+    }
+
+    // How often one stands there, as str.count does.
+    int64_t ellipses() const {
+        int64_t dots = 0, threes = 0;
+        const uint32_t *p = text.points.data();
+        for (int64_t i = 0; i < text.size; i++) dots += p[i] == 0x2026;
+        for (int64_t i = 0; i + 2 < text.size; i++) threes += p[i] == '.' && p[i + 1] == '.' && p[i + 2] == '.';
+        if (threes > 1)  // which may overlap
+            for (int64_t i = threes = 0; i + 2 < text.size; i++)
+                if (is_ellipsis(i, text.size)) threes++, i += 2;
+        return dots + threes;
     }
 
     bool is_ellipsis(int64_t i, int64_t end) const {
@@ -129,13 +142,20 @@ class Published {
 
     // A bit for each of the eight words, as they stand.
     unsigned stop_word(const Word &word) const {
-        static constexpr std::string_view WORDS[] = {"the", "be", "to", "of", "and", "that", "have", "with"};
-        size_t size = size_t(text.at[word.end] - text.at[word.begin]);
+        int64_t size = word.end - word.begin;
         if (size < 2 || size > 4) return 0;
-        std::string_view found(reinterpret_cast<const char *>(text.bytes) + text.at[word.begin], size);
-        for (unsigned w = 0; w < 8; w++)
-            if (found == WORDS[w]) return 1u << w;
-        return 0;
+        uint64_t found = 0;
+        for (int64_t i = word.begin; i < word.end; i++) {
+            if (text.points[i] > 'z') return 0;
+            found = found << 16 | text.points[i];
+        }
+        auto is = [&](std::string_view ascii) {
+            uint64_t wanted = 0;
+            for (char c : ascii) wanted = wanted << 16 | uint64_t(c);
+            return found == wanted;
+        };
+        return is("the") | is("be") << 1 | is("to") << 2 | is("of") << 3 | is("and") << 4 | is("that") << 5 |
+               is("have") << 6 | is("with") << 7;
     }
 
     // ---- Gopher, repetition
@@ -171,50 +191,96 @@ class Published {
         scores[0] = double(size);
         scores[1] = over(paragraphs.again, paragraphs.parts), scores[2] = over(paragraphs.chars, size);
         scores[3] = over(lines.again, lines.parts), scores[4] = over(lines.chars, size);
-        for (int n = 2; n <= 4; n++) scores[3 + n] = over(top(n), size);
         join();
+        top_ngrams(scores);
+        shared_beginnings();
         for (int n = 5; n <= 10; n++) scores[3 + n] = over(duplicated(n), size);
     }
 
-    // Characters, blanks between words included, in the most frequent n-gram; of equally frequent ones, in the first.
-    int64_t top(int n) {
-        int64_t count = int64_t(words.size()) - n + 1, best = 0, first = 0;
-        if (count <= 0) return 0;
-        table.clear(count);
-        for (int64_t i = 0; i < count; i++) {
-            uint64_t key = 0;
-            for (int k = 0; k < n; k++) key = key * PRIME + words[i + k].hash;
-            Table::Slot &slot = table.add(mixed(key), i);
-            int64_t times = ++slot.count;
-            if (times > best || (times == best && slot.first < first)) best = times, first = slot.first;
+    // Of the most frequent n-gram (of equally frequent ones, the first): its characters, blanks between words included.
+    // It can only stand twice where the shorter ones in it do, so each length looks at what the one before left.
+    void top_ngrams(double *scores) {
+        int64_t count = int64_t(words.size());
+        places.resize(size_t(count));
+        for (int64_t i = 0; i < count; i++) places[size_t(i)] = uint32_t(i);
+        for (int n = 2; n <= 4; n++) {
+            int64_t best = 1, first = 0, left = 0;
+            table.clear(int64_t(places.size()));
+            slots.clear();
+            for (uint32_t i : places) {
+                if (i + n > count) break;
+                uint64_t key = 0;
+                for (int k = 0; k < n; k++) key = key * PRIME + hashes[size_t(i + k)];
+                Table::Slot &slot = table.add(mixed(key), i);
+                slots.push_back(&slot);
+                int64_t times = ++slot.count;
+                if (times > best || (times == best && slot.first < first)) best = times, first = slot.first;
+            }
+            int64_t size = n - 1;
+            for (int k = 0; k < n && first + k < count; k++) size += words[first + k].end - words[first + k].begin;
+            scores[3 + n] = n <= count ? over(size * best, text.size) : 0;
+            for (size_t i = 0; i + 1 < slots.size(); i++)
+                if (slots[i]->count > 1 && slots[i + 1]->count > 1 && places[i + 1] == places[i] + 1)
+                    places[size_t(left++)] = places[i];
+            places.resize(size_t(left));
         }
-        int64_t size = n - 1;
-        for (int k = 0; k < n; k++) size += words[first + k].end - words[first + k].begin;
-        return size * best;
     }
 
-    // A polynomial over the characters of all words, so that an n-gram's hash does not know where its words end.
+    // All words without the blanks between them, with room behind, and the hash of each.
     void join() {
-        heads.assign(1, 0), sizes.assign(1, 0);
-        uint64_t hash = 0;
-        for (const Word &word : words) {
-            for (int64_t i = word.begin; i < word.end; i++) hash = hash * PRIME + text.points[i] + 1;
-            heads.push_back(hash), sizes.push_back(sizes.back() + word.end - word.begin);
+        int64_t count = int64_t(words.size()), total = text.at[text.size];
+        joined.resize(size_t(total + SAME)), hashes.resize(size_t(count));
+        ends.resize(size_t(count + 1)), sizes.resize(size_t(count + 1));
+        uint8_t *out = joined.data();
+        ends[0] = sizes[0] = 0;
+        for (int64_t w = 0; w < count; w++) {
+            const Word &word = words[size_t(w)];
+            int64_t begin = text.at[word.begin], length = int64_t(text.at[word.end]) - begin;
+            if (length <= SAME && begin + SAME <= total) std::memcpy(out, text.bytes + begin, SAME);  // no call
+            else std::memcpy(out, text.bytes + begin, size_t(length));
+            hashes[size_t(w)] = length <= 8 ? small_hash(out, length) : quick_hash(out, length);
+            out += length;
+            ends[size_t(w + 1)] = out - joined.data();
+            sizes[size_t(w + 1)] = sizes[size_t(w)] + word.end - word.begin;
         }
-        if (powers.empty()) powers.push_back(1);
-        while (int64_t(powers.size()) <= sizes.back()) powers.push_back(powers.back() * PRIME);
+    }
+
+    // Of one to eight bytes, where eight can be read.
+    static uint64_t small_hash(const uint8_t *bytes, int64_t length) {
+        uint64_t word;
+        std::memcpy(&word, bytes, 8);
+        return mixed((word << (64 - 8 * length)) + uint64_t(length));
+    }
+
+    // The places where an n-gram of five and more can stand twice: those that begin with the same bytes as another, and
+    // the few whose five words are shorter than that.
+    void shared_beginnings() {
+        int64_t count = int64_t(words.size());
+        places.clear(), slots.clear();
+        table.clear(count);
+        for (int64_t i = 0; i + 5 <= count; i++) {
+            Table::Slot *slot = nullptr;
+            if (ends[size_t(i + 5)] - ends[size_t(i)] >= SAME) {
+                uint64_t half[2];
+                std::memcpy(half, joined.data() + ends[size_t(i)], SAME);
+                slot = &table.add(mixed(half[0] * PRIME ^ mixed(half[1])), i);
+                slot->count++;
+            }
+            slots.push_back(slot);
+        }
+        for (size_t i = 0; i < slots.size(); i++)
+            if (!slots[i] || slots[i]->count > 1) places.push_back(uint32_t(i));
     }
 
     // Characters in n-grams that stood before, from left to right; the next one is looked for behind one that did.
+    // An n-gram does not know where its words end.
     int64_t duplicated(int n) {
-        int64_t count = int64_t(words.size()) - n + 1, chars = 0;
-        if (count <= 0) return 0;
-        table.clear(count);
-        for (int64_t i = 0; i < count;) {
-            int64_t size = sizes[i + n] - sizes[i];
-            Table::Slot &slot = table.add(mixed(heads[i + n] - heads[i] * powers[size]), i);
-            if (slot.count) chars += size, i += n;
-            else slot.count = 1, i++;
+        int64_t count = int64_t(words.size()), next = 0, chars = 0;
+        table.clear(int64_t(places.size()));
+        for (uint32_t i : places) {
+            if (i < next || i + n > count) continue;
+            Table::Slot &slot = table.add(quick_hash(joined.data() + ends[i], ends[i + n] - ends[i]), i);
+            if (slot.count++) chars += sizes[i + n] - sizes[i], next = i + n;
         }
         return chars;
     }
@@ -256,15 +322,16 @@ class C4 {
   public:
     C4(const Unicode &unicode, const LineRules &rules) : unicode(unicode), rules(rules) {}
 
-    // Writes what is kept of the text to `out`, which has room for all of it; returns its end.
-    uint8_t *operator()(const uint8_t *bytes, int64_t length, double *scores, uint8_t *out) {
+    // Writes what is kept of the text to `room`, which is large enough for all of it; returns its end. Blanks at either
+    // side, which only stand where a citation was, are for the caller to strip.
+    uint8_t *operator()(const uint8_t *bytes, int64_t length, double *scores, uint8_t *room) {
         text.read(unicode, bytes, length);
         for (int i = 0; i < NUM_C4; i++) scores[i] = 0;
-        kept.clear();
+        out = room;
         num_kept = 0;
         bool alive = true;
         each_split_line(text, [&](int64_t begin, int64_t end) { alive = alive && line(begin, end, scores); });
-        return write(out);
+        return out;
     }
 
   private:
@@ -274,7 +341,8 @@ class C4 {
     const Unicode &unicode;
     const LineRules &rules;
     Characters text;
-    std::vector<uint32_t> kept, bare;
+    std::vector<uint32_t> bare;
+    uint8_t *out = nullptr;
     const uint32_t *points = nullptr;  // of the line, without citations
     int64_t size = 0, num_kept = 0;
 
@@ -293,17 +361,23 @@ class C4 {
         };
         int64_t longest = 0, words = count_words(longest);
         if (rules.longest_word >= 0 && longest > rules.longest_word) return removed(LONG_WORD);
-        if (rules.citations && remove_citations() && rules.words_after_citations) words = count_words(longest);
+        bool opens = false, curly = false;
+        for (int64_t i = 0; i < size; i++) opens |= points[i] == '[', curly |= points[i] == '{';
+        bool is_bare = rules.citations && opens && remove_citations();
+        if (is_bare && rules.words_after_citations) words = count_words(longest);
         if (rules.num_ends > 0 && !is_ended()) return removed(UNENDED);
         if (words < rules.line_words) return removed(SHORT);
         unsigned found = phrases();
         if (rules.lorem_ipsum >= 0 && found & HAS_LOREM && ++scores[LOREM] > double(rules.lorem_ipsum)) return false;
         if (rules.javascript && found & HAS_JAVASCRIPT) return removed(JAVASCRIPT);
-        if (rules.curly_brackets >= 0 && has_curly() && ++scores[CURLY] > double(rules.curly_brackets)) return false;
+        if (rules.curly_brackets >= 0 && curly && ++scores[CURLY] > double(rules.curly_brackets)) return false;
         if (rules.policy && found & HAS_POLICY) return removed(POLICY);
         scores[SENTENCES] += double(sentences());
-        if (num_kept++) kept.push_back('\n');
-        kept.insert(kept.end(), points, points + size);
+        if (num_kept++) *out++ = '\n';
+        if (is_bare) return encode(), true;
+        int64_t length = int64_t(text.at[end]) - int64_t(text.at[begin]);
+        std::memcpy(out, text.bytes + text.at[begin], size_t(length));
+        out += length;
         return true;
     }
 
@@ -357,12 +431,6 @@ class C4 {
         return false;
     }
 
-    bool has_curly() const {
-        for (int64_t i = 0; i < size; i++)
-            if (points[i] == '{') return true;
-        return false;
-    }
-
     // str.lower() as far as it leads to ASCII: the sign of the kelvin is the only other letter that does alone.
     static uint32_t small(uint32_t point) { return point == 0x212a ? 'k' : ascii_lower(point); }
 
@@ -373,8 +441,23 @@ class C4 {
         return true;
     }
 
+    // Whether the beginning of a phrase, or what each one about cookies holds, stands there.
+    bool may_say() const {
+        bool any = false;
+        for (int64_t i = 0; i + 3 < size; i++) {
+            uint32_t a = points[i] | 32, b = points[i + 1] | 32, c = points[i + 2] | 32, d = points[i + 3] | 32;
+            any |= (a == 'c') & (b == 'o') & (c == 'o');
+            any |= (a == 'j') & (b == 'a') & (c == 'v') & (d == 'a');
+            any |= (a == 'l') & (b == 'o') & (c == 'r') & (d == 'e');
+            any |= (a == 'p') & (b == 'r') & (c == 'i') & (d == 'v');
+            any |= (a == 't') & (b == 'e') & (c == 'r') & (d == 'm');
+        }
+        return any;
+    }
+
     unsigned phrases() const {
         unsigned found = 0;
+        if (!may_say()) return 0;
         for (int64_t i = 0; i < size; i++) switch (points[i]) {
                 case 'l': case 'L': if (says(i, "lorem ipsum")) found |= HAS_LOREM; break;
                 case 'j': case 'J': if (says(i, "javascript")) found |= HAS_JAVASCRIPT; break;
@@ -395,7 +478,12 @@ class C4 {
         int64_t count = 0, last = 0;
         for (int64_t i = 0; i < size;) {
             int64_t begin = i;
-            bool wide = is_in(points[i], U"。！？");
+            uint32_t p = points[i];
+            if (p > '?' && p < 0x3002) {
+                i++;
+                continue;
+            }
+            bool wide = is_in(p, U"。！？");
             std::u32string_view ends = wide ? U"。！？" : U".!?", closers = wide ? U"”’」』）" : U"\"'”’)]";
             while (i < size && is_in(points[i], ends)) i++;
             if (i == begin) {
@@ -411,24 +499,21 @@ class C4 {
         return last < size || !count ? count + 1 : count;
     }
 
-    uint8_t *write(uint8_t *out) const {
-        size_t begin = 0, end = kept.size();
-        while (begin < end && is_space(kept[begin])) begin++;
-        while (begin < end && is_space(kept[end - 1])) end--;
-        for (size_t i = begin; i < end; i++) {
-            uint32_t p = kept[i];
-            if (p < 0x80) *out++ = uint8_t(p);
-            else {
-                if (p < 0x800) *out++ = uint8_t(0xc0 | p >> 6);
-                else {
-                    if (p < 0x10000) *out++ = uint8_t(0xe0 | p >> 12);
-                    else *out++ = uint8_t(0xf0 | p >> 18), *out++ = uint8_t(0x80 | ((p >> 12) & 63));
-                    *out++ = uint8_t(0x80 | ((p >> 6) & 63));
-                }
-                *out++ = uint8_t(0x80 | (p & 63));
+    void encode() {
+        for (int64_t i = 0; i < size; i++) {
+            uint32_t p = points[i];
+            if (p < 0x80) {
+                *out++ = uint8_t(p);
+                continue;
             }
+            if (p < 0x800) *out++ = uint8_t(0xc0 | p >> 6);
+            else {
+                if (p < 0x10000) *out++ = uint8_t(0xe0 | p >> 12);
+                else *out++ = uint8_t(0xf0 | p >> 18), *out++ = uint8_t(0x80 | ((p >> 12) & 63));
+                *out++ = uint8_t(0x80 | ((p >> 6) & 63));
+            }
+            *out++ = uint8_t(0x80 | (p & 63));
         }
-        return out;
     }
 };
 
