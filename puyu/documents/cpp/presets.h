@@ -42,11 +42,11 @@ class Published {
     void operator()(const uint8_t *bytes, int64_t length, bool by_characters, Family family, double *scores) {
         text.read(unicode, bytes, length);
         split(by_characters);
-        breaks = 0;
-        for (int64_t i = 0; i < text.size; i++) breaks += text.points[i] == '\n';
-        if (family == GOPHER_QUALITY) quality(scores);
-        else if (family == GOPHER_REPETITION) repetition(scores);
-        else fineweb(scores);
+        if (family == GOPHER_QUALITY) return quality(scores);
+        feeds.clear();
+        for (int64_t i = 0; i < text.size; i++)
+            if (text.points[i] == '\n') feeds.push_back(i);
+        family == GOPHER_REPETITION ? repetition(scores) : fineweb(scores);
     }
 
   private:
@@ -58,9 +58,10 @@ class Published {
 
     const Unicode &unicode;
     const uint8_t *marks;
-    int64_t short_line, breaks = 0;  // line feeds of the text
+    int64_t short_line;
     Characters text;
     std::vector<Word> words;
+    std::vector<int64_t> feeds;  // places of line feeds
     Table table;
     std::vector<uint32_t> places;      // words where an n-gram may stand twice
     std::vector<Table::Slot *> slots;
@@ -172,12 +173,12 @@ class Published {
     // Parts of [begin, end) between runs of at least `least` line feeds.
     Repeated repeated_parts(int64_t begin, int64_t end, int64_t least) {
         Repeated found;
-        table.clear(breaks + 1);
-        for (int64_t i = begin; i < end;) {
-            int64_t run = i;
-            while (run < end && text.points[run] == '\n') run++;
-            if (run - i >= least) count_part(found, begin, i), begin = run;
-            i = run > i ? run : i + 1;
+        table.clear(int64_t(feeds.size()) + 1);
+        for (size_t k = 0; k < feeds.size();) {
+            int64_t first = feeds[k], behind = first;
+            for (; k < feeds.size() && feeds[k] == behind; k++) behind++;
+            if (behind - first < least || first < begin || first >= end) continue;
+            count_part(found, begin, first), begin = behind;
         }
         count_part(found, begin, end);
         return found;
@@ -289,18 +290,18 @@ class Published {
 
     void fineweb(double *scores) {
         int64_t lines = 0, ended = 0, small = 0, again = 0;
+        int64_t breaks = int64_t(feeds.size()), begin = 0;
         table.clear(breaks + 1);
-        for (int64_t begin = 0, i = 0; i <= text.size; i++) {
-            if (i < text.size && text.points[i] != '\n') continue;
-            int64_t first = begin;
-            while (first < i && text.is(first, SPACE)) first++;
-            if (first < i) {
+        for (int64_t k = 0; k <= breaks; k++) {
+            int64_t end = k < breaks ? feeds[size_t(k)] : text.size, first = begin;
+            while (first < end && text.is(first, SPACE)) first++;
+            if (first < end) {
                 lines++;
-                ended += marks[text.points[i - 1]] & TERMINAL ? 1 : 0;
-                small += i - begin <= short_line;
-                if (table.add(hash_of(begin, i), 0).count++) again += i - begin;
+                ended += marks[text.points[end - 1]] & TERMINAL ? 1 : 0;
+                small += end - begin <= short_line;
+                if (table.add(hash_of(begin, end), 0).count++) again += end - begin;
             }
-            begin = i + 1;
+            begin = end + 1;
         }
         int64_t count = int64_t(words.size());
         scores[0] = double(lines), scores[1] = over(ended, lines), scores[2] = over(small, lines);
@@ -471,27 +472,25 @@ class C4 {
         return found;
     }
 
-    static bool is_in(uint32_t point, std::u32string_view set) { return set.find(char32_t(point)) != set.npos; }
+    static bool is_end(uint32_t p) { return (p == '.') | (p == '!') | (p == '?'); }
+    static bool is_wide_end(uint32_t p) { return (p == 0x3002) | (p == 0xff01) | (p == 0xff1f); }  // 。！？
+    static bool is_closer(uint32_t p) {  // "'”’)]
+        return (p == '"') | (p == '\'') | (p == 0x201d) | (p == 0x2019) | (p == ')') | (p == ']');
+    }
+    static bool is_wide_closer(uint32_t p) {  // ”’」』）
+        return (p == 0x201d) | (p == 0x2019) | (p == 0x300d) | (p == 0x300f) | (p == 0xff09);
+    }
 
     // Ends of sentences: marks, what closes behind them, and then a blank or nothing; the rest is one more.
     int64_t sentences() const {
         int64_t count = 0, last = 0;
         for (int64_t i = 0; i < size;) {
-            int64_t begin = i;
-            uint32_t p = points[i];
-            if (p > '?' && p < 0x3002) {
-                i++;
-                continue;
-            }
-            bool wide = is_in(p, U"。！？");
-            std::u32string_view ends = wide ? U"。！？" : U".!?", closers = wide ? U"”’」』）" : U"\"'”’)]";
-            while (i < size && is_in(points[i], ends)) i++;
-            if (i == begin) {
-                i++;
-                continue;
-            }
+            while (i < size && !(is_end(points[i]) | is_wide_end(points[i]))) i++;
+            if (i == size) break;
+            bool wide = is_wide_end(points[i]);
+            while (i < size && (wide ? is_wide_end(points[i]) : is_end(points[i]))) i++;
             int64_t marked = i;
-            while (i < size && is_in(points[i], closers)) i++;
+            while (i < size && (wide ? is_wide_closer(points[i]) : is_closer(points[i]))) i++;
             if (wide || i == size || is_space(points[i])) count++, last = i;
             else i = marked;
         }
