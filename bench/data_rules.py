@@ -181,7 +181,10 @@ def agreement(folder: Path, timed: int) -> dict[str, dict[str, float]]:
     found = {}
     for label in mine:
         pairs = list(zip(mine[label], theirs[label], strict=True))
-        row: dict[str, float] = {"kept": sum(not a[1] for a, _ in pairs)}
+        row: dict[str, float] = {
+            "kept": sum(not a[1] for a, _ in pairs),
+            "different reasons": len({a[1] for a, _ in pairs}),
+        }
         for place, part in (("both", pairs), ("corpus", pairs[:timed]), ("odd pages", pairs[timed:])):
             row[f"decisions, {place}"] = _per_cent([bool(a[1]) == bool(b[1]) for a, b in part])
             row[f"reasons, {place}"] = _per_cent([a[1] == ours_called(b[1]) for a, b in part])
