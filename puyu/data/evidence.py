@@ -32,7 +32,7 @@ _PATTERNS = {
 
 def first_evidence(text: str, rule: str, *, language: str) -> Span | None:
     """(first character, character behind) of the first place that the rule counts; None where it has none."""
-    score = rule.rpartition("_")[0]
+    score = rule.rpartition(".")[2].rpartition("_")[0]  # a preset stands before its rules
     if score in _PATTERNS:
         found = _PATTERNS[score].search(text)
         return found.span() if found else None

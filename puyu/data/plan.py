@@ -20,6 +20,7 @@ from puyu.data.dedup import DedupConfig
 from puyu.data.filters import LanguageFilter, Policies, RuleFilter
 from puyu.data.long import LongConfig, LongFilter
 from puyu.data.perplexity import PerplexityConfig, PerplexityFilter
+from puyu.data.presets import PresetConfig, PresetFilter
 from puyu.data.safety import DomainFilter, SafetyConfig, WordFilter
 from puyu.data.scorers import ScorerConfig, ScorerFilter
 from puyu.data.value import ValueConfig, ValueScorer
@@ -41,6 +42,8 @@ class DataConfig(Config):
     """Block lists of domains and words; null: none."""
     policies: Policies = Policies()
     """Thresholds of the rules, per language."""
+    presets: PresetConfig | None = None
+    """Published rule sets, by name, asked before `policies`: a list of names, or `use` and what is changed in them."""
     scorers: list[ScorerConfig] = []
     """Linear scorers (`puyu data train-scorer`): toxicity, pornography, advertisement, fluency, or one's own."""
     perplexity: PerplexityConfig | None = None
@@ -82,7 +85,12 @@ def map_stages(config: DataConfig, source: SourceConfig) -> tuple[MapStage, ...]
     stages: list[MapStage] = []
     if config.safety is not None and config.safety.domains:
         stages.append(DomainFilter(config.safety.domains))
-    stages += [LanguageFilter(config.languages), RuleFilter(config.policies, enforce=source.rules)]
+    stages.append(LanguageFilter(config.languages))
+    presets, enforce = config.presets, source.rules
+    if presets is not None:
+        stages.append(PresetFilter(presets, enforce=source.rules))
+        enforce = enforce and not presets.alone
+    stages.append(RuleFilter(config.policies, enforce=enforce))
     if config.safety is not None and (config.safety.words or config.safety.more_words):
         stages.append(WordFilter(config.safety))
     if config.contamination is not None:
@@ -99,8 +107,8 @@ def map_stages(config: DataConfig, source: SourceConfig) -> tuple[MapStage, ...]
 
 def stage_names(config: DataConfig) -> tuple[str, ...]:
     """The stages of the funnel, in order."""
-    maps = map_stages(config, config.sources[0])
-    return (*(stage.name for stage in maps), "identical", *(stage.name for stage in config.dedup.stages()))
+    maps = [stage.name for source in config.sources[:1] for stage in map_stages(config, source)]
+    return (*maps, "identical", *(stage.name for stage in config.dedup.stages()))
 
 
 def row_key(config: DataConfig, source: SourceConfig) -> list[object]:
@@ -108,7 +116,7 @@ def row_key(config: DataConfig, source: SourceConfig) -> list[object]:
     keys = [stage.name for stage in config.dedup.stages()]
     near = None if config.dedup.near is None else dump(config.dedup.near)
     asked = dump(config)
-    parts = {name: asked[name] for name in ("languages", "policies", *_MODELS)}
+    parts = {name: asked[name] for name in ("languages", "policies", "presets", *_MODELS)}
     files = [[name, hash_file(path)] for name, path in _model_files(config)]
     return [dump(source), parts, files, keys, near]
 

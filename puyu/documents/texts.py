@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ SOURCE = Path(__file__).parent / "cpp" / "texts.cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-ffp-contract=off"]
 
 LIBRARY = Library("texts", SOURCE, FLAGS, without="texts are measured in Python, many times more slowly")
+
+
+C4_FAMILY = 3
+"""Behind the families of `TextLibrary.published`."""
 
 
 class _Unicode(ctypes.Structure):
@@ -63,6 +68,17 @@ class _Signatures(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("file", ctypes.c_int32), ("width", ctypes.c_int64)]
 
 
+class _LineRules(ctypes.Structure):
+    _numbers = ("longest_word", "line_words", "lorem_ipsum", "curly_brackets")
+    _switches = ("citations", "words_after_citations", "javascript", "policy")
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _numbers),
+        ("ends", ctypes.c_void_p),
+        ("num_ends", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in _switches),
+    ]
+
+
 class Texts:
     """Texts one after the other, as the library reads them."""
 
@@ -71,7 +87,7 @@ class Texts:
         self._bytes = b"".join(encoded)
         self._starts = np.zeros(len(encoded) + 1, dtype=np.int64)
         np.cumsum([len(text) for text in encoded], out=self._starts[1:])
-        self.count = len(encoded)
+        self.count, self.size = len(encoded), len(self._bytes)
         self.native = _Texts(
             ctypes.cast(ctypes.c_char_p(self._bytes), ctypes.c_void_p), self._starts.ctypes.data, self.count
         )
@@ -113,7 +129,7 @@ class TextLibrary:
         library.puyu_automaton.restype = ctypes.c_void_p
         for function in (library.puyu_automaton, library.puyu_automaton_free):
             function.argtypes = [ctypes.c_void_p]
-        library.puyu_num_scores.restype = ctypes.c_int64
+        library.puyu_num_scores.restype = library.puyu_num_published.restype = ctypes.c_int64
         self.num_scores = int(library.puyu_num_scores())
         self._tables = read_tables(native_folder())
         kinds, lower = self._tables
@@ -226,6 +242,27 @@ class TextLibrary:
     def call(self, name: str, *arguments: Any) -> None:
         """A function of the library that takes the tables of characters first: for rooms with arrays of their own."""
         self._call(name, *arguments)
+
+    def published(
+        self, texts: Texts, by_characters: Sequence[bool], marks: NDArray[np.uint8], *, family: int, short_line: int
+    ) -> NDArray[np.float64]:
+        """Scores [texts, scores of the family] in the order of `puyu.data.published`; `marks`: bits of code points."""
+        scores = np.empty((texts.count, self._library.puyu_num_published(ctypes.c_int64(family))))
+        units = np.asarray(by_characters, dtype=np.uint8)
+        numbers = ctypes.c_int64(family), ctypes.c_int64(short_line)
+        self._call("puyu_published", texts.native, units, marks, *numbers, scores)
+        return scores
+
+    def c4(self, texts: Texts, rules: Mapping[str, int], ends: str) -> tuple[list[str], NDArray[np.float64]]:
+        """(what is kept of each text, scores [texts, C4's]); a negative rule is off, as are no `ends`."""
+        points = np.array([ord(end) for end in ends], dtype=np.uint32)
+        given = _LineRules(ends=points.ctypes.data, num_ends=len(points), **rules)
+        scores = np.empty((texts.count, self._library.puyu_num_published(ctypes.c_int64(C4_FAMILY))))
+        kept, stops = np.empty(texts.size + 1, dtype=np.uint8), np.zeros(texts.count + 1, dtype=np.int64)
+        self._call("puyu_c4", texts.native, given, scores, kept, stops[1:])
+        whole = kept[: stops[-1]].tobytes()
+        places = stops.tolist()
+        return [whole[a:b].decode("utf-8").strip() for a, b in pairwise(places)], scores
 
     def _call(self, name: str, *arguments: Any) -> None:
         getattr(self._library, name)(self._unicode, *map(_argument, arguments))

@@ -8,6 +8,7 @@
 #include "near.h"
 #include "personal.h"
 #include "words.h"
+#include "presets.h"
 
 using namespace puyu;
 
@@ -163,6 +164,30 @@ void puyu_overlaps(const Unicode *unicode, const Texts *texts, int64_t n, const 
         }
     }
     *found = count;
+}
+
+// ---- published rule sets ----
+
+int64_t puyu_num_published(int64_t family) { return family < NUM_FAMILIES ? NUM_PUBLISHED[family] : NUM_C4; }
+
+// scores [texts, puyu_num_published(family)]; by_characters [texts]; marks: bits of `Mark` of all code points.
+void puyu_published(const Unicode *unicode, const Texts *texts, const uint8_t *by_characters, const uint8_t *marks,
+                    int64_t family, int64_t short_line, double *scores) {
+    Published published(*unicode, marks, short_line);
+    for (int64_t i = 0; i < texts->count; i++, scores += NUM_PUBLISHED[family])
+        published(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], by_characters[i],
+                  Family(family), scores);
+}
+
+// scores [texts, NUM_C4]; kept: what is left of the texts, one after the other, with ends [texts].
+void puyu_c4(const Unicode *unicode, const Texts *texts, const LineRules *rules, double *scores, uint8_t *kept,
+             int64_t *ends) {
+    C4 c4(*unicode, *rules);
+    uint8_t *out = kept;
+    for (int64_t i = 0; i < texts->count; i++, scores += NUM_C4) {
+        out = c4(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], scores, out);
+        ends[i] = out - kept;
+    }
 }
 
 }  // extern "C"
