@@ -63,7 +63,7 @@ def measure(source: Path, tokenizer: Path) -> tuple[float, float, dict[str, floa
         process = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
         peak = 0
         while process.poll() is None:
-            peak = max(peak, _memory(process))
+            peak = max(peak, memory_of(process))
             time.sleep(0.1)
         seconds = time.perf_counter() - began
         if process.returncode:
@@ -71,7 +71,7 @@ def measure(source: Path, tokenizer: Path) -> tuple[float, float, dict[str, floa
         return seconds, float(peak), json.loads(process.stdout.read())
 
 
-def _memory(process: psutil.Process) -> int:
+def memory_of(process: psutil.Process) -> int:
     """Memory of a process and its children; what they share counts once (proportional set size)."""
     total = 0
     try:
