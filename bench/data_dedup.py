@@ -3,9 +3,9 @@
     python bench/data_dedup.py [--save]
 
 data.5: 128 hashes of 5-grams of the seeded corpus, one thread, ten samples. data.6: English and Chinese pages of it,
-each with a copy of which a known share of words or characters is replaced; similarity is the exact Jaccard similarity of
-the sets of 5-grams, told without hashes. Recall counts pairs of 0.8 and more of which one goes; precision counts, of all
-that goes, what has 0.7 and more in common with the document that it names.
+each with a copy of which a known share of words or characters is replaced; similarity is the exact Jaccard similarity
+of the sets of 5-grams, told without hashes. Recall counts pairs of 0.8 and more of which one goes; precision counts, of
+all that goes, what has 0.7 and more in common with the document that it names.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from puyu.configure import build, load_yaml
 from puyu.data import ngram_native
-from puyu.data.clean import DataConfig, batches
+from puyu.data.clean import DataConfig
 from puyu.data.long import CLASSES, LongConfig, LongFilter
 from puyu.data.ngram import NgramConfig, train
 from puyu.documents.document import make_document
@@ -160,7 +160,7 @@ def test_the_recipe_reads_long_documents_whole(monkeypatch):
     given = build(DataConfig, load_yaml(ROOT / "recipes/data_long.yaml"))
     sizes = {source.name: [len(doc.text) for doc in read(source, lambda bad: None)] for source in given.sources}
     assert all(sizes.values()) and max(sizes["novels_en"]) > 32768
-    assert next(batches(read(given.sources[0], lambda bad: None)))
+    assert next(read(given.sources[0], lambda bad: None))
 
 
 def test_the_page_works(tmp_path):
