@@ -4,6 +4,7 @@ puyu data CONFIG.yaml --out DIR        raw files -> clean documents (as every st
 puyu data check FILE ...               what is wrong with a fine-tuning or preference set, line by line
 puyu data convert FROM TO --to FORM    one form of a fine-tuning set as another
 puyu data why DIR ID                   what became of one document
+puyu data export DIR FILE.parquet      clean documents for other tools
 puyu data what-if | policy | stats | explore | borderline       what was decided, and what other thresholds would
 puyu data train-scorer | score | annotate | train-ngram         small models for scores
 puyu data enrich | gaps | contamination | self-instruct | code  see docs/scorers.md and docs/code-data.md
@@ -18,7 +19,13 @@ from pathlib import Path
 
 from puyu.log import say
 
-_ALONE = {"borderline": "data_borderline", "code": "data_code", "train-ngram": "data_ngram", "why": "why"}
+_ALONE = {
+    "borderline": "data_borderline",
+    "code": "data_code",
+    "export": "data_export",
+    "train-ngram": "data_ngram",
+    "why": "why",
+}
 """Verb -> the module of this package whose `main` takes what follows the verb."""
 _TOGETHER = {
     **dict.fromkeys(("explore", "policy", "stats", "what-if"), "data_look"),

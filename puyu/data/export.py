@@ -1,0 +1,75 @@
+"""Clean documents for other tools: Parquet, JSONL (plain, .gz, .zst) or plain text, all of them or some.
+
+    count = export(Path("runs/web/data"), Path("web.parquet"), language="zh")
+
+Parquet has the columns id, source, domain, language, text, metadata (JSON) and scores (a map from name to number), and
+reads back with `kind: parquet`. Memory holds a thousand documents; the file appears when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from puyu.errors import ConfigError, InputError
+from puyu.files import atomic_write, read_jsonl, write_jsonl
+
+FORMS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
+_ROWS = 1024
+
+
+def export(folder: Path, target: Path, **wanted: str) -> int:
+    """Write the kept documents of a run whose fields (source, domain, language) are as wanted; returns how many.
+
+    ConfigError for a form that is not known, InputError when nothing fits.
+    """
+    form = next((form for form in FORMS if target.name.endswith(form)), None)
+    if form is None:
+        raise ConfigError(f"{target} has no form that is known", remedy=f"name it *{', *'.join(FORMS)}")
+    path = folder / "kept.jsonl" if folder.is_dir() else folder
+    rows = (row for row in read_jsonl(path) if all(row.get(name) == value for name, value in wanted.items()))
+    first = next(rows, None)
+    if first is None:
+        raise InputError(f"{path} holds no document of {wanted or 'any kind'}")
+    found = _chain(first, rows)
+    if form == ".parquet":
+        return _write_parquet(target, found)
+    return _write_text(target, found) if form == ".txt" else write_jsonl(target, found)
+
+
+def _chain(first: Any, rest: Iterable[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
+
+
+def _write_text(target: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Texts one below the other, an empty line between."""
+    count = 0
+    with atomic_write(target) as stream:
+        for row in rows:
+            stream.write(f"{row['text']}\n\n")
+            count += 1
+    return count
+
+
+def _write_parquet(target: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = [(name, pa.large_string()) for name in ("id", "source", "domain", "language", "text", "metadata")]
+    schema = pa.schema([*texts, ("scores", pa.map_(pa.string(), pa.float64()))])
+    count, todo = 0, iter(rows)
+    with atomic_write(target, "wb") as stream, parquet.ParquetWriter(stream, schema, compression="zstd") as writer:
+        while batch := [_flat(row) for row in islice(todo, _ROWS)]:
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            count += len(batch)
+    return count
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {name: str(row.get(name, "")) for name in ("id", "source", "domain", "language", "text")}
+    metadata = json.dumps(row.get("metadata", {}), ensure_ascii=False)
+    return {**flat, "metadata": metadata, "scores": list(row.get("scores", {}).items())}
