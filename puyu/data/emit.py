@@ -6,22 +6,22 @@ Personal data is masked here, in what is kept. A part is a function of its segme
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec.json import decode, encode
 from numpy.typing import NDArray
 
 from puyu.data import pii
 from puyu.data.dedup import words_of
 from puyu.data.plan import config_of
-from puyu.data.segments import BATCH, HEAD, Segment
+from puyu.data.segments import BATCH, Segment, dropped_line
+from puyu.documents.document import Document
 from puyu.documents.readers import SourceConfig
 from puyu.files import atomic_write, read_object, write_json
 
@@ -97,88 +97,102 @@ def emit(job: EmitJob) -> int:
     """Write a part; returns how many documents it keeps."""
     config = config_of(job.config)
     source, table, share = config.sources[job.source], Segment(job.segment).rows(), Share()
-    stages, rules = [], []
+    verdicts: dict[str, list[str]] = {"stage": [], "rule": []}
     places: list[tuple[int, int, int]] = []
     part = Part(job.path)
     with atomic_write(part.file("kept"), "wb") as kept, atomic_write(part.file("dropped"), "wb") as dropped:
-        for row, masked in _masked(_rows(table, source, job.decisions), config.mask):
-            if masked is None:
-                line, stream, kind = _dropped_row(row), dropped, 1
-                share.dropped[f"{row.stage}/{row.drop['rule']}"] += 1
+        for row in _rows(table, source, job.decisions, config.mask):
+            if row.stage:
+                stream, kind = dropped, 1
+                share.dropped[f"{row.stage}/{row.rule}"] += 1
             else:
-                line, stream, kind = _kept_row(row, masked, share), kept, 0
+                stream, kind = kept, 0
+                _count(row, share)
             places.append((words_of(row.id)[0], kind, stream.tell()))
-            stream.write(json.dumps(line, ensure_ascii=False).encode("utf-8") + b"\n")
-            stages.append(row.stage)
-            rules.append(row.drop["rule"] if row.stage else "")
+            stream.write(row.line)
+            verdicts["stage"].append(row.stage)
+            verdicts["rule"].append(row.rule)
     with atomic_write(part.file("ids"), "wb") as file:
         file.write(np.array(places, dtype=ID).tobytes())
-    _write_scores(part.file("scores"), table, source, {"stage": stages, "rule": rules})
+    _write_scores(part.file("scores"), table, source, verdicts)
     write_json(part.file("json"), share.to_json())
     return share.kept
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
+    """A line of the output; `stage` is empty for what is kept, which has its masked text."""
+
     id: str
-    text: str
-    source: SourceConfig
-    language: str
-    scores: dict[str, float]
-    metadata: dict[str, Any]
+    line: bytes
     stage: str
-    drop: dict[str, Any]
-    place: dict[str, Any]
+    rule: str
+    language: str = ""
+    masked: pii.Masked | None = None
 
 
-def _rows(table: pa.Table, source: SourceConfig, decisions: Mapping[int, Decision]) -> Iterator[_Row]:
-    alive = 0
-    for batch in table.to_batches(max_chunksize=2048):
-        names = sorted(name for name in batch.schema.names if name.startswith("score."))
-        columns = {name: batch.column(name).to_pylist() for name in batch.schema.names if name not in names}
-        values = [batch.column(name).to_pylist() for name in names]
-        bare = [name.removeprefix("score.") for name in names]
-        for i in range(batch.num_rows):
-            scores = {name: column[i] for name, column in zip(bare, values, strict=True) if column[i] is not None}
-            stage, drop = columns["stage"][i], columns["drop"][i]
-            decided = None
-            if not stage:
-                decided = decisions.get(alive)
-                alive += 1
-            yield _Row(
-                columns["id"][i],
-                columns["text"][i],
-                source,
-                columns["language"][i],
-                scores,
-                json.loads(columns["metadata"][i]),
-                decided.stage if decided else stage,
-                decided.drop if decided else json.loads(drop) if drop else {},
-                {"file": columns["file"][i], "record": columns["record"][i], "offset": columns["offset"][i]},
-            )
-
-
-def _masked(rows: Iterator[_Row], kinds: Sequence[pii.Kind]) -> Iterator[tuple[_Row, pii.Masked | None]]:
-    """Each row with its masked text; none for what was dropped."""
-    while batch := list(islice(rows, BATCH)):
-        masked = iter(pii.mask_all([row.text for row in batch if not row.stage], kinds))
-        yield from ((row, None if row.stage else next(masked)) for row in batch)
-
-
-def _kept_row(row: _Row, masked: pii.Masked, share: Share) -> dict[str, Any]:
+def _count(row: _Row, share: Share) -> None:
+    assert row.masked is not None
     share.kept += 1
-    share.kept_characters += len(masked.text)
-    share.kept_bytes[row.language] += len(masked.text.encode("utf-8"))
-    share.masked.update(masked.counts)
-    scores = {**row.scores, "masked": sum(masked.counts.values())}
-    head = {"id": row.id, "source": row.source.name, "domain": row.source.domain, "language": row.language}
-    return {**head, "text": masked.text, "scores": scores, "metadata": row.metadata}
+    share.kept_characters += len(row.masked.text)
+    share.kept_bytes[row.language] += len(row.masked.text.encode("utf-8"))
+    share.masked.update(row.masked.counts)
 
 
-def _dropped_row(row: _Row) -> dict[str, Any]:
-    head = {"id": row.id, "source": row.source.name, "domain": row.source.domain, "language": row.language}
-    tail = {"head": row.text[:HEAD], "scores": row.scores, "metadata": row.metadata, "at": row.place}
-    return {**head, "stage": row.stage, **row.drop, **tail}
+def _rows(
+    table: pa.Table, source: SourceConfig, decisions: Mapping[int, Decision], mask: Sequence[pii.Kind]
+) -> Iterator[_Row]:
+    alive = 0
+    for batch in table.to_batches(max_chunksize=BATCH):
+        columns = {name: batch.column(name).to_pylist() for name in ("id", "line", "stage", "rule")}
+        here = [at for at, line in enumerate(columns["line"]) if line is None]
+        made = iter(_decided(batch.take(pa.array(here, pa.int64())), source, decisions, mask, alive))
+        alive += len(here)
+        for id, line, stage, rule in zip(*columns.values(), strict=True):
+            yield next(made) if line is None else _Row(id, line, stage, rule)
+
+
+def _decided(
+    batch: pa.RecordBatch,
+    source: SourceConfig,
+    decisions: Mapping[int, Decision],
+    mask: Sequence[pii.Kind],
+    first: int,
+) -> list[_Row]:
+    """Documents that had reached the group stages: kept and masked, or dropped as copies."""
+    found = [decisions.get(first + at) for at in range(batch.num_rows)]
+    columns = {name: column.to_pylist() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    scores = _scores(columns)
+    masked = iter(pii.mask_all([text for text, gone in zip(columns["text"], found, strict=True) if not gone], mask))
+    rows = []
+    for at, decision in enumerate(found):
+        own = {name: columns[name][at] for name in ("id", "language", "text")}
+        metadata = decode(columns["metadata"][at])
+        if decision is None:
+            rows.append(_kept(source, own, scores[at], metadata, next(masked)))
+            continue
+        document = Document(own["id"], own["text"], source.name, source.domain, own["language"], metadata)
+        place = {name: columns[name][at] for name in ("file", "record", "offset")}
+        drop = {"stage": decision.stage, **decision.drop}
+        line = dropped_line(source, document, drop, scores=scores[at], at=place)
+        rows.append(_Row(own["id"], line, decision.stage, decision.drop["rule"]))
+    return rows
+
+
+def _scores(columns: Mapping[str, list[Any]]) -> list[dict[str, float]]:
+    names = sorted(name for name in columns if name.startswith("score."))
+    bare = [name.removeprefix("score.") for name in names]
+    values = zip(*(columns[name] for name in names), strict=True) if names else [()] * len(columns["id"])
+    return [{name: value for name, value in zip(bare, row, strict=True) if value is not None} for row in values]
+
+
+def _kept(
+    source: SourceConfig, own: Mapping[str, str], scores: dict[str, float], metadata: Any, masked: pii.Masked
+) -> _Row:
+    scores["masked"] = sum(masked.counts.values())
+    head = {"id": own["id"], "source": source.name, "domain": source.domain, "language": own["language"]}
+    line = encode({**head, "text": masked.text, "scores": scores, "metadata": metadata}) + b"\n"
+    return _Row(own["id"], line, "", "", own["language"], masked)
 
 
 def _write_scores(path: Path, table: pa.Table, source: SourceConfig, verdicts: Mapping[str, list[str]]) -> None:

@@ -7,7 +7,6 @@ the block and the config alone, so that whoever finds it need not make it again.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec.json import encode
 
 from puyu.data.columns import as_table
 from puyu.data.dedup import words_of
@@ -134,7 +134,7 @@ def map_block(job: MapJob) -> Done:
     maps, groups = _stages(job.config, job.source, job.path.parent.name), config.dedup.stages()
     rows, keys = [], []
     for batch in batches(found):
-        table, key = _batch(batch, maps, groups, clock)
+        table, key = _batch(source, batch, maps, groups, clock)
         rows.append(table)
         keys.append(key)
     with clock.of("write"):
@@ -192,7 +192,11 @@ def map_batch(documents: Sequence[Document], stages: Sequence[MapStage], clock: 
 
 
 def _batch(
-    batch: Sequence[tuple[Document, Raw]], maps: Sequence[MapStage], groups: Sequence[GroupStage], clock: Clock
+    source: SourceConfig,
+    batch: Sequence[tuple[Document, Raw]],
+    maps: Sequence[MapStage],
+    groups: Sequence[GroupStage],
+    clock: Clock,
 ) -> tuple[pa.Table, pa.Table]:
     rows = map_batch([document for document, _ in batch], maps, clock)
     alive = [row for row in rows if row.drop is None]
@@ -202,7 +206,7 @@ def _batch(
             found = stage.keys([row.document for row in alive])
             keys |= {f"{stage.name}.{name}": column for name, column in found.items()}
     with clock.of("write"):
-        return _row_table(rows, [raw for _, raw in batch]), as_table(keys)
+        return _row_table(source, rows, [raw for _, raw in batch]), as_table(keys)
 
 
 def _standing(rows: Sequence[Row]) -> dict[str, Column | Ragged]:
@@ -224,25 +228,49 @@ def _date(document: Document) -> int:
     return int(digits.ljust(14, "0")) if digits else 0
 
 
-def _row_table(rows: Sequence[Row], raws: Sequence[Raw]) -> pa.Table:
-    documents = [row.document for row in rows]
-    columns: dict[str, Any] = {
-        "id": [document.id for document in documents],
-        "text": [d.text if row.drop is None else d.text[:HEAD] for d, row in zip(documents, rows, strict=True)],
-        "characters": pa.array([len(document.text) for document in documents], pa.int64()),
-        "language": [document.language for document in documents],
-        "metadata": [json.dumps(dict(d.metadata), ensure_ascii=False) if d.metadata else "{}" for d in documents],
+def _row_table(source: SourceConfig, rows: Sequence[Row], raws: Sequence[Raw]) -> pa.Table:
+    lines = [None if row.drop is None else _dropped_line(source, row, raw) for row, raw in zip(rows, raws, strict=True)]
+    metadata = [encode(row.document.metadata).decode() if row.drop is None else "" for row in rows]
+    texts: dict[str, list[Any]] = {
+        "id": [row.document.id for row in rows],
+        "text": [row.document.text if row.drop is None else "" for row in rows],
+        "language": [row.document.language for row in rows],
+        "metadata": metadata,
         "file": [raw.member.label for raw in raws],
-        "record": pa.array([raw.number for raw in raws], pa.int64()),
-        "offset": pa.array([raw.offset for raw in raws], pa.int64()),
         "stage": [row.stage for row in rows],
-        "drop": [json.dumps(row.drop.to_json(), ensure_ascii=False) if row.drop else "" for row in rows],
+        "rule": [row.drop.rule if row.drop else "" for row in rows],
     }
-    names = sorted(set().union(*(row.scores for row in rows)))
-    for name in names:
+    columns: dict[str, Any] = {name: pa.array(values, pa.large_string()) for name, values in texts.items()}
+    columns["line"] = pa.array(lines, pa.large_binary())
+    columns["characters"] = pa.array([len(row.document.text) for row in rows], pa.int64())
+    columns["record"] = pa.array([raw.number for raw in raws], pa.int64())
+    columns["offset"] = pa.array([raw.offset for raw in raws], pa.int64())
+    for name in sorted(set().union(*(row.scores for row in rows))):
         columns[f"score.{name}"] = pa.array([row.scores.get(name) for row in rows], pa.float64())
-    texts = {name: pa.array(value, pa.large_string()) for name, value in columns.items() if isinstance(value, list)}
-    return pa.table({**columns, **texts})
+    return pa.table(columns)
+
+
+def _dropped_line(source: SourceConfig, row: Row, raw: Raw) -> bytes:
+    assert row.drop is not None
+    document = row.document
+    at = {"file": raw.member.label, "record": raw.number, "offset": raw.offset}
+    drop = {"stage": row.stage, **row.drop.to_json()}
+    return dropped_line(source, document, drop, scores=row.scores, at=at)
+
+
+def dropped_line(
+    source: SourceConfig,
+    document: Document,
+    drop: Mapping[str, Any],
+    *,
+    scores: Mapping[str, float],
+    at: Mapping[str, Any],
+) -> bytes:
+    """A line of `dropped.jsonl`; `drop` says stage, rule, value and threshold."""
+    head = {"id": document.id, "source": source.name, "domain": source.domain, "language": document.language}
+    ordered = {name: scores[name] for name in sorted(scores)}
+    tail = {"head": document.text[:HEAD], "scores": ordered, "metadata": document.metadata, "at": at}
+    return encode({**head, **drop, **tail}) + b"\n"
 
 
 def _quarantine_row(source: str, bad: BadRecord) -> dict[str, Any]:

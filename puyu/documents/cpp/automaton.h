@@ -40,9 +40,9 @@ class Automaton {
     void each(const uint8_t *bytes, int64_t length, const F &f) const {
         int32_t at = 0;
         for (int64_t i = 0; i < length; i++) {
-            at = next(at, uint8_t(ascii_lower(bytes[i])));
-            for (int32_t hit = nodes[size_t(at)].phrase >= 0 ? at : nodes[size_t(at)].shorter; hit > 0;
-                 hit = nodes[size_t(hit)].shorter) {
+            at = dense.empty() ? next(at, uint8_t(ascii_lower(bytes[i])))
+                               : dense[size_t(at) * size_t(num_classes) + classes[bytes[i]]];
+            for (int32_t hit = hits[size_t(at)]; hit > 0; hit = nodes[size_t(hit)].shorter) {
                 int32_t phrase = nodes[size_t(hit)].phrase;
                 f(i + 1 - lengths[size_t(phrase)], i + 1, int64_t(phrase));
             }
@@ -65,6 +65,11 @@ class Automaton {
     std::vector<int32_t> node_of;
     std::vector<int64_t> lengths;
     int32_t roots[256] = {};
+    std::vector<int32_t> hits;       // of a node: itself where a phrase ends, else the next one where one does, else 0
+    uint8_t classes[256] = {};       // bytes that no phrase has are all alike
+    int32_t num_classes = 1;
+    std::vector<int32_t> dense;      // [nodes, classes]: where each byte leads, unless that were too large
+    static constexpr size_t MOST_DENSE = 4u << 20;
 
     int32_t child(int32_t at, uint8_t byte) const {
         const Node &node = nodes[size_t(at)];
@@ -95,6 +100,24 @@ class Automaton {
                 }
                 order.push_back(c.node);
             }
+        for (size_t at = 0; at < nodes.size(); at++)
+            hits.push_back(nodes[at].phrase >= 0 ? int32_t(at) : nodes[at].shorter);
+        fill(children, order);
+    }
+
+    void fill(const std::vector<std::vector<Child>> &children, const std::vector<int32_t> &order) {
+        for (const auto &row : children)
+            for (const Child &c : row)
+                if (!classes[c.byte]) classes[c.byte] = uint8_t(num_classes++);
+        for (int upper = 'A'; upper <= 'Z'; upper++) classes[upper] = classes[upper + 32];
+        size_t width = size_t(num_classes);
+        if (nodes.size() * width > MOST_DENSE) return;
+        dense.assign(nodes.size() * width, 0);
+        for (int32_t at : order) {
+            int32_t *row = &dense[size_t(at) * width];
+            if (at) std::copy_n(&dense[size_t(nodes[size_t(at)].fail) * width], width, row);
+            for (const Child &c : children[size_t(at)]) row[classes[c.byte]] = c.node;
+        }
     }
 };
 

@@ -27,24 +27,47 @@ struct Logarithms {
 };
 const Logarithms LOGARITHMS;
 
-// Log-probabilities of each language, up to a constant, over the root of the length; `seen` is all zero before and after.
-inline void classify(const Bayes &model, const uint8_t *bytes, int64_t length, std::vector<int32_t> &seen, float *scores) {
-    std::vector<int32_t> features;
-    int32_t state = 0;
-    for (int64_t i = 0; i < length; i++) {
-        state = model.moves[int64_t(model.rows[state]) * 256 + bytes[i]];
-        int32_t feature = model.outputs[state];
-        if (feature >= 0 && !seen[size_t(feature)]++) features.push_back(feature);
+constexpr int LANES = 4;  // texts that are walked side by side, so that one waits for memory while others go on
+
+// What a text consists of: its distinct features, and how often each stands there.
+struct Found {
+    std::vector<int32_t> features, seen;  // `seen` is all zero but for these
+};
+
+// Walk up to LANES texts at once.
+inline void find_features(const Bayes &model, const uint8_t *const *texts, const int64_t *lengths, int count,
+                          Found *found) {
+    int32_t states[LANES] = {};
+    int64_t longest = 0;
+    for (int k = 0; k < count; k++) {
+        found[k].features.clear();
+        longest = lengths[k] > longest ? lengths[k] : longest;
     }
-    for (int64_t l = 0; l < model.num_languages; l++) scores[l] = features.empty() ? 0.0f : model.priors[l];
-    for (int32_t feature : features) {
-        float count = LOGARITHMS(seen[size_t(feature)]);
-        const float *row = model.weights + int64_t(feature) * model.num_languages;
-        for (int64_t l = 0; l < model.num_languages; l++) scores[l] += count * row[l];
-        seen[size_t(feature)] = 0;
+    for (int64_t i = 0; i < longest; i++)
+        for (int k = 0; k < count; k++) {
+            if (i >= lengths[k]) continue;
+            states[k] = model.moves[int64_t(model.rows[states[k]]) * 256 + texts[k][i]];
+            int32_t feature = model.outputs[states[k]];
+            if (feature >= 0 && !found[k].seen[size_t(feature)]++) found[k].features.push_back(feature);
+        }
+}
+
+// Log-probabilities of each language, up to a constant, over the root of the length; leaves `seen` all zero.
+inline void classify(const Bayes &model, int64_t length, Found &found, float *scores) {
+    int64_t n = model.num_languages;
+    const std::vector<int32_t> &features = found.features;
+    auto row_of = [&](size_t i) { return model.weights + int64_t(features[i]) * n; };
+    for (int64_t l = 0; l < n; l++) scores[l] = features.empty() ? 0.0f : model.priors[l];
+    for (size_t i = 0; i < features.size(); i++) {
+        if (i + 8 < features.size())
+            for (int64_t l = 0; l < n; l += 16) __builtin_prefetch(row_of(i + 8) + l);
+        float count = LOGARITHMS(found.seen[size_t(features[i])]);
+        const float *row = row_of(i);
+        for (int64_t l = 0; l < n; l++) scores[l] += count * row[l];
+        found.seen[size_t(features[i])] = 0;
     }
     float scale = 1.0f / std::sqrt(float(length > 0 ? length : 1));
-    for (int64_t l = 0; l < model.num_languages; l++) scores[l] *= scale;
+    for (int64_t l = 0; l < n; l++) scores[l] *= scale;
 }
 
 // How many: Han characters, kana, hangul, words of Latin letters (two or more), and whether there is any letter.

@@ -98,10 +98,20 @@ void puyu_scripts(const Unicode *unicode, const Texts *texts, int64_t *counts) {
 
 // scores [texts, languages]
 void puyu_languages(const Bayes *model, const Texts *texts, float *scores) {
-    std::vector<int32_t> seen(size_t(model->num_features), 0);
-    for (int64_t i = 0; i < texts->count; i++)
-        classify(*model, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], seen,
-                 scores + i * model->num_languages);
+    std::vector<Found> found(LANES);
+    for (Found &one : found) one.seen.assign(size_t(model->num_features), 0);
+    for (int64_t first = 0; first < texts->count; first += LANES) {
+        int count = int(texts->count - first < LANES ? texts->count - first : LANES);
+        const uint8_t *bytes[LANES];
+        int64_t lengths[LANES];
+        for (int k = 0; k < count; k++) {
+            bytes[k] = texts->bytes + texts->starts[first + k];
+            lengths[k] = texts->starts[first + k + 1] - texts->starts[first + k];
+        }
+        find_features(*model, bytes, lengths, count, found.data());
+        for (int k = 0; k < count; k++)
+            classify(*model, lengths[k], found[size_t(k)], scores + (first + k) * model->num_languages);
+    }
 }
 
 // buckets: the distinct features of all texts, as many as fit in `room`; ends [texts] counts them up to each text.
