@@ -3,8 +3,8 @@
     python bench/data_many.py [--save] [--millions 10]
 
 Lines of ten to thirty words, a third of them near copies of another, all rules off but those of duplicates; exact and
-near duplicates over all of them. Memory is looked at ten times a second, over all processes of the run, what they share
-counted once.
+near duplicates over all of them. Memory is looked at five times a second, over all processes of the run; what they
+share counts once.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
         process = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
         while process.poll() is None:
             peak = max(peak, memory_of(process))
-            time.sleep(0.1)
+            time.sleep(0.2)
         if process.returncode:
             raise SystemExit(f"the run ended with code {process.returncode}")
         facts = json.loads(process.stdout.read())

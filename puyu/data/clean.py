@@ -219,7 +219,9 @@ def _emit_all(
     def jobs() -> Iterator[EmitJob]:
         for (source, segment), (_, part), start, count in zip(places, parts, starts, counts, strict=False):
             if not part.is_done():
-                yield EmitJob(text, source.number, segment.path, part.path, verdicts.of_rows(start, start + count))
+                end = start + count
+                decided = verdicts.of_rows(start, end), verdicts.cuts_of(start, end)
+                yield EmitJob(text, source.number, segment.path, part.path, *decided)
 
     progress = Progress("data: write", len(parts), unit="doc", start=sum(part.is_done() for _, part in parts))
     for documents in run_jobs(emit, jobs(), engine=config.engine, workers=_workers(config)):

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from puyu.configure import Config
 from puyu.data.measure import UNIT, Units, mix, ngram_hashes, unit_hashes
+from puyu.data.substring import SubstringConfig, Substrings
 from puyu.documents.characters import folded
 from puyu.documents.document import Document
 from puyu.documents.stages import Column, Copies, Drop, GroupStage, Ragged, Scores, best_first
@@ -70,6 +71,8 @@ class DedupConfig(Config):
     """Drop a document when more than this share of its characters stands, paragraph by paragraph, in better ones."""
     near: NearConfig | None = NearConfig()
     """Drop near copies; null: keep them."""
+    substrings: SubstringConfig | None = None
+    """Cut stretches that stand in a better document, too; null: leave them."""
     prefer: Literal["best", "newest"] = "best"
     """Of copies keep the best by the rules, then the longer; or the newest by `date` in the metadata (InternLM2)."""
     against: list[Path] = []
@@ -80,8 +83,17 @@ class DedupConfig(Config):
     index: bool = False
     """Write an `index` of what is kept, for later runs to compare with."""
 
+    def cutter(self) -> Substrings | None:
+        """What cuts the documents that no stage drops."""
+        return None if self.substrings is None else Substrings(self.substrings)
+
+    def keyed(self) -> list[GroupStage | Substrings]:
+        """All that has keys."""
+        cutter = self.cutter()
+        return [*self.stages(), *([cutter] if cutter else [])]
+
     def stages(self) -> list[GroupStage]:
-        """The stages that are on, in their order."""
+        """The stages that drop, in their order."""
         found: list[GroupStage] = [ExactDedup()] if self.exact else []
         if self.url:
             found.append(UrlDedup())

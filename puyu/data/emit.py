@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from puyu.data import pii
 from puyu.data.dedup import words_of
-from puyu.data.plan import config_of
+from puyu.data.plan import DataConfig, config_of
 from puyu.data.segments import BATCH, Segment, dropped_line
+from puyu.data.substring import cut, spans_of
 from puyu.documents.document import Document
 from puyu.documents.readers import SourceConfig
 from puyu.files import atomic_write, read_object, write_json
@@ -37,15 +38,20 @@ class Decision:
     drop: dict[str, Any]
 
 
+Stretch = tuple[int, int, str]
+"""Units [begin, end) to cut, and the id of the document where they stay."""
+
+
 @dataclass(frozen=True, slots=True)
 class EmitJob:
-    """One segment; `decisions` by the place among its documents that had reached the group stages."""
+    """One segment; `decisions` and `cuts` by the place among its documents that had reached the group stages."""
 
     config: str
     source: int
     segment: Path
     path: Path
     decisions: Mapping[int, Decision]
+    cuts: Mapping[int, list[Stretch]]
 
 
 @dataclass
@@ -101,7 +107,7 @@ def emit(job: EmitJob) -> int:
     places: list[tuple[int, int, int]] = []
     part = Part(job.path)
     with atomic_write(part.file("kept"), "wb") as kept, atomic_write(part.file("dropped"), "wb") as dropped:
-        for row in _rows(table, source, job.decisions, config.mask):
+        for row in _rows(table, source, job, config):
             if row.stage:
                 stream, kind = dropped, 1
                 share.dropped[f"{row.stage}/{row.rule}"] += 1
@@ -139,44 +145,55 @@ def _count(row: _Row, share: Share) -> None:
     share.masked.update(row.masked.counts)
 
 
-def _rows(
-    table: pa.Table, source: SourceConfig, decisions: Mapping[int, Decision], mask: Sequence[pii.Kind]
-) -> Iterator[_Row]:
+def _rows(table: pa.Table, source: SourceConfig, job: EmitJob, config: DataConfig) -> Iterator[_Row]:
     alive = 0
     for batch in table.to_batches(max_chunksize=BATCH):
         columns = {name: batch.column(name).to_pylist() for name in ("id", "line", "stage", "rule")}
         here = [at for at, line in enumerate(columns["line"]) if line is None]
-        made = iter(_decided(batch.take(pa.array(here, pa.int64())), source, decisions, mask, alive))
+        made = iter(_decided(batch.take(pa.array(here, pa.int64())), source, job, config, alive))
         alive += len(here)
         for id, line, stage, rule in zip(*columns.values(), strict=True):
             yield next(made) if line is None else _Row(id, line, stage, rule)
 
 
-def _decided(
-    batch: pa.RecordBatch,
-    source: SourceConfig,
-    decisions: Mapping[int, Decision],
-    mask: Sequence[pii.Kind],
-    first: int,
-) -> list[_Row]:
-    """Documents that had reached the group stages: kept and masked, or dropped as copies."""
-    found = [decisions.get(first + at) for at in range(batch.num_rows)]
+def _decided(batch: pa.RecordBatch, source: SourceConfig, job: EmitJob, config: DataConfig, first: int) -> list[_Row]:
+    """Documents that had reached the group stages: kept, cut and masked, or dropped as copies."""
     columns = {name: column.to_pylist() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-    scores = _scores(columns)
-    masked = iter(pii.mask_all([text for text, gone in zip(columns["text"], found, strict=True) if not gone], mask))
+    scores, metadata = _scores(columns), [decode(text) for text in columns["metadata"]]
+    found = [job.decisions.get(first + at) for at in range(batch.num_rows)]
+    texts = list(columns["text"])
+    for at in range(batch.num_rows):
+        if found[at] is None and (stretches := job.cuts.get(first + at)):
+            texts[at], found[at] = _cut(texts[at], stretches, scores[at], metadata[at], config)
+    masked = iter(pii.mask_all([text for text, gone in zip(texts, found, strict=True) if not gone], config.mask))
     rows = []
     for at, decision in enumerate(found):
         own = {name: columns[name][at] for name in ("id", "language", "text")}
-        metadata = decode(columns["metadata"][at])
         if decision is None:
-            rows.append(_kept(source, own, scores[at], metadata, next(masked)))
+            rows.append(_kept(source, own, scores[at], metadata[at], next(masked)))
             continue
-        document = Document(own["id"], own["text"], source.name, source.domain, own["language"], metadata)
+        document = Document(own["id"], own["text"], source.name, source.domain, own["language"], metadata[at])
         place = {name: columns[name][at] for name in ("file", "record", "offset")}
         drop = {"stage": decision.stage, **decision.drop}
         line = dropped_line(source, document, drop, scores=scores[at], at=place)
         rows.append(_Row(own["id"], line, decision.stage, decision.drop["rule"]))
     return rows
+
+
+def _cut(
+    text: str, stretches: Sequence[Stretch], scores: dict[str, float], metadata: dict[str, Any], config: DataConfig
+) -> tuple[str, Decision | None]:
+    """The text without what stands elsewhere; with too little left it goes. What was cut stands in `metadata.cut`."""
+    assert config.dedup.substrings is not None
+    spans = spans_of(text, [(begin, end) for begin, end, _ in stretches])
+    left = cut(text, spans)
+    scores["cut_characters"] = float(sum(end - begin for begin, end in spans))
+    metadata["cut"] = [[*span, stretch[2]] for stretch in stretches for span in spans_of(text, [stretch[:2]])]
+    least = config.dedup.substrings.left_min
+    if len(left) >= least:
+        return left, None
+    drop = {"rule": "cut_left_min", "value": len(left), "threshold": least, "of": stretches[0][2]}
+    return text, Decision("substrings", drop)
 
 
 def _scores(columns: Mapping[str, list[Any]]) -> list[dict[str, float]]:

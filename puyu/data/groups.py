@@ -7,7 +7,7 @@ runs; `decide` asks the group stages and says for each row what became of it. Ro
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from puyu.configure import dump
 from puyu.data.columns import Columns, ColumnWriter, stage_columns
 from puyu.data.dedup import DedupConfig
-from puyu.data.emit import Decision
+from puyu.data.emit import Decision, Stretch
 from puyu.data.segments import Clock
+from puyu.data.substring import Cuts
 from puyu.documents.stages import Column, Copies, Drop, Ragged, best_first
 from puyu.errors import ConfigError
 from puyu.files import write_jsonl
@@ -54,7 +55,8 @@ def _check_index(index: Columns, config: DedupConfig, folder: Path) -> None:
 def _keys_of(config: DedupConfig) -> dict[str, object]:
     """What keys depend on; thresholds may differ."""
     near = None if config.near is None else {**dump(config.near), "threshold": None}
-    return {"stages": [stage.name for stage in config.stages()], "near": near}
+    units = None if config.substrings is None else config.substrings.units
+    return {"stages": [stage.name for stage in config.keyed()], "near": near, "units": units}
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,21 @@ class Verdicts:
     of: Rows
     value: NDArray[np.float64]
     ids: NDArray[np.uint64]
+    cuts: Cuts
 
     def of_rows(self, start: int, stop: int) -> dict[int, Decision]:
         """Decisions on rows [start, stop), by their place from `start` on."""
         gone = np.flatnonzero(self.stage[start:stop])
         return {int(place): self.decision(start + int(place)) for place in gone}
+
+    def cuts_of(self, start: int, stop: int) -> dict[int, list[Stretch]]:
+        """Stretches to cut out of rows [start, stop), by their place from `start` on."""
+        found: dict[int, list[Stretch]] = {}
+        for at in range(*np.searchsorted(self.cuts.rows, (start, stop)).tolist()):
+            stays = id_text(self.ids[int(self.cuts.of[at])])
+            stretch = int(self.cuts.begins[at]), int(self.cuts.ends[at]), stays
+            found.setdefault(int(self.cuts.rows[at]) - start, []).append(stretch)
+        return found
 
     def decision(self, row: int) -> Decision:
         number = int(self.stage[row]) - 1
@@ -97,6 +109,7 @@ def decide(columns: Columns, own: int, config: DedupConfig, clock: Clock) -> Ver
         np.zeros(rows, dtype=np.int64),
         np.zeros(rows),
         ids,
+        Cuts.none(),
     )
     if not rows:
         return found
@@ -109,6 +122,10 @@ def decide(columns: Columns, own: int, config: DedupConfig, clock: Clock) -> Ver
     for number, stage in enumerate(stages, 1):
         with clock.of(stage.name):
             _mark(found, number, stage.decide(stage_columns(columns, stage.name), order[found.stage[order] == 0]))
+    if (cutter := config.cutter()) is not None:
+        with clock.of(cutter.name):
+            cuts = cutter.cuts(stage_columns(columns, cutter.name), order[found.stage[order] == 0])
+            return replace(found, cuts=cuts.by_row())
     return found
 
 

@@ -108,12 +108,13 @@ def map_stages(config: DataConfig, source: SourceConfig) -> tuple[MapStage, ...]
 def stage_names(config: DataConfig) -> tuple[str, ...]:
     """The stages of the funnel, in order."""
     maps = [stage.name for source in config.sources[:1] for stage in map_stages(config, source)]
-    return (*maps, "identical", *(stage.name for stage in config.dedup.stages()))
+    return (*maps, "identical", *(stage.name for stage in config.dedup.keyed()))
 
 
 def row_key(config: DataConfig, source: SourceConfig) -> list[object]:
     """Everything but the files of the source that its rows depend on."""
-    keys = [stage.name for stage in config.dedup.stages()]
+    keys: list[object] = [stage.name for stage in config.dedup.keyed()]
+    keys.append(None if config.dedup.substrings is None else config.dedup.substrings.units)
     near = None if config.dedup.near is None else dump(config.dedup.near)
     asked = dump(config)
     parts = {name: asked[name] for name in ("languages", "policies", "presets", *_MODELS)}

@@ -25,6 +25,7 @@ from msgspec.json import encode
 from puyu.data.columns import as_table
 from puyu.data.dedup import words_of
 from puyu.data.plan import config_of, map_stages
+from puyu.data.substring import Substrings
 from puyu.documents.document import Document
 from puyu.documents.raw import Block, Raw
 from puyu.documents.readers import ReadReport, SourceConfig, parse
@@ -131,7 +132,7 @@ def map_block(job: MapJob) -> Done:
     source, clock, report = config.sources[job.source], Clock(), ReadReport()
     bad = list(job.block.bad)
     found = clock.timed("read", islice(_parsed(source, job.block, bad, report), job.limit))
-    maps, groups = _stages(job.config, job.source, job.path.parent.name), config.dedup.stages()
+    maps, groups = _stages(job.config, job.source, job.path.parent.name), config.dedup.keyed()
     rows, keys = [], []
     for batch in batches(found):
         table, key = _batch(source, batch, maps, groups, clock)
@@ -195,7 +196,7 @@ def _batch(
     source: SourceConfig,
     batch: Sequence[tuple[Document, Raw]],
     maps: Sequence[MapStage],
-    groups: Sequence[GroupStage],
+    groups: Sequence[GroupStage | Substrings],
     clock: Clock,
 ) -> tuple[pa.Table, pa.Table]:
     rows = map_batch([document for document, _ in batch], maps, clock)

@@ -226,6 +226,20 @@ class TextLibrary:
         self._call("puyu_count_words", words.handle, texts.native, whole, counts)
         return counts
 
+    def fingerprints(
+        self, texts: Texts, *, gram: int, window: int
+    ) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
+        """(hashes, units where they begin, fingerprints up to each text [texts + 1]) by winnowing (`cpp/winnow.h`)."""
+        room = texts.size // max(window, 1) + 64 * texts.count + 64
+        while True:
+            hashes, places = np.empty(room, dtype=np.uint64), np.empty(room, dtype=np.int64)
+            ends = np.zeros(texts.count + 1, dtype=np.int64)
+            sizes = ctypes.c_int64(gram), ctypes.c_int64(window)
+            self._call("puyu_fingerprints", texts.native, *sizes, hashes, places, ctypes.c_int64(room), ends[1:])
+            if ends[-1] <= room:
+                return hashes[: ends[-1]].copy(), places[: ends[-1]].copy(), ends
+            room = int(ends[-1])
+
     def scripts(self, texts: Texts) -> NDArray[np.int64]:
         """[texts, 5]: Han characters, kana, hangul, words of two and more Latin letters, letters of any kind."""
         counts = np.empty((texts.count, 5), dtype=np.int64)

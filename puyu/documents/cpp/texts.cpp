@@ -7,6 +7,7 @@
 #include "minhash.h"
 #include "near.h"
 #include "personal.h"
+#include "winnow.h"
 #include "words.h"
 #include "presets.h"
 
@@ -75,6 +76,25 @@ void puyu_may_hold(const Unicode *unicode, const Texts *texts, uint8_t *found) {
     for (int64_t i = 0; i < texts->count; i++) {
         text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
         found[i] = may_hold(text);
+    }
+}
+
+// hashes and places of the fingerprints of all texts, as many as fit in `room`; ends [texts] counts them up to each.
+void puyu_fingerprints(const Unicode *unicode, const Texts *texts, int64_t gram, int64_t window, uint64_t *hashes,
+                       int64_t *places, int64_t room, int64_t *ends) {
+    Characters text;
+    Units units;
+    std::vector<uint64_t> grams;
+    int64_t count = 0;
+    for (int64_t i = 0; i < texts->count; i++) {
+        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        split_folded(*unicode, text, units);
+        ngrams(units.hashes, gram, grams);
+        winnow(grams, window, [&](uint64_t hash, int64_t place) {
+            if (count < room) hashes[count] = hash, places[count] = place;
+            count++;
+        });
+        ends[i] = count;
     }
 }
 
