@@ -219,8 +219,18 @@ def read_jsonl(path: Path, *, quarantine: Quarantine | None = None) -> Iterator[
         yield value
 
 
-def read_jsonl_lines(path: Path, *, quarantine: Quarantine | None = None) -> Iterator[tuple[int, Any]]:
-    """Like `read_jsonl`, with the 1-based line number. A torn archive ends the reading in the same way."""
+def decode_json(line: bytes) -> Any:
+    """The value of a line."""
+    return json.loads(line.decode("utf-8"))
+
+
+def read_jsonl_lines(
+    path: Path, *, quarantine: Quarantine | None = None, decode: Callable[[bytes], Any] = decode_json
+) -> Iterator[tuple[int, Any]]:
+    """Like `read_jsonl`, with the 1-based line number. A torn archive ends the reading in the same way.
+
+    `decode` raises what `decode_json` raises.
+    """
     number, offset = 0, 0
     try:
         with open_bytes(path) as stream:
@@ -229,7 +239,7 @@ def read_jsonl_lines(path: Path, *, quarantine: Quarantine | None = None) -> Ite
                 if not line.strip():
                     continue
                 try:
-                    value = json.loads(line.decode("utf-8"))
+                    value = decode(line)
                 except (UnicodeDecodeError, json.JSONDecodeError) as error:
                     bad = BadRecord(str(path), number, start, str(error), line[:80].decode("utf-8", "replace"))
                     if quarantine is None:

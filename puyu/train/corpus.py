@@ -16,9 +16,21 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from msgspec import MsgspecError, Struct
+from msgspec.json import Decoder
+
 from puyu.data.shards import ShardWriter, TokenShard
 from puyu.errors import InputError
-from puyu.files import clear_folder, hash_bytes, hash_file, hash_json, read_json, read_jsonl_lines, write_json
+from puyu.files import (
+    clear_folder,
+    decode_json,
+    hash_bytes,
+    hash_file,
+    hash_json,
+    read_json,
+    read_jsonl_lines,
+    write_json,
+)
 from puyu.log import Progress
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.parallel import current_world
@@ -99,13 +111,29 @@ def framed(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return [*before, *ids, *after]
 
 
+class _Row(Struct):
+    text: Any = None
+    domain: Any = None
+    language: Any = None
+
+
+_ROWS = Decoder(_Row)
+
+
+def _decoded(line: bytes) -> Any:
+    """A row without what nobody asks for, such as its scores; whatever else a line holds as it is."""
+    try:
+        return _ROWS.decode(line)
+    except MsgspecError:
+        return decode_json(line)
+
+
 def read_rows(path: Path) -> Iterator[dict[str, str]]:
     """`text`, `domain` and `language` of each row; errors name file and line."""
-    for number, row in read_jsonl_lines(path):
-        if not isinstance(row, Mapping) or not isinstance(row.get("text"), str) or not row["text"]:
+    for number, row in read_jsonl_lines(path, decode=_decoded):
+        if not isinstance(row, _Row) or not isinstance(row.text, str) or not row.text:
             raise InputError(f"{path}, line {number}: a document needs the field 'text' with some text")
-        domain, language = row.get("domain") or "default", row.get("language") or "und"
-        yield {"text": row["text"], "domain": str(domain), "language": str(language)}
+        yield {"text": row.text, "domain": str(row.domain or "default"), "language": str(row.language or "und")}
 
 
 def _batches(path: Path) -> Iterator[list[dict[str, str]]]:
