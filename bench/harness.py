@@ -22,7 +22,7 @@ import sys
 import time
 import venv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,10 @@ class Run:
     notes: dict[str, Any] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=probe)
     load: tuple[float, float, float] = field(default_factory=os.getloadavg)
+
+    def counted(self, bench: str) -> Run:
+        """The part of this run that counts and does not time, under a name of its own: no probe makes it void."""
+        return replace(self, bench=bench, before={})
 
     def finish(self, found: Sequence[Samples], *, save: bool) -> dict[str, Any]:
         """Probe again, judge, print; a void run is never kept."""
