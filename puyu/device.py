@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def require_torch() -> None:
     """Raise DependencyError, with the install line, when torch cannot be imported."""
     try:

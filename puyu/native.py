@@ -18,6 +18,10 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from puyu.device import cpu_flags
 from puyu.errors import DependencyError
@@ -31,6 +35,19 @@ COMPILERS = ("g++", "clang++", "c++")
 def native_folder() -> Path:
     """Where built libraries and their tables are kept."""
     return Path(os.environ.get("PUYU_NATIVE_DIR") or Path.home() / ".cache" / "puyu" / "native")
+
+
+def pointer(array: NDArray[Any]) -> ctypes.c_void_p:
+    """Where an array lies, for a call that the array outlives."""
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def argument(value: Any) -> Any:
+    """A value as a call takes it: arrays and structures by their place."""
+    if isinstance(value, np.ndarray):
+        return pointer(value)
+    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
 
 
 @dataclass(frozen=True)

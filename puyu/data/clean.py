@@ -36,11 +36,12 @@ from puyu.data.finish import write_files
 from puyu.data.groups import INDEX, Verdicts, decide, gather, write_index, write_superseded
 from puyu.data.plan import DataConfig, check, row_key, stage_names
 from puyu.data.segments import Clock, MapJob, Segment, map_block
+from puyu.device import num_cores
 from puyu.documents import texts
 from puyu.documents.ledger import Ledger, funnel_lines, funnel_steps
 from puyu.documents.raw import Block, blocks, units
 from puyu.documents.readers import ReadReport, SourceConfig, input_files
-from puyu.documents.runners import num_cores, run_jobs
+from puyu.documents.runners import run_jobs
 from puyu.errors import InputError
 from puyu.files import clear_folder, hash_file, hash_json, write_json
 from puyu.log import Progress, say

@@ -16,6 +16,7 @@ from typing import Any
 
 from puyu.documents.document import Document, document_id
 from puyu.documents.language import detect_all
+from puyu.documents.readers import text_problem
 from puyu.errors import InputError
 from puyu.files import BadRecord, Quarantine, read_jsonl_lines
 
@@ -40,7 +41,7 @@ def rows(
     """(row, Document) of every line that has a text; the language stays empty where the row has none."""
     for path in [file for place in paths for file in corpus_files(place)]:
         for number, value in read_jsonl_lines(path, quarantine=quarantine):
-            problem = _problem(value, text_field)
+            problem = text_problem(value, text_field)
             if problem:
                 head = json.dumps(value, ensure_ascii=True)[:80]
                 quarantine(BadRecord(str(path), number, 0, problem, head))
@@ -51,18 +52,6 @@ def rows(
 def documents(paths: Sequence[Path], *, quarantine: Quarantine, text_field: str = "text") -> Iterator[Document]:
     """The Documents alone."""
     return (document for _, document in rows(paths, quarantine=quarantine, text_field=text_field))
-
-
-def _problem(value: Any, text_field: str) -> str:
-    if not isinstance(value, dict):
-        return "record: not an object"
-    if not isinstance(value.get(text_field), str):
-        return f"record: no text in field {text_field!r}"
-    try:
-        value[text_field].encode("utf-8")
-    except UnicodeEncodeError:
-        return "encoding: a lone surrogate in the text"
-    return ""
 
 
 def _document(value: dict[str, Any], text: str, *, source: str) -> Document:

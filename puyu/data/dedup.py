@@ -32,7 +32,7 @@ from puyu.data.measure import UNIT, Units, mix, ngram_hashes, unit_hashes
 from puyu.data.substring import SubstringConfig, Substrings
 from puyu.documents.characters import folded
 from puyu.documents.document import Document
-from puyu.documents.stages import Column, Copies, Drop, GroupStage, Ragged, Scores, best_first
+from puyu.documents.stages import Column, Copies, Drop, GroupStage, Ragged, Scores, best_first, plain
 from puyu.documents.texts import Texts, load
 
 Signature = NDArray[np.uint32]
@@ -147,7 +147,7 @@ class _EqualDedup:
     threshold = 1.0
 
     def decide(self, columns: Mapping[str, Column | Ragged], order: Rows) -> Copies:
-        high, low = (_plain(columns, part)[order] for part in ("high", "low"))
+        high, low = (plain(columns, part)[order] for part in ("high", "low"))
         named = np.flatnonzero((high != 0) | (low != 0))
         order, high, low = order[named], high[named], low[named]
         places = np.lexsort((low, high))  # stable: equals stay in the order of their rank
@@ -224,7 +224,7 @@ class ParagraphDedup:
         return {"size": size, "paragraphs": Ragged(values, starts)}
 
     def decide(self, columns: Mapping[str, Column | Ragged], order: Rows) -> Copies:
-        paragraphs, sizes = columns["paragraphs"], _plain(columns, "size")
+        paragraphs, sizes = columns["paragraphs"], plain(columns, "size")
         assert isinstance(paragraphs, Ragged)
         repeated = _repeated(paragraphs.values[:, 0])
         owner: dict[bytes, int] = {}
@@ -328,14 +328,14 @@ class NearDedup:
 
     def decide(self, columns: Mapping[str, Column | Ragged], order: Rows) -> Copies:
         """Best first: a document goes when it is a verified near copy of one that stays."""
-        order = order[_plain(columns, "shingles")[order] > 0]
+        order = order[plain(columns, "shingles")[order] > 0]
         buckets = np.zeros((self.config.bands, len(order)), dtype=np.uint32)
         used = 0
         for band in range(self.config.bands):
-            used = _number_buckets(_plain(columns, f"band{band:02d}")[order], buckets[band], used)
+            used = _number_buckets(plain(columns, f"band{band:02d}")[order], buckets[band], used)
         together = np.flatnonzero(buckets.any(axis=0))
         order, buckets = order[together], buckets[:, together]
-        signatures = _plain(columns, "signature")
+        signatures = plain(columns, "signature")
         library = load()
         if library is not None:
             of, equal = library.near_copies(signatures, order, buckets, threshold=self.threshold, most=MOST)
@@ -377,9 +377,3 @@ def _number_buckets(hashes: NDArray[np.uint64], into: NDArray[np.uint32], used: 
     numbers = np.where(sizes > 1, used + np.cumsum(sizes > 1), 0).astype(np.uint32)
     into[places] = numbers[group]
     return used + int((sizes > 1).sum())
-
-
-def _plain(columns: Mapping[str, Column | Ragged], name: str) -> Column:
-    column = columns[name]
-    assert not isinstance(column, Ragged)
-    return column

@@ -6,7 +6,7 @@ runs; `decide` asks the group stages and says for each row what became of it. Ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from puyu.data.dedup import DedupConfig
 from puyu.data.emit import Decision, Stretch
 from puyu.data.segments import Clock
 from puyu.data.substring import Cuts
-from puyu.documents.stages import Column, Copies, Drop, Ragged, best_first
+from puyu.documents.stages import Copies, Drop, best_first, plain
 from puyu.errors import ConfigError
 from puyu.files import write_jsonl
 
@@ -101,7 +101,7 @@ def decide(columns: Columns, own: int, config: DedupConfig, clock: Clock) -> Ver
     """Identical rows first, then each stage on what is left."""
     stages = config.stages()
     rows = columns.rows
-    ids = np.stack([_plain(columns, "id_high"), _plain(columns, "id_low")], axis=1) if rows else np.empty((0, 2), "u8")
+    ids = np.stack([plain(columns, "id_high"), plain(columns, "id_low")], axis=1) if rows else np.empty((0, 2), "u8")
     found = Verdicts(
         ("identical", *(stage.name for stage in stages)),
         (("identical", 1.0), *((stage.rule, stage.threshold) for stage in stages)),
@@ -117,8 +117,8 @@ def decide(columns: Columns, own: int, config: DedupConfig, clock: Clock) -> Ver
         older = np.zeros(rows, dtype=np.int64)
         older[own:] = 1 if config.against_keeps == "older" else -1
         _mark(found, 0, _identical(ids, older))
-        before = [older, _plain(columns, "date")] if config.prefer == "newest" else [older]
-        order = best_first(ids, _plain(columns, "quality"), _plain(columns, "size"), *before)
+        before = [older, plain(columns, "date")] if config.prefer == "newest" else [older]
+        order = best_first(ids, plain(columns, "quality"), plain(columns, "size"), *before)
     for number, stage in enumerate(stages, 1):
         with clock.of(stage.name):
             _mark(found, number, stage.decide(stage_columns(columns, stage.name), order[found.stage[order] == 0]))
@@ -141,12 +141,6 @@ def _identical(ids: NDArray[np.uint64], older: Rows) -> Copies:
     same[1:] = (ids[places][1:] == ids[places][:-1]).all(axis=1)
     first = places[np.maximum.accumulate(np.where(same, 0, np.arange(len(places))))]
     return Copies(places[same], first[same], np.ones(int(same.sum())))
-
-
-def _plain(columns: Mapping[str, Column | Ragged], name: str) -> Column:
-    column = columns[name]
-    assert not isinstance(column, Ragged)
-    return np.asarray(column)
 
 
 def write_index(columns: Columns, kept: Rows, config: DedupConfig, folder: Path) -> None:

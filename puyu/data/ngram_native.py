@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from puyu.documents import texts as document_texts
 from puyu.documents.characters import read_tables
 from puyu.documents.texts import Texts
-from puyu.native import Library, native_folder
+from puyu.native import Library, argument, native_folder, pointer
 
 SOURCE = Path(__file__).parent / "cpp" / "ngram.cpp"
 LIBRARY = Library(
@@ -40,10 +40,6 @@ SYMBOLS = 257
 """Bytes, and the end of a unit."""
 NUM_DISCOURSE = 8
 Arrays = Mapping[str, NDArray[Any]]
-
-
-class _Unicode(ctypes.Structure):
-    _fields_ = [("kinds", ctypes.c_void_p), ("lower", ctypes.c_void_p), ("num_lower", ctypes.c_int64)]
 
 
 class _Slots(ctypes.Structure):
@@ -113,9 +109,7 @@ class NgramLibrary:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         library.puyu_ngram_walk.restype = ctypes.c_int64
-        self._tables = read_tables(native_folder())
-        kinds, lower = self._tables
-        self._unicode = ctypes.byref(_Unicode(kinds.ctypes.data, lower.ctypes.data, len(lower)))
+        self._tables, self._unicode = document_texts.character_tables()
 
     def units(self, texts: Sequence[str]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """(hashes of all units, text by text; how many there are up to the end of each text)."""
@@ -145,7 +139,7 @@ class NgramLibrary:
         """log2 of the probability of each unit."""
         logs = np.empty(_room([text]))
         count = self._library.puyu_ngram_walk(
-            self._unicode, ctypes.byref(model), ctypes.byref(Texts([text]).native), _pointer(logs)
+            self._unicode, ctypes.byref(model), ctypes.byref(Texts([text]).native), pointer(logs)
         )
         return logs[:count].copy()
 
@@ -175,7 +169,8 @@ class NgramLibrary:
         return scores
 
     def _call(self, name: str, *arguments: Any) -> None:
-        getattr(self._library, name)(self._unicode, *map(_argument, arguments))
+        native = (value.native if isinstance(value, Texts) else value for value in arguments)
+        getattr(self._library, name)(self._unicode, *map(argument, native))
 
 
 def _room(texts: Sequence[str]) -> int:
@@ -185,17 +180,6 @@ def _room(texts: Sequence[str]) -> int:
 
 def _total(ends: NDArray[np.int64]) -> int:
     return int(ends[-1]) if len(ends) else 0
-
-
-def _argument(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return _pointer(value)
-    return ctypes.byref(value.native if isinstance(value, Texts) else value)
-
-
-def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
-    assert array.flags.c_contiguous
-    return ctypes.c_void_p(array.ctypes.data)
 
 
 @lru_cache(maxsize=1)

@@ -132,7 +132,7 @@ def _parse_rows(source: SourceConfig, raw: Raw, quarantine: Quarantine) -> Itera
     with open_packed(raw.member) as stream:
         rows = table_rows(stream, label, group=raw.offset, first=raw.number, text_field=field, quarantine=quarantine)
         for number, row in rows:
-            if problem := _problem(row, source.text_field):
+            if problem := text_problem(row, source.text_field):
                 quarantine(BadRecord(label, number, 0, problem, ""))
             else:
                 yield from _record(source, row, label, quarantine)
@@ -225,7 +225,7 @@ def _parse_line(
     value: Any = None
     try:
         value = json.loads(line.decode("utf-8"))
-        wrong = _problem(value, CONTENT if wanjuan else source.text_field)
+        wrong = text_problem(value, CONTENT if wanjuan else source.text_field)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         wrong = f"{'encoding' if isinstance(error, UnicodeDecodeError) else 'json'}: {error}"
     if wanjuan and not wrong:
@@ -247,7 +247,8 @@ def _read_wanjuan(source: SourceConfig, value: dict[str, Any], report: ReadRepor
     yield from _documents(source, value[CONTENT], metadata)
 
 
-def _problem(value: Any, text_field: str) -> str:
+def text_problem(value: Any, text_field: str) -> str:
+    """Why a row has no text in a field; empty where it has one."""
     if not isinstance(value, dict):
         return "record: not an object"
     text = value.get(text_field)

@@ -9,22 +9,17 @@ bounded however many there are. What an exception or a killed worker leaves undo
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Literal, TypeVar
 
+from puyu.device import num_cores
 from puyu.errors import ResourceError
 
 J = TypeVar("J")
 R = TypeVar("R")
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 Engine = Literal["local", "daft", "ray"]

@@ -70,6 +70,13 @@ class Ragged:
         return self.values[self.starts[i] : self.starts[i + 1]]
 
 
+def plain(columns: Mapping[str, Column | Ragged], name: str) -> Column:
+    """A column that is not ragged."""
+    column = columns[name]
+    assert not isinstance(column, Ragged)
+    return column
+
+
 @dataclass(frozen=True)
 class Copies:
     """Rows that go, the rows that stay in their place, and how alike they are."""

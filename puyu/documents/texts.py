@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puyu.documents.characters import read_tables
-from puyu.native import Library, native_folder
+from puyu.native import Library, argument, native_folder, pointer
 
 SOURCE = Path(__file__).parent / "cpp" / "texts.cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-ffp-contract=off"]
@@ -131,9 +131,7 @@ class TextLibrary:
             function.argtypes = [ctypes.c_void_p]
         library.puyu_num_scores.restype = library.puyu_num_published.restype = ctypes.c_int64
         self.num_scores = int(library.puyu_num_scores())
-        self._tables = read_tables(native_folder())
-        kinds, lower = self._tables
-        self._unicode = ctypes.byref(_Unicode(kinds.ctypes.data, lower.ctypes.data, len(lower)))
+        self._tables, self._unicode = character_tables()
 
     def automaton(self, phrases: Sequence[str]) -> Automaton:
         """Ready to search for these."""
@@ -146,7 +144,7 @@ class TextLibrary:
             places = np.empty((room, 3), dtype=np.int64)
             count = ctypes.c_int64(room)
             handles = (phrases.handle, ctypes.byref(texts.native))
-            self._library.puyu_find(*handles, _pointer(places), count, _pointer(ends))
+            self._library.puyu_find(*handles, pointer(places), count, pointer(ends))
             total = int(ends[-1]) if texts.count else 0
             if total <= room:
                 break
@@ -208,7 +206,7 @@ class TextLibrary:
             base = None if path is not None else np.ascontiguousarray(signatures)
             rows = _Signatures(None if base is None else base.ctypes.data, file, signatures.shape[1])
             function = self._library.puyu_near_copies
-            failed = function(ctypes.byref(task), ctypes.byref(rows), _pointer(of), _pointer(equal))
+            failed = function(ctypes.byref(task), ctypes.byref(rows), pointer(of), pointer(equal))
         if failed:
             raise OSError(f"{path}: signatures cannot be read")
         return of, equal
@@ -250,7 +248,7 @@ class TextLibrary:
         """Log-probabilities [texts, languages] up to a constant; all 0 where nothing was known of a text."""
         scores = np.empty((texts.count, model.weights.shape[1]), dtype=np.float32)
         arguments = (ctypes.byref(model.native()), ctypes.byref(texts.native))
-        self._library.puyu_languages(*arguments, _pointer(scores))
+        self._library.puyu_languages(*arguments, pointer(scores))
         return scores
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -279,18 +277,13 @@ class TextLibrary:
         return [whole[a:b].decode("utf-8").strip() for a, b in pairwise(places)], scores
 
     def _call(self, name: str, *arguments: Any) -> None:
-        getattr(self._library, name)(self._unicode, *map(_argument, arguments))
+        getattr(self._library, name)(self._unicode, *map(argument, arguments))
 
 
-def _argument(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return _pointer(value)
-    return ctypes.byref(value) if isinstance(value, ctypes.Structure) else value
-
-
-def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
-    assert array.flags.c_contiguous
-    return ctypes.c_void_p(array.ctypes.data)
+def character_tables() -> tuple[Any, Any]:
+    """What a library is told of characters: the arrays, which it must outlive, and the argument over them."""
+    kinds, lower = tables = read_tables(native_folder())
+    return tables, ctypes.byref(_Unicode(kinds.ctypes.data, lower.ctypes.data, len(lower)))
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
+from puyu.device import num_cores
 from puyu.log import say
 from puyu.serve.config import ServeConfig
 from puyu.serve.fleet import Launch, control_key
@@ -107,7 +108,7 @@ def environment(config: ServeConfig, *, index: int) -> dict[str, str]:
     """What a child finds: its share of the cores, unless OMP_NUM_THREADS says otherwise, and one of the GPUs."""
     own = child_environment()
     if config.device != "cuda":
-        own.setdefault("OMP_NUM_THREADS", str(max(1, cores() // config.replicas)))
+        own.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // config.replicas)))
     if config.device != "cpu" and (gpus := visible_gpus()):
         own["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
     return own
@@ -126,7 +127,3 @@ def visible_gpus() -> list[str]:
         return [name.strip() for name in given.split(",") if name.strip() not in ("", "-1")]
     folder = Path("/proc/driver/nvidia/gpus")
     return [str(number) for number, _ in enumerate(folder.iterdir())] if folder.is_dir() else []
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from puyu.native import Library
+from puyu.device import num_cores
+from puyu.native import Library, pointer
 from puyu.tokenizer.pattern import Program
 
 SOURCE = Path(__file__).parent / "cpp" / "bpe.cpp"
@@ -51,7 +52,7 @@ class Packed:
         return len(self.starts) - 1
 
     def arguments(self) -> tuple[Any, Any]:
-        return ctypes.c_char_p(self.bytes), _pointer(self.starts)
+        return ctypes.c_char_p(self.bytes), pointer(self.starts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,13 +96,13 @@ class BpeLibrary:
 
     def splitter(self, program: Program) -> Handle:
         """Cuts texts by a pattern."""
-        made = self.c.puyu_splitter(_pointer(program.numbers), _pointer(program.kinds))
+        made = self.c.puyu_splitter(pointer(program.numbers), pointer(program.kinds))
         return Handle(made, self.c.puyu_splitter_free)
 
     def encoder(self, byte_ids: NDArray[np.int32], merges: NDArray[np.int32]) -> Encoder:
         """Encodes by merges [count, 3] of (left id, right id, new id), best first; byte_ids [256]."""
         assert byte_ids.shape == (256,) and merges.shape == (len(merges), 3)
-        made = self.c.puyu_encoder(_pointer(byte_ids), _pointer(merges), len(merges))
+        made = self.c.puyu_encoder(pointer(byte_ids), pointer(merges), len(merges))
         return Encoder(self, Handle(made, self.c.puyu_encoder_free))
 
     def pieces(self, program: Program, *, longest: int) -> Pieces:
@@ -124,12 +125,12 @@ class BpeLibrary:
         each few hundred merges.
         """
         starts, counts = words
-        arguments = (_pointer(ids), _pointer(starts), _pointer(counts), len(counts))
+        arguments = (pointer(ids), pointer(starts), pointer(counts), len(counts))
         trainer = Handle(self.c.puyu_trainer(*arguments, tokens, wanted, min_count), self.c.puyu_trainer_free)
         found, step = [], 256
         while True:
             merges = np.empty((step, 2), dtype=np.int32)
-            count = int(self.c.puyu_trainer_learn(trainer.value, step, _pointer(merges)))
+            count = int(self.c.puyu_trainer_learn(trainer.value, step, pointer(merges)))
             found.append(merges[:count])
             if on_merge:
                 on_merge(count)
@@ -156,14 +157,14 @@ class Encoder:
     def set_words(self, words: Mapping[bytes, int]) -> None:
         """Pieces that are one token before any merge (`ignore_merges`)."""
         packed, ids = Packed(list(words)), np.array(list(words.values()), dtype=np.int32)
-        self._library.c.puyu_encoder_words(self._handle.value, *packed.arguments(), _pointer(ids), len(packed))
+        self._library.c.puyu_encoder_words(self._handle.value, *packed.arguments(), pointer(ids), len(packed))
 
     def encode(self, packed: Packed, splitter: Handle | None) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """(ids of all texts in a row, the end of each; ~end, which is negative, where one holds foreign characters)."""
         ids = np.empty(int(packed.starts[-1]) + _ROOM, dtype=np.int32)
         ends = np.empty(len(packed), dtype=np.int64)
         cut = splitter.value if splitter else None
-        target = (len(packed), _pointer(ids), _pointer(ends))
+        target = (len(packed), pointer(ids), pointer(ends))
         self._library.c.puyu_encode(self._handle.value, cut, *packed.arguments(), *target)
         return ids, ends
 
@@ -171,8 +172,8 @@ class Encoder:
         """(ids of each piece in a row, starts [pieces + 1])."""
         ids = np.empty(int(pieces.starts[-1]) + _ROOM, dtype=np.int32)
         starts = np.zeros(len(pieces.starts), dtype=np.int64)
-        arguments = (_pointer(pieces.data), _pointer(pieces.starts), len(pieces.counts), _pointer(ids))
-        self._library.c.puyu_encode(self._handle.value, None, *arguments, _pointer(starts[1:]))
+        arguments = (pointer(pieces.data), pointer(pieces.starts), len(pieces.counts), pointer(ids))
+        self._library.c.puyu_encode(self._handle.value, None, *arguments, pointer(starts[1:]))
         return ids, starts
 
     def lists(self, texts: Sequence[bytes], splitter: Handle) -> list[list[int] | None]:
@@ -214,7 +215,7 @@ class Pieces:
     def weigh(self, pieces: Mapping[bytes, int]) -> None:
         """Count these pieces so many times more."""
         packed, counts = Packed(list(pieces)), np.array(list(pieces.values()), dtype=np.int64)
-        self._c.puyu_pieces_weigh(self._table.value, *packed.arguments(), _pointer(counts), len(packed))
+        self._c.puyu_pieces_weigh(self._table.value, *packed.arguments(), pointer(counts), len(packed))
 
     def clear(self) -> None:
         """Forget all, and free the memory."""
@@ -232,7 +233,7 @@ class Pieces:
         assert k >= 1 and k & (k - 1) == 0
         count, size = self.size(k)
         found = Weighed(np.empty(size, np.uint8), np.empty(count + 1, np.int64), np.empty(count, np.int64))
-        arrays = (_pointer(found.data), _pointer(found.starts), _pointer(found.counts))
+        arrays = (pointer(found.data), pointer(found.starts), pointer(found.counts))
         self._c.puyu_pieces_kept(self._table.value, k, *arrays)
         return found
 
@@ -240,8 +241,7 @@ class Pieces:
 def _threads(size: int) -> int:
     if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("false", "0", "off", "no", "n", "f"):
         return 1
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(cores, size // _SHARE))
+    return max(1, min(num_cores(), size // _SHARE))
 
 
 def _shares(texts: Sequence[bytes], threads: int) -> list[slice]:
@@ -252,11 +252,6 @@ def _shares(texts: Sequence[bytes], threads: int) -> list[slice]:
     cuts = np.searchsorted(ends, [ends[-1] * n // threads for n in range(1, threads)]) + 1
     borders = sorted({0, *map(int, cuts), len(texts)})
     return [slice(begin, end) for begin, end in itertools.pairwise(borders) if begin < end]
-
-
-def _pointer(array: NDArray[Any]) -> ctypes.c_void_p:
-    assert array.flags.c_contiguous
-    return ctypes.c_void_p(array.ctypes.data)
 
 
 @lru_cache(maxsize=1)

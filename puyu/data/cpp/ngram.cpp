@@ -12,7 +12,7 @@ template <typename F>
 void each_text(const Unicode &unicode, const Texts &texts, const F &f) {
     Characters text;
     for (int64_t i = 0; i < texts.count; i++) {
-        text.read(unicode, texts.bytes + texts.starts[i], texts.starts[i + 1] - texts.starts[i]);
+        text.read(unicode, texts, i);
         f(i, text);
     }
 }
@@ -81,8 +81,7 @@ void puyu_splice(const Unicode *unicode, const Model *model, const SpliceOptions
     Splice splice(*unicode, *model, *options);
     int64_t count = 0;
     for (int64_t i = 0; i < texts->count; i++) {
-        int64_t length = texts->starts[i + 1] - texts->starts[i];
-        count += splice(texts->bytes + texts->starts[i], length, gains + count * (2 * options->reach + 1), starts + count);
+        count += splice(texts->text(i), texts->length(i), gains + count * (2 * options->reach + 1), starts + count);
         ends[i] = count;
     }
 }
@@ -92,7 +91,7 @@ void puyu_discourse(const Unicode *unicode, const Phrases *phrases, const Discou
                     double *scores) {
     Discourse discourse(*unicode, *phrases, *options);
     for (int64_t i = 0; i < texts->count; i++)
-        discourse(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], scores + i * NUM_DISCOURSE);
+        discourse(texts->text(i), texts->length(i), scores + i * NUM_DISCOURSE);
 }
 
 }  // extern "C"

@@ -24,6 +24,9 @@ struct Texts {
     const uint8_t *bytes;
     const int64_t *starts;
     int64_t count;
+
+    const uint8_t *text(int64_t i) const { return bytes + starts[i]; }
+    int64_t length(int64_t i) const { return starts[i + 1] - starts[i]; }
 };
 
 // One text as code points. `at[i]` is the byte where code point i begins; at[size] is where the text ends.
@@ -53,6 +56,8 @@ struct Characters {
         size = n;
         points[n] = 0, kinds[n] = 0, at[n] = uint32_t(length);
     }
+
+    void read(const Unicode &unicode, const Texts &texts, int64_t i) { read(unicode, texts.text(i), texts.length(i)); }
 
     bool is(int64_t i, uint8_t kind) const { return kinds[i] & kind; }
     bool is_word(int64_t i) const { return is(i, ALNUM) || points[i] == '_'; }

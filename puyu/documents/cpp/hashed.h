@@ -153,21 +153,6 @@ class Trainer {
     uint32_t round = 0;
 };
 
-// Each Han character or kana by itself, other letters and digits in runs; in lower case.
-inline void split_lowered(const Unicode &unicode, const Characters &text, Units &units) {
-    units.clear();
-    for (int64_t i = 0; i < text.size;) {
-        int64_t begin = i;
-        uint32_t state = ~0u;
-        if (text.is(i, HAN | KANA)) state = crc_of(state, lowered(unicode, text.points[i])), i++;
-        else
-            for (; i < text.size && text.is_word(i) && !text.is(i, HAN | KANA); i++)
-                state = crc_of(state, lowered(unicode, text.points[i]));
-        if (i > begin) units.add(begin, i, ~state);
-        else i++;
-    }
-}
-
 // Sorted hashes with a filter before them: a byte for each beginning of `filter_bits`, 0 where no hash begins so.
 struct Known {
     const uint64_t *keys;

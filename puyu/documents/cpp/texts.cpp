@@ -7,9 +7,9 @@
 #include "minhash.h"
 #include "near.h"
 #include "personal.h"
+#include "presets.h"
 #include "winnow.h"
 #include "words.h"
-#include "presets.h"
 
 using namespace puyu;
 
@@ -29,8 +29,7 @@ void puyu_find(const void *automaton, const Texts *texts, int64_t *places, int64
             if (count < room) places[3 * count] = begin, places[3 * count + 1] = end, places[3 * count + 2] = phrase;
             count++;
         };
-        int64_t start = texts->starts[i];
-        static_cast<const Automaton *>(automaton)->each(texts->bytes + start, texts->starts[i + 1] - start, take);
+        static_cast<const Automaton *>(automaton)->each(texts->text(i), texts->length(i), take);
         ends[i] = count;
     }
 }
@@ -39,14 +38,14 @@ void puyu_find(const void *automaton, const Texts *texts, int64_t *places, int64
 void puyu_measure(const Unicode *unicode, const void *boilerplate, const Texts *texts, const uint8_t *hows, double *scores) {
     Measure measure(*unicode, *static_cast<const Automaton *>(boilerplate));
     for (int64_t i = 0; i < texts->count; i++, scores += NUM_SCORES)
-        measure(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], hows[i], scores);
+        measure(texts->text(i), texts->length(i), hows[i], scores);
 }
 
 // digests [texts, 16]
 void puyu_digests(const Unicode *unicode, const Texts *texts, uint8_t *digests) {
     Characters text;
     for (int64_t i = 0; i < texts->count; i++) {
-        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        text.read(*unicode, *texts, i);
         folded_digest(*unicode, text, 0, text.size, digests + 16 * i);
     }
 }
@@ -58,7 +57,7 @@ void puyu_minhash(const Unicode *unicode, const Texts *texts, int64_t ngram, con
     Units units;
     std::vector<uint64_t> shingles;
     for (int64_t i = 0; i < texts->count; i++) {
-        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        text.read(*unicode, *texts, i);
         shingles_of(*unicode, text, ngram, units, shingles);
         counts[i] = int64_t(shingles.size());
         signature_of(shingles, factors, offsets, size, signatures + i * size);
@@ -74,7 +73,7 @@ int32_t puyu_near_copies(const NearTask *task, const Signatures *signatures, int
 void puyu_may_hold(const Unicode *unicode, const Texts *texts, uint8_t *found) {
     Characters text;
     for (int64_t i = 0; i < texts->count; i++) {
-        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        text.read(*unicode, *texts, i);
         found[i] = may_hold(text);
     }
 }
@@ -87,7 +86,7 @@ void puyu_fingerprints(const Unicode *unicode, const Texts *texts, int64_t gram,
     std::vector<uint64_t> grams;
     int64_t count = 0;
     for (int64_t i = 0; i < texts->count; i++) {
-        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        text.read(*unicode, *texts, i);
         split_folded(*unicode, text, units);
         ngrams(units.hashes, gram, grams);
         winnow(grams, window, [&](uint64_t hash, int64_t place) {
@@ -103,15 +102,15 @@ void puyu_count_words(const Unicode *unicode, const void *words, const Texts *te
                       int64_t *counts) {
     std::vector<int64_t> seen;
     for (int64_t i = 0; i < texts->count; i++)
-        count_words(*unicode, *static_cast<const Automaton *>(words), whole, texts->bytes + texts->starts[i],
-                    texts->starts[i + 1] - texts->starts[i], seen, counts + 2 * i);
+        count_words(*unicode, *static_cast<const Automaton *>(words), whole, texts->text(i), texts->length(i), seen,
+                    counts + 2 * i);
 }
 
 // counts [texts, 5]: Han, kana, hangul, Latin words, letters.
 void puyu_scripts(const Unicode *unicode, const Texts *texts, int64_t *counts) {
     Characters text;
     for (int64_t i = 0; i < texts->count; i++, counts += 5) {
-        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        text.read(*unicode, *texts, i);
         count_scripts(text, counts);
     }
 }
@@ -125,8 +124,7 @@ void puyu_languages(const Bayes *model, const Texts *texts, float *scores) {
         const uint8_t *bytes[LANES];
         int64_t lengths[LANES];
         for (int k = 0; k < count; k++) {
-            bytes[k] = texts->bytes + texts->starts[first + k];
-            lengths[k] = texts->starts[first + k + 1] - texts->starts[first + k];
+            bytes[k] = texts->text(first + k), lengths[k] = texts->length(first + k);
         }
         find_features(*model, bytes, lengths, count, found.data());
         for (int k = 0; k < count; k++)
@@ -144,7 +142,7 @@ void puyu_features(const Unicode *unicode, const Texts *texts, const FeatureShap
     std::vector<Slot> slots(size_t(1) << shape->bits);
     int64_t count = 0;
     for (int64_t i = 0; i < texts->count; i++) {
-        features.read(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        features.read(texts->text(i), texts->length(i));
         distinct(features.buckets, slots, uint32_t(i + 1));
         for (uint32_t bucket : features.buckets) {
             if (count < room) buckets[count] = bucket;
@@ -159,7 +157,7 @@ void puyu_linear_margins(const Unicode *unicode, const Texts *texts, const Featu
                          double *margins) {
     Linear model(*unicode, *shape, weights);
     for (int64_t i = 0; i < texts->count; i++)
-        margins[i] = model.margin(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
+        margins[i] = model.margin(texts->text(i), texts->length(i));
 }
 
 // A step for each of order [steps]: which text; labels [texts]; weights [buckets + 1] are written.
@@ -167,7 +165,7 @@ void puyu_linear_train(const Unicode *unicode, const Texts *texts, const Feature
                        const int64_t *order, int64_t steps, double rate, double decay, float *weights) {
     Trainer trainer(*unicode, *shape);
     for (const int64_t *at = order; at < order + steps; at++)
-        trainer.step(texts->bytes + texts->starts[*at], texts->starts[*at + 1] - texts->starts[*at], labels[*at],
+        trainer.step(texts->text(*at), texts->length(*at), labels[*at],
                      float(rate), float(decay));
     trainer.save(weights);
 }
@@ -181,8 +179,8 @@ void puyu_overlaps(const Unicode *unicode, const Texts *texts, int64_t n, const 
     std::vector<uint64_t> grams;
     int64_t count = 0;
     for (int64_t i = 0; i < texts->count; i++) {
-        text.read(*unicode, texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i]);
-        split_lowered(*unicode, text, units);
+        text.read(*unicode, *texts, i);
+        split_folded(*unicode, text, units, false);
         ngrams(units.hashes, n, grams);
         for (size_t k = 0; k < grams.size(); k++) {
             int64_t key = known->find(grams[k]);
@@ -205,7 +203,7 @@ void puyu_published(const Unicode *unicode, const Texts *texts, const uint8_t *b
                     int64_t family, int64_t short_line, double *scores) {
     Published published(*unicode, marks, short_line);
     for (int64_t i = 0; i < texts->count; i++, scores += NUM_PUBLISHED[family])
-        published(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], by_characters[i],
+        published(texts->text(i), texts->length(i), by_characters[i],
                   Family(family), scores);
 }
 
@@ -215,7 +213,7 @@ void puyu_c4(const Unicode *unicode, const Texts *texts, const LineRules *rules,
     C4 c4(*unicode, *rules);
     uint8_t *out = kept;
     for (int64_t i = 0; i < texts->count; i++, scores += NUM_C4) {
-        out = c4(texts->bytes + texts->starts[i], texts->starts[i + 1] - texts->starts[i], scores, out);
+        out = c4(texts->text(i), texts->length(i), scores, out);
         ends[i] = out - kept;
     }
 }

@@ -53,8 +53,8 @@ inline uint32_t crc_of(uint32_t state, uint32_t point) {
     return CRC.step(CRC.step(state, last[0]), last[1]);
 }
 
-// The same units in lower case, with each number as one 0: what near copies are compared by.
-inline void split_folded(const Unicode &unicode, const Characters &text, Units &units) {
+// The same units in lower case and, unless `numbers` is false, each number as one 0: what near copies are compared by.
+inline void split_folded(const Unicode &unicode, const Characters &text, Units &units, bool numbers = true) {
     units.clear();
     for (int64_t i = 0; i < text.size;) {
         int64_t begin = i;
@@ -62,7 +62,7 @@ inline void split_folded(const Unicode &unicode, const Characters &text, Units &
         if (text.is(i, HAN | KANA)) state = crc_of(state, lowered(unicode, text.points[i])), i++;
         else
             while (i < text.size && text.is_word(i) && !text.is(i, HAN | KANA)) {
-                if (text.is(i, DIGIT)) {
+                if (numbers && text.is(i, DIGIT)) {
                     state = CRC.step(state, '0');
                     while (i < text.size && text.is(i, DIGIT)) i++;
                 } else {
