@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import corpus
 import harness
@@ -56,19 +57,21 @@ def tokenizer_of(folder: Path, vocab_size: int) -> Path:
 def measure(source: Path, tokenizer: Path) -> tuple[float, float, dict[str, float]]:
     """(seconds, peak bytes of all processes, what the run says of itself)."""
     with tempfile.TemporaryDirectory() as name:
-        script = Path(name) / "child.py"
-        script.write_text(CHILD)
-        command = [sys.executable, str(script), str(source), str(tokenizer), name]
-        began = time.perf_counter()
-        process = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, memory_of(process))
-            time.sleep(0.2)
-        seconds = time.perf_counter() - began
-        if process.returncode:
-            raise SystemExit(f"the run ended with code {process.returncode}")
-        return seconds, float(peak), json.loads(process.stdout.read())
+        return watched(CHILD, Path(name), source, tokenizer, name)
+
+
+def watched(child: str, folder: Path, *arguments: object) -> tuple[float, float, dict[str, Any]]:
+    """The same of a Python program that prints JSON; it is written to `folder`."""
+    script = folder / "child.py"
+    script.write_text(child)
+    began, peak = time.perf_counter(), 0
+    process = psutil.Popen([sys.executable, str(script), *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        peak = max(peak, memory_of(process))
+        time.sleep(0.2)
+    if process.returncode:
+        raise SystemExit(f"the run ended with code {process.returncode}")
+    return time.perf_counter() - began, float(peak), json.loads(process.stdout.read())
 
 
 def memory_of(process: psutil.Process) -> int:

@@ -10,18 +10,13 @@ share counts once.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import harness
-import psutil
-from data_chain import memory_of
+from data_chain import watched
 
 from puyu.files import write_jsonl
 
@@ -65,19 +60,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=harness.ROOT / "runs" / "bench") as name:
         folder = Path(name)
         count = write_jsonl(folder / "short.jsonl.zst", rows(int(given.millions * 1e6)))
-        (folder / "child.py").write_text(CHILD)
-        command = [sys.executable, str(folder / "child.py"), str(folder / "short.jsonl.zst"), name]
-        began, peak = time.perf_counter(), 0
-        process = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
-        while process.poll() is None:
-            peak = max(peak, memory_of(process))
-            time.sleep(0.2)
-        if process.returncode:
-            raise SystemExit(f"the run ended with code {process.returncode}")
-        facts = json.loads(process.stdout.read())
+        seconds, peak, facts = watched(CHILD, folder, folder / "short.jsonl.zst", name)
         if facts["read"] != count:
             raise SystemExit(f"{facts['read']} of {count} documents were read")
-        run.notes |= {**facts, "seconds": round(time.perf_counter() - began, 1)}
+        run.notes |= {**facts, "seconds": round(seconds, 1)}
     run.finish([harness.Samples("data.7", [peak / 1e9])], save=given.save)
 
 

@@ -43,7 +43,7 @@ from puyu.documents.raw import Block, blocks, units
 from puyu.documents.readers import ReadReport, SourceConfig, input_files
 from puyu.documents.runners import run_jobs
 from puyu.errors import InputError
-from puyu.files import clear_folder, hash_file, hash_json, write_json
+from puyu.files import clear_folder, hash_file, hash_json, hash_path, write_json
 from puyu.log import Progress, say
 
 __all__ = ["DataConfig", "run"]
@@ -116,28 +116,33 @@ class _Source:
     folder: Path
     report: ReadReport = field(default_factory=ReadReport)
     segments: list[Segment] = field(default_factory=list)
-    size: int = 0
+    heads: list[dict[str, Any]] = field(default_factory=list)
+    """Of the segments, once all are there."""
+    counted: int = 0
+    """Segments that are done without a gap, and the documents in them."""
+    total: int = 0
+
+    @property
+    def size(self) -> int:
+        return sum(head["size"] for head in self.heads)
 
     def segment(self, block: Block) -> Segment:
         return Segment(self.folder / f"{block.number:06d}")
 
     def quarantined(self) -> list[dict[str, Any]]:
         """In the order of files, lines and bytes, whatever block they were found in."""
-        rows = [row for segment in self.segments for row in segment.head()["quarantined"]]
+        rows = [row for head in self.heads for row in head["quarantined"]]
         return sorted(rows, key=lambda row: (row["file"], row["line"], row["offset"], row["reason"]))
 
     def is_full(self) -> bool:
         """Whether the segments that are done, without a gap, hold all documents that may be read."""
-        limit, total = self.config.max_documents, 0
+        limit = self.config.max_documents
         if limit is None:
             return False
-        for segment in self.segments:
-            if not segment.is_done():
-                return False
-            total += segment.head()["documents"]
-            if total >= limit:
-                return True
-        return False
+        while self.counted < len(self.segments) and self.segments[self.counted].is_done():
+            self.total += self.segments[self.counted].head()["documents"]
+            self.counted += 1
+        return self.total >= limit
 
 
 def _map_all(config: DataConfig, work: Path, clock: Clock) -> list[_Source]:
@@ -158,7 +163,7 @@ def _map_all(config: DataConfig, work: Path, clock: Clock) -> list[_Source]:
     for source in sources:
         if source.config.max_documents is not None:
             _cut(source, text, source.config.max_documents)
-        source.size = sum(segment.head()["done"]["size"] for segment in source.segments)
+        source.heads = [segment.head() for segment in source.segments]
     return sources
 
 
@@ -212,7 +217,8 @@ def _emit_all(
     """A part for each segment, in their order; those of an earlier run are not made again."""
     text = config.model_dump_json()
     made_of = [hash_json([source.folder.name, len(source.segments)]) for source in sources]
-    folder = work / f"parts-{hash_json([_asked(config), made_of])}"
+    indexes = [hash_path(earlier / INDEX) for earlier in config.dedup.against]
+    folder = work / f"parts-{hash_json([_asked(config), made_of, indexes])}"
     places = [(source, segment) for source in sources for segment in source.segments]
     parts = [(source, Part(folder / f"{source.number:04d}-{segment.path.name}")) for source, segment in places]
     starts = accumulate(counts, initial=0)
@@ -238,11 +244,10 @@ def _ledger(config: DataConfig, sources: Sequence[_Source], shares: Sequence[tup
     ledger = Ledger(stage_names(config))
     for source in sources:
         name, counts, quarantined = source.config.name, ledger.source(source.config.name), source.quarantined()
-        heads = [segment.head() for segment in source.segments]
         counts.files, counts.files_not_selected = source.report.files, len(source.report.not_selected)
-        for head in heads:
+        for head in source.heads:
             counts.records_not_selected.update(head["records_not_selected"])
-        ledger.read(name, sum(head["documents"] for head in heads) + len(quarantined))
+        ledger.read(name, sum(head["documents"] for head in source.heads) + len(quarantined))
         for bad in quarantined:
             ledger.quarantine(name, bad["reason"].partition(":")[0])
     for source, share in shares:

@@ -32,7 +32,7 @@ from puyu.data.measure import UNIT, Units, mix, ngram_hashes, unit_hashes
 from puyu.data.substring import SubstringConfig, Substrings
 from puyu.documents.characters import folded
 from puyu.documents.document import Document
-from puyu.documents.stages import Column, Copies, Drop, GroupStage, Ragged, Scores, best_first, plain
+from puyu.documents.stages import Column, Copies, Drop, GroupStage, Ragged, Scores, best_first, first_equal, plain
 from puyu.documents.texts import Texts, load
 
 Signature = NDArray[np.uint32]
@@ -150,13 +150,9 @@ class _EqualDedup:
         high, low = (plain(columns, part)[order] for part in ("high", "low"))
         named = np.flatnonzero((high != 0) | (low != 0))
         order, high, low = order[named], high[named], low[named]
-        places = np.lexsort((low, high))  # stable: equals stay in the order of their rank
-        begins = np.ones(len(places), dtype=bool)
-        begins[1:] = (high[places][1:] != high[places][:-1]) | (low[places][1:] != low[places][:-1])
-        first = places[np.flatnonzero(begins)[np.cumsum(begins) - 1]] if len(places) else places
-        goes = np.flatnonzero(~begins)
-        goes = goes[np.argsort(places[goes])]
-        return Copies(order[places[goes]], order[first[goes]], np.ones(len(goes)))
+        first = first_equal(high, low)
+        goes = np.flatnonzero(first != np.arange(len(first)))
+        return Copies(order[goes], order[first[goes]], np.ones(len(goes)))
 
 
 class ExactDedup(_EqualDedup):

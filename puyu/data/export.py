@@ -9,8 +9,8 @@ reads back with `kind: parquet`. Memory holds a thousand documents; the file app
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,10 @@ def export(folder: Path, target: Path, **wanted: str) -> int:
     first = next(rows, None)
     if first is None:
         raise InputError(f"{path} holds no document of {wanted or 'any kind'}")
-    found = _chain(first, rows)
+    found = chain([first], rows)
     if form == ".parquet":
         return _write_parquet(target, found)
     return _write_text(target, found) if form == ".txt" else write_jsonl(target, found)
-
-
-def _chain(first: Any, rest: Iterable[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _write_text(target: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -20,7 +20,7 @@ from puyu.data.dedup import DedupConfig
 from puyu.data.emit import Decision, Stretch
 from puyu.data.segments import Clock
 from puyu.data.substring import Cuts
-from puyu.documents.stages import Copies, Drop, best_first, plain
+from puyu.documents.stages import Copies, Drop, best_first, first_equal, plain
 from puyu.errors import ConfigError
 from puyu.files import write_jsonl
 
@@ -136,11 +136,9 @@ def _mark(found: Verdicts, number: int, copies: Copies) -> None:
 
 def _identical(ids: NDArray[np.uint64], older: Rows) -> Copies:
     """Equal text of one source has one id: that of the run that is preferred stays, then the first."""
-    places = np.lexsort((-older, ids[:, 1], ids[:, 0]))
-    same = np.zeros(len(places), dtype=bool)
-    same[1:] = (ids[places][1:] == ids[places][:-1]).all(axis=1)
-    first = places[np.maximum.accumulate(np.where(same, 0, np.arange(len(places))))]
-    return Copies(places[same], first[same], np.ones(int(same.sum())))
+    first = first_equal(ids[:, 0], ids[:, 1], prefer=-older)
+    gone = np.flatnonzero(first != np.arange(len(first)))
+    return Copies(gone, first[gone], np.ones(len(gone)))
 
 
 def write_index(columns: Columns, kept: Rows, config: DedupConfig, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """One block of raw records -> a segment on disk: its documents with scores, verdicts and the keys of duplicates.
 
-A segment is three files: `NAME.rows.arrow` (a row for each document; of what was dropped only the head of the text),
-`NAME.keys.arrow` (a row for each document that is still there) and `NAME.json`, written last: its commit. It depends on
-the block and the config alone, so that whoever finds it need not make it again.
+A segment is three files: `NAME.rows.arrow` (a row for each document; of what was dropped its line of `dropped.jsonl`
+instead of the text), `NAME.keys.arrow` (a row for each document that is still there) and `NAME.json`, written last: its
+commit. It depends on the block and the config alone, so that whoever finds it need not make it again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -96,10 +96,9 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a segment holds."""
+    """How many documents a block had, and what they took."""
 
     documents: int
-    size: int
     seconds: Mapping[str, float]
 
 
@@ -143,11 +142,9 @@ def map_block(job: MapJob) -> Done:
         _write(job.path.with_name(f"{job.path.name}.rows.arrow"), rows, compression="lz4")
         _write(job.path.with_name(f"{job.path.name}.keys.arrow"), keys, compression=None)
     documents = sum(table.num_rows for table in rows)
-    done = Done(documents, job.block.size, dict(clock.seconds))
-    head = {"documents": documents, "quarantined": [_quarantine_row(source.name, record) for record in bad]}
-    head |= {"records_not_selected": dict(report.records_not_selected), "done": asdict(done)}
-    write_json(segment.head_path, head)
-    return done
+    head = {"documents": documents, "size": job.block.size, "records_not_selected": dict(report.records_not_selected)}
+    write_json(segment.head_path, {**head, "quarantined": [_quarantine_row(source.name, record) for record in bad]})
+    return Done(documents, dict(clock.seconds))
 
 
 @lru_cache(maxsize=8)

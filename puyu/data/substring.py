@@ -6,10 +6,10 @@
 
 Lee et al. (2022) take a suffix array to remove every repeated substring of 50 tokens. Here documents are known by
 winnowed fingerprints (Schleimer et al., 2003): hashes of n-grams of half that length, about one in thirteen units, and
-need no more than a sort. A stretch is a run of fingerprints that stand in the same distances in a
-better document (or earlier in the same one); what is cut is never shorter than `units` words or Chinese characters, and
-a common stretch of twice that length is always found. Case, punctuation and the value of numbers do not count.
-Which copy stays follows the order that the runner hands in, so neither order nor cut of the input matter.
+need no more than a sort. A stretch is a run of fingerprints that stand in the same distances in a better document (or
+earlier in the same one); what is cut is never shorter than `units` words or Chinese characters, and a common stretch of
+twice that length is always found. Case, punctuation and the value of numbers do not count. Which copy stays follows the
+order that the runner hands in, so neither order nor cut of the input matter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from puyu.configure import Config
 from puyu.data.measure import UNIT, ngram_hashes, unit_hashes
 from puyu.documents.characters import folded
 from puyu.documents.document import Document
-from puyu.documents.stages import Column, Ragged
+from puyu.documents.stages import Column, Ragged, first_equal
 from puyu.documents.texts import Texts, load
 from puyu.errors import ConfigError
 
@@ -94,7 +94,7 @@ class Substrings:
         first = np.cumsum(sizes) - sizes
         at = np.repeat(prints.starts[order] - first, sizes) + np.arange(int(sizes.sum()))
         hashes, places = prints.values[at, 0], prints.values[at, 1].astype(np.int64)
-        owner = _first_of_equals(hashes)
+        owner = first_equal(hashes)
         copied = np.flatnonzero(owner != np.arange(len(owner)))
         if not len(copied):
             return Cuts.none()
@@ -111,17 +111,6 @@ class Substrings:
         long = ends - starts >= self.config.units
         rows = order[rank[copied[begin]]]
         return Cuts(rows[long], starts[long], ends[long], order[source[begin]][long])
-
-
-def _first_of_equals(hashes: NDArray[np.uint64]) -> Rows:
-    """Of each element the first equal one."""
-    places = np.argsort(hashes, kind="stable")
-    values = hashes[places]
-    begins = np.ones(len(values), dtype=bool)
-    begins[1:] = values[1:] != values[:-1]
-    first = np.empty(len(hashes), dtype=np.int64)
-    first[places] = places[np.flatnonzero(begins)[np.cumsum(begins) - 1]] if len(places) else places
-    return first
 
 
 def fingerprints(
@@ -165,7 +154,7 @@ def spans_of(text: str, stretches: Sequence[Span]) -> list[Span]:
 
 
 def cut(text: str, spans: Sequence[Span]) -> str:
-    """The text without these characters; what stood around a cut is parted by the longest white space there."""
+    """The text without these characters; an empty line stands where one was."""
     parts, at = [], 0
     for begin, end in spans:
         parts.append(text[at:begin].rstrip())

@@ -107,6 +107,16 @@ class GroupStage(Protocol):
         ...
 
 
+def first_equal(*keys: Column, prefer: Column | None = None) -> NDArray[np.int64]:
+    """Of each row the first one with equal keys: by `prefer` (smaller first), then by its place."""
+    places = np.lexsort(keys if prefer is None else (prefer, *keys))
+    begins = np.ones(len(places), dtype=bool)
+    begins[1:] = np.any([key[places][1:] != key[places][:-1] for key in keys], axis=0)
+    first = np.empty(len(places), dtype=np.int64)
+    first[places] = places[np.flatnonzero(begins)[np.cumsum(begins) - 1]]
+    return first
+
+
 def best_first(
     ids: NDArray[np.uint64], quality: NDArray[np.float64], size: NDArray[np.int64], *before: NDArray[np.int64]
 ) -> NDArray[np.int64]:
