@@ -286,7 +286,7 @@ def test_cores_memory_and_gpus_are_divided(monkeypatch: pytest.MonkeyPatch) -> N
     config = ServeConfig(model="m", replicas=4, api_key="outer", host="0.0.0.0", port=80, device="cpu")
     own = replica_config(config, key="k", host="127.0.0.1", sharers=4)
     assert (own.host, own.port, own.api_key, own.replicas, own.cache_fraction) == ("127.0.0.1", 0, "k", 1, 0.3 / 4)
-    monkeypatch.setattr("puyu.serve.local.cores", lambda: 9)
+    monkeypatch.setattr("puyu.serve.local.num_cores", lambda: 9)
     assert environment(config, index=1)["OMP_NUM_THREADS"] == "1"  # the user's word
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert environment(config, index=1)["OMP_NUM_THREADS"] == "2"
