@@ -24,16 +24,16 @@ import harness
 import psutil
 
 CHILD = """
-import json, sys
-from pathlib import Path
-from puyu.configure import build
-from puyu.data.clean import DataConfig, run
-from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.train.corpus import open_corpus
-if __name__ == "__main__":
+if __name__ == "__main__":  # workers import what they need, not what this file needs
+    import json, sys
+    from pathlib import Path
+    from puyu.configure import build
+    from puyu.data.clean import DataConfig, run
     source, tokenizer, out = map(Path, sys.argv[1:])
     sources = [{"name": "web", "path": str(source / "*.zst"), "kind": "jsonl"}]
     numbers = run(build(DataConfig, {"sources": sources, "safety": {}}), out=out / "data")
+    from puyu.tokenizer.tokenizer import Tokenizer
+    from puyu.train.corpus import open_corpus
     found = open_corpus(out / "data", Tokenizer.load(tokenizer), out / "shards", heldout=0.001)
     tokens = sum(shard.num_tokens for shard in found.train.values())
     print(json.dumps({"kept": numbers["kept"] / numbers["read"], "tokens": tokens}))

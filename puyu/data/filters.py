@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,7 +254,8 @@ class LanguageFilter:
         ]
 
     def _judge(self, document: Document, guess: Guess) -> Verdict:
-        found = replace(document, language=guess.language)
+        d = document  # dataclasses.replace takes many times as long
+        found = Document(d.id, d.text, d.source, d.domain, guess.language, d.metadata)
         wanted = not self.wanted or guess.language in self.wanted
         drop = None if wanted else Drop("language", guess.language, " ".join(self.wanted))
         return Verdict(found, {"language_confidence": round(guess.confidence, 4)}, drop)

@@ -86,7 +86,10 @@ def measure_all(texts: Sequence[str], languages: Sequence[str]) -> NDArray[np.fl
 
 def scores_of(table: NDArray[np.float64]) -> list[dict[str, float]]:
     """Rows of `measure_all` as `measure` gives them."""
-    return [{name: value for name, value in zip(SCORES, row, strict=True) if value == value} for row in table.tolist()]
+    shapes, which = np.unique(~np.isnan(table), axis=0, return_inverse=True)
+    names = [[name for name, there in zip(SCORES, shape, strict=True) if there] for shape in shapes]
+    rows = [iter(table[which.reshape(-1) == i][:, shape].tolist()) for i, shape in enumerate(shapes)]
+    return [dict(zip(names[i], next(rows[i]), strict=True)) for i in which.reshape(-1).tolist()]
 
 
 _HOWS = {"zh": 1, "code": 2}

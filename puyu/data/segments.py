@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,9 +39,9 @@ BATCH = 512
 _BATCH_CHARACTERS = 4_000_000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
-    """One document on its way: its scores, and the stage and reason where it left."""
+    """One document on its way: its scores so far, and the stage and reason where it left."""
 
     document: Document
     scores: dict[str, float] = field(default_factory=dict)
@@ -179,13 +179,16 @@ def batches(documents: Iterable[tuple[Document, Raw]]) -> Iterator[list[tuple[Do
 def map_batch(documents: Sequence[Document], stages: Sequence[MapStage], clock: Clock) -> list[Row]:
     """Every document through the stages, as far as it comes."""
     rows = [Row(document) for document in documents]
+    alive = rows
     for stage in stages:
         with clock.of(stage.name):
-            alive = [at for at, row in enumerate(rows) if row.drop is None]
-            verdicts = stage([rows[at].document for at in alive], [rows[at].scores for at in alive])
-            for at, verdict in zip(alive, verdicts, strict=True):
-                name = stage.name if verdict.drop else ""
-                rows[at] = Row(verdict.document, {**rows[at].scores, **verdict.scores}, name, verdict.drop)
+            verdicts = stage([row.document for row in alive], [row.scores for row in alive])
+            for row, verdict in zip(alive, verdicts, strict=True):
+                row.document, row.drop = verdict.document, verdict.drop
+                row.scores.update(verdict.scores)
+                if verdict.drop:
+                    row.stage = stage.name
+            alive = [row for row in alive if row.drop is None]
     return rows
 
 
@@ -243,9 +246,21 @@ def _row_table(source: SourceConfig, rows: Sequence[Row], raws: Sequence[Raw]) -
     columns["characters"] = pa.array([len(row.document.text) for row in rows], pa.int64())
     columns["record"] = pa.array([raw.number for raw in raws], pa.int64())
     columns["offset"] = pa.array([raw.offset for raw in raws], pa.int64())
-    for name in sorted(set().union(*(row.scores for row in rows))):
-        columns[f"score.{name}"] = pa.array([row.scores.get(name) for row in rows], pa.float64())
-    return pa.table(columns)
+    return pa.table(columns | score_columns([row.scores for row in rows]))
+
+
+def score_columns(scores: Sequence[Mapping[str, float]]) -> dict[str, pa.Array]:
+    """A column `score.NAME` for each name, null where a row has none. Most rows have the same names: one step each."""
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for at, row in enumerate(scores):
+        alike[tuple(row)].append(at)
+    names = sorted(set().union(*alike))
+    values, there = np.zeros((len(names), len(scores))), np.zeros((len(names), len(scores)), dtype=bool)
+    for own, places in alike.items():
+        where = np.ix_([names.index(name) for name in own], places)
+        values[where] = np.array([list(scores[at].values()) for at in places], dtype=np.float64).T
+        there[where] = True
+    return {f"score.{name}": pa.array(values[i], mask=~there[i]) for i, name in enumerate(names)}
 
 
 def _dropped_line(source: SourceConfig, row: Row, raw: Raw) -> bytes:

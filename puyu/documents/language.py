@@ -115,7 +115,7 @@ def _tables() -> tuple[Bayes, list[str], list[tuple[int, int]]]:
 
     Unpacking py3langid's model takes a second, so its tables are kept beside the library, and mapped.
     """
-    folder = native_folder() / f"language-{version('py3langid')}"
+    folder = native_folder() / f"language-{_LAYOUT}-{version('py3langid')}"
     if not (folder / "names.json").is_file():
         found = _identifier()
         for name, values in zip(_ARRAYS, _arrays(found), strict=True):
@@ -128,16 +128,19 @@ def _tables() -> tuple[Bayes, list[str], list[tuple[int, int]]]:
     return tables, names["languages"], [(first, second) for first, second in names["pairs"]]
 
 
-_ARRAYS = ("moves", "rows", "outputs", "weights", "priors")
+_LAYOUT = 2
+"""Raised by hand when the files below change."""
+_ARRAYS = ("moves", "weights", "priors")
 
 
 def _arrays(found: Any) -> list[NDArray[Any]]:
+    """One table for a step of the automaton instead of three: what it waits for is memory. It begins in row 0."""
+    states = np.asarray(found.tk_nextmove, dtype=np.int64).reshape(-1, 256)
+    rows, outputs = np.asarray(found.tk_row, dtype=np.int64), np.asarray(found.tk_output, dtype=np.int64)
+    numbers, features = (rows - rows[0]) % len(states), outputs + 1
+    moves = np.roll((numbers | features << 32)[states], -rows[0], axis=0).astype(np.uint64)
     weights, priors = (np.ascontiguousarray(part, dtype=np.float32) for part in (found.nb_ptc, found.nb_pc))
-    return [*map(_integers, (found.tk_nextmove, found.tk_row, found.tk_output)), weights, priors]
-
-
-def _integers(values: Any) -> NDArray[np.int32]:
-    return np.ascontiguousarray(values, dtype=np.int32)
+    return [moves, weights, priors]
 
 
 @functools.lru_cache(maxsize=1)

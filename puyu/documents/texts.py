@@ -46,7 +46,7 @@ class _Texts(ctypes.Structure):
 
 
 class _Bayes(ctypes.Structure):
-    _names = ("moves", "rows", "outputs", "weights", "priors")
+    _names = ("moves", "weights", "priors")
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _names),
         ("num_features", ctypes.c_int64),
@@ -97,14 +97,12 @@ class Texts:
 class Bayes:
     """Tables of a classifier over n-grams of bytes (`cpp/language.h`)."""
 
-    moves: NDArray[np.int32]
-    rows: NDArray[np.int32]
-    outputs: NDArray[np.int32]
+    moves: NDArray[np.uint64]
     weights: NDArray[np.float32]
     priors: NDArray[np.float32]
 
     def native(self) -> _Bayes:
-        arrays = (self.moves, self.rows, self.outputs, self.weights, self.priors)
+        arrays = (self.moves, self.weights, self.priors)
         return _Bayes(*(array.ctypes.data for array in arrays), *self.weights.shape)
 
 

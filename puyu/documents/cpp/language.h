@@ -9,9 +9,7 @@
 namespace puyu {
 
 struct Bayes {
-    const int32_t *moves;    // [rows * 256]: the next state
-    const int32_t *rows;     // of a state
-    const int32_t *outputs;  // the feature of a state, or negative
+    const uint64_t *moves;   // [rows * 256]: the row of the next state; 32 bits higher its feature + 1, or 0
     const float *weights;    // [features, languages]
     const float *priors;     // [languages]
     int64_t num_features, num_languages;
@@ -27,7 +25,7 @@ struct Logarithms {
 };
 const Logarithms LOGARITHMS;
 
-constexpr int LANES = 4;  // texts that are walked side by side, so that one waits for memory while others go on
+constexpr int LANES = 8;  // texts that are walked side by side, so that one waits for memory while others go on
 
 // What a text consists of: its distinct features, and how often each stands there.
 struct Found {
@@ -37,7 +35,7 @@ struct Found {
 // Walk up to LANES texts at once.
 inline void find_features(const Bayes &model, const uint8_t *const *texts, const int64_t *lengths, int count,
                           Found *found) {
-    int32_t states[LANES] = {};
+    uint64_t rows[LANES] = {};
     int64_t longest = 0;
     for (int k = 0; k < count; k++) {
         found[k].features.clear();
@@ -46,8 +44,9 @@ inline void find_features(const Bayes &model, const uint8_t *const *texts, const
     for (int64_t i = 0; i < longest; i++)
         for (int k = 0; k < count; k++) {
             if (i >= lengths[k]) continue;
-            states[k] = model.moves[int64_t(model.rows[states[k]]) * 256 + texts[k][i]];
-            int32_t feature = model.outputs[states[k]];
+            uint64_t move = model.moves[rows[k] * 256 + texts[k][i]];
+            rows[k] = uint32_t(move);
+            int32_t feature = int32_t(move >> 32) - 1;
             if (feature >= 0 && !found[k].seen[size_t(feature)]++) found[k].features.push_back(feature);
         }
 }
