@@ -38,14 +38,23 @@ class Automaton {
     // f(begin, end, phrase) of every place, by its end and then from the longest on.
     template <typename F>
     void each(const uint8_t *bytes, int64_t length, const F &f) const {
-        int32_t at = 0;
-        for (int64_t i = 0; i < length; i++) {
-            at = dense.empty() ? next(at, uint8_t(ascii_lower(bytes[i])))
-                               : dense[size_t(at) * size_t(num_classes) + classes[bytes[i]]];
-            for (int32_t hit = hits[size_t(at)]; hit > 0; hit = nodes[size_t(hit)].shorter) {
+        auto all = [&](int32_t hit, int64_t end) {
+            for (; hit > 0; hit = nodes[size_t(hit)].shorter) {
                 int32_t phrase = nodes[size_t(hit)].phrase;
-                f(i + 1 - lengths[size_t(phrase)], i + 1, int64_t(phrase));
+                f(end - lengths[size_t(phrase)], end, int64_t(phrase));
             }
+        };
+        if (dense.empty()) {
+            int32_t at = 0;
+            for (int64_t i = 0; i < length; i++) at = next(at, uint8_t(ascii_lower(bytes[i]))), all(hits[size_t(at)], i + 1);
+            return;
+        }
+        const uint32_t *moves = dense.data();
+        uint32_t row = 0;
+        for (int64_t i = 0; i < length; i++) {
+            uint32_t move = moves[row + classes[bytes[i]]];
+            row = move >> 1;
+            if (move & 1) all(hits[row / uint32_t(num_classes)], i + 1);
         }
     }
 
@@ -68,8 +77,8 @@ class Automaton {
     std::vector<int32_t> hits;       // of a node: itself where a phrase ends, else the next one where one does, else 0
     uint8_t classes[256] = {};       // bytes that no phrase has are all alike
     int32_t num_classes = 1;
-    std::vector<int32_t> dense;      // [nodes, classes]: where each byte leads, unless that were too large
-    static constexpr size_t MOST_DENSE = 4u << 20;
+    std::vector<uint32_t> dense;     // [nodes, classes]: twice the row where each byte leads, plus 1 where a phrase ends
+    static constexpr size_t MOST_DENSE = 4u << 20;  // entries; beyond that there is no such table
 
     int32_t child(int32_t at, uint8_t byte) const {
         const Node &node = nodes[size_t(at)];
@@ -114,9 +123,10 @@ class Automaton {
         if (nodes.size() * width > MOST_DENSE) return;
         dense.assign(nodes.size() * width, 0);
         for (int32_t at : order) {
-            int32_t *row = &dense[size_t(at) * width];
+            uint32_t *row = &dense[size_t(at) * width];
             if (at) std::copy_n(&dense[size_t(nodes[size_t(at)].fail) * width], width, row);
-            for (const Child &c : children[size_t(at)]) row[classes[c.byte]] = c.node;
+            for (const Child &c : children[size_t(at)])
+                row[classes[c.byte]] = uint32_t(size_t(c.node) * width) * 2 + (hits[size_t(c.node)] > 0);
         }
     }
 };

@@ -27,18 +27,14 @@ const Logarithms LOGARITHMS;
 
 constexpr int LANES = 8;  // texts that are walked side by side, so that one waits for memory while others go on
 
-// What a text consists of: its distinct features, and how often each stands there.
-struct Found {
-    std::vector<int32_t> features, seen;  // `seen` is all zero but for these
-};
-
-// Walk up to LANES texts at once.
+// The features of up to LANES texts, walked side by side: found[k] [lengths[k]], as many as counts[k] says.
 inline void find_features(const Bayes &model, const uint8_t *const *texts, const int64_t *lengths, int count,
-                          Found *found) {
+                          std::vector<int32_t> *found, int64_t *counts) {
     uint64_t rows[LANES] = {};
+    int32_t *next[LANES];
     int64_t longest = 0;
     for (int k = 0; k < count; k++) {
-        found[k].features.clear();
+        found[k].resize(size_t(lengths[k]) + 1), next[k] = found[k].data();
         longest = lengths[k] > longest ? lengths[k] : longest;
     }
     for (int64_t i = 0; i < longest; i++)
@@ -46,24 +42,31 @@ inline void find_features(const Bayes &model, const uint8_t *const *texts, const
             if (i >= lengths[k]) continue;
             uint64_t move = model.moves[rows[k] * 256 + texts[k][i]];
             rows[k] = uint32_t(move);
-            int32_t feature = int32_t(move >> 32) - 1;
-            if (feature >= 0 && !found[k].seen[size_t(feature)]++) found[k].features.push_back(feature);
+            *next[k] = int32_t(move >> 32) - 1;
+            next[k] += *next[k] >= 0;
         }
+    for (int k = 0; k < count; k++) counts[k] = next[k] - found[k].data();
 }
 
-// Log-probabilities of each language, up to a constant, over the root of the length; leaves `seen` all zero.
-inline void classify(const Bayes &model, int64_t length, Found &found, float *scores) {
-    int64_t n = model.num_languages;
-    const std::vector<int32_t> &features = found.features;
-    auto row_of = [&](size_t i) { return model.weights + int64_t(features[i]) * n; };
-    for (int64_t l = 0; l < n; l++) scores[l] = features.empty() ? 0.0f : model.priors[l];
-    for (size_t i = 0; i < features.size(); i++) {
-        if (i + 8 < features.size())
+// Log-probabilities of each language, up to a constant, over the root of the length. `seen` [features] is all zero
+// before and after; `features` becomes the distinct ones, in the order of their first places.
+inline void classify(const Bayes &model, int64_t length, int32_t *features, int64_t count, std::vector<int32_t> &seen,
+                     float *scores) {
+    int64_t n = model.num_languages, distinct = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t feature = features[i];
+        features[distinct] = feature;
+        distinct += !seen[size_t(feature)]++;
+    }
+    auto row_of = [&](int64_t i) { return model.weights + int64_t(features[i]) * n; };
+    for (int64_t l = 0; l < n; l++) scores[l] = distinct ? model.priors[l] : 0.0f;
+    for (int64_t i = 0; i < distinct; i++) {
+        if (i + 8 < distinct)
             for (int64_t l = 0; l < n; l += 16) __builtin_prefetch(row_of(i + 8) + l);
-        float count = LOGARITHMS(found.seen[size_t(features[i])]);
+        float weight = LOGARITHMS(seen[size_t(features[i])]);
         const float *row = row_of(i);
-        for (int64_t l = 0; l < n; l++) scores[l] += count * row[l];
-        found.seen[size_t(features[i])] = 0;
+        for (int64_t l = 0; l < n; l++) scores[l] += weight * row[l];
+        seen[size_t(features[i])] = 0;
     }
     float scale = 1.0f / std::sqrt(float(length > 0 ? length : 1));
     for (int64_t l = 0; l < n; l++) scores[l] *= scale;

@@ -267,17 +267,40 @@ class Measure {
         scores[STOP_WORDS] = __builtin_popcount(stop_words);
     }
 
+    static bool is_mark(uint32_t p) {
+        switch (p) {
+            case '.': case ',': case ';': case ':': case '!': case '?': case '"': case '\'': case '(': case ')': return true;
+        }
+        return false;
+    }
+
+    static constexpr uint32_t spelled(const char *ascii) {
+        uint32_t word = 0;
+        for (; *ascii; ascii++) word = word << 8 | uint8_t(*ascii);
+        return word;
+    }
+
     // A bit for each of Gopher's eight words.
     unsigned stop_word(int64_t begin, int64_t end) const {
-        static const char *const WORDS[] = {"the", "be", "to", "of", "and", "that", "have", "with"};
-        auto is_mark = [&](int64_t i) {
-            return text.points[i] && text.points[i] < 0x80 && std::strchr(".,;:!?\"'()", int(text.points[i]));
-        };
-        while (begin < end && is_mark(begin)) begin++;
-        while (begin < end && is_mark(end - 1)) end--;
+        while (begin < end && is_mark(text.points[begin])) begin++;
+        while (begin < end && is_mark(text.points[end - 1])) end--;
         if (end - begin < 2 || end - begin > 4) return 0;
-        for (unsigned w = 0; w < 8; w++)
-            if (int64_t(std::strlen(WORDS[w])) == end - begin && starts(begin, WORDS[w])) return 1u << w;
+        uint32_t word = 0;
+        for (int64_t i = begin; i < end; i++) {
+            uint32_t letter = ascii_lower(text.points[i]);
+            if (letter - 'a' >= 26) return 0;
+            word = word << 8 | letter;
+        }
+        switch (word) {
+            case spelled("the"): return 1;
+            case spelled("be"): return 2;
+            case spelled("to"): return 4;
+            case spelled("of"): return 8;
+            case spelled("and"): return 16;
+            case spelled("that"): return 32;
+            case spelled("have"): return 64;
+            case spelled("with"): return 128;
+        }
         return 0;
     }
 

@@ -117,18 +117,15 @@ void puyu_scripts(const Unicode *unicode, const Texts *texts, int64_t *counts) {
 
 // scores [texts, languages]
 void puyu_languages(const Bayes *model, const Texts *texts, float *scores) {
-    std::vector<Found> found(LANES);
-    for (Found &one : found) one.seen.assign(size_t(model->num_features), 0);
+    std::vector<int32_t> found[LANES], seen(size_t(model->num_features), 0);
     for (int64_t first = 0; first < texts->count; first += LANES) {
         int count = int(texts->count - first < LANES ? texts->count - first : LANES);
         const uint8_t *bytes[LANES];
-        int64_t lengths[LANES];
-        for (int k = 0; k < count; k++) {
-            bytes[k] = texts->text(first + k), lengths[k] = texts->length(first + k);
-        }
-        find_features(*model, bytes, lengths, count, found.data());
+        int64_t lengths[LANES], counts[LANES];
+        for (int k = 0; k < count; k++) bytes[k] = texts->text(first + k), lengths[k] = texts->length(first + k);
+        find_features(*model, bytes, lengths, count, found, counts);
         for (int k = 0; k < count; k++)
-            classify(*model, lengths[k], found[size_t(k)], scores + (first + k) * model->num_languages);
+            classify(*model, lengths[k], found[k].data(), counts[k], seen, scores + (first + k) * model->num_languages);
     }
 }
 
