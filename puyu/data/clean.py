@@ -41,7 +41,7 @@ from puyu.documents import texts
 from puyu.documents.ledger import Ledger, funnel_lines, funnel_steps
 from puyu.documents.raw import Block, blocks, units
 from puyu.documents.readers import ReadReport, SourceConfig, input_files
-from puyu.documents.runners import run_jobs
+from puyu.documents.runners import RunJobs, open_engine
 from puyu.errors import InputError
 from puyu.files import clear_folder, hash_file, hash_json, hash_path, write_json
 from puyu.log import Progress, say
@@ -62,12 +62,13 @@ def run(config: DataConfig, *, out: Path) -> dict[str, Any]:
             "texts are measured in Python, many times more slowly; to build the library: python -m puyu.documents.texts"
         )
     work, clock = out / "work", Clock()
-    sources = _map_all(config, work, clock)
     counts: list[int] = []
-    with clock.of("gather"):
-        columns, own = gather(_keys(sources, counts), config.dedup, work / "keys")
-    verdicts = decide(columns, own, config.dedup, clock)
-    parts = _emit_all(config, sources, counts, verdicts, work)
+    with open_engine(engine=config.engine, workers=_workers(config)) as run_jobs:
+        sources = _map_all(config, work, clock, run_jobs)
+        with clock.of("gather"):
+            columns, own = gather(_keys(sources, counts), config.dedup, work / "keys")
+        verdicts = decide(columns, own, config.dedup, clock)
+        parts = _emit_all(config, (sources, counts), verdicts, work, run_jobs)
     shares = [(source, part.share()) for source, part in parts]
     ledger = _ledger(config, sources, shares)
     write_files(out, [part for _, part in parts], [row for source in sources for row in source.quarantined()])
@@ -145,16 +146,16 @@ class _Source:
         return self.total >= limit
 
 
-def _map_all(config: DataConfig, work: Path, clock: Clock) -> list[_Source]:
+def _map_all(config: DataConfig, work: Path, clock: Clock, run_jobs: RunJobs) -> list[_Source]:
     """Segments of every source in the order of the config; what an earlier run committed is not made again."""
     sources = [
         _Source(number, source, work / _folder_name(config, source)) for number, source in enumerate(config.sources)
     ]
-    text, workers = config.model_dump_json(), _workers(config)
+    text = config.model_dump_json()
     files = sum(1 for source in config.sources for _ in units(source, ReadReport(), lambda bad: None))
     progress = Progress("data: files", files, unit="doc")
     seen = 0
-    for done in run_jobs(map_block, _jobs(sources, text), engine=config.engine, workers=workers):
+    for done in run_jobs(map_block, _jobs(sources, text)):
         clock.add(done.seconds)
         opened = sum(source.report.files for source in sources)
         progress.update(opened - seen, work=done.documents)
@@ -212,9 +213,17 @@ def _workers(config: DataConfig) -> int:
 
 
 def _emit_all(
-    config: DataConfig, sources: Sequence[_Source], counts: Sequence[int], verdicts: Verdicts, work: Path
+    config: DataConfig,
+    counted: tuple[Sequence[_Source], Sequence[int]],
+    verdicts: Verdicts,
+    work: Path,
+    run_jobs: RunJobs,
 ) -> list[tuple[_Source, Part]]:
-    """A part for each segment, in their order; those of an earlier run are not made again."""
+    """A part for each segment, in their order; those of an earlier run are not made again.
+
+    `counted`: the sources, and the rows with keys of each of their segments.
+    """
+    sources, counts = counted
     text = config.model_dump_json()
     made_of = [hash_json([source.folder.name, len(source.segments)]) for source in sources]
     indexes = [hash_path(earlier / INDEX) for earlier in config.dedup.against]
@@ -231,7 +240,7 @@ def _emit_all(
                 yield EmitJob(text, source.number, segment.path, part.path, *decided)
 
     progress = Progress("data: write", len(parts), unit="doc", start=sum(part.is_done() for _, part in parts))
-    for documents in run_jobs(emit, jobs(), engine=config.engine, workers=_workers(config)):
+    for documents in run_jobs(emit, jobs()):
         progress.update(work=documents)
     progress.close()
     return parts

@@ -8,13 +8,15 @@ bounded however many there are. What an exception or a killed worker leaves undo
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Literal, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from puyu.device import num_cores
 from puyu.errors import ResourceError
@@ -26,36 +28,60 @@ R = TypeVar("R")
 Engine = Literal["local", "daft", "ray"]
 
 
-def run_jobs(function: Callable[[J], R], jobs: Iterable[J], *, engine: Engine, workers: int) -> Iterator[R]:
-    """`function` of each job on an engine: processes of this machine, Daft, or Daft on Ray."""
-    if engine == "local":
-        return in_order(function, jobs, workers=workers)
-    from puyu.documents.daft_runner import on_daft
+class RunJobs(Protocol):
+    """`function` of each job, in their order."""
 
-    return on_daft(function, jobs, ray=engine == "ray", cores=max(workers, num_cores()))
+    def __call__(self, function: Callable[[J], R], jobs: Iterable[J], /) -> Iterator[R]: ...
+
+
+@contextlib.contextmanager
+def open_engine(*, engine: Engine, workers: int) -> Iterator[RunJobs]:
+    """What runs jobs: processes of this machine, which stay for all calls, Daft, or Daft on Ray."""
+    if engine == "local":
+        with _processes(workers) as run_jobs:
+            yield run_jobs
+    else:
+        from puyu.documents.daft_runner import on_daft
+
+        yield functools.partial(on_daft, ray=engine == "ray", cores=max(workers, num_cores()))
+
+
+def run_jobs(function: Callable[[J], R], jobs: Iterable[J], *, engine: Engine, workers: int) -> Iterator[R]:
+    """`function` of each job on an engine of its own."""
+    with open_engine(engine=engine, workers=workers) as run:
+        yield from run(function, jobs)
 
 
 def in_order(function: Callable[[J], R], jobs: Iterable[J], *, workers: int) -> Iterator[R]:
     """`function` of each job; with one worker here, else in processes. ResourceError when a worker is killed."""
+    return run_jobs(function, jobs, engine="local", workers=workers)
+
+
+@contextlib.contextmanager
+def _processes(workers: int) -> Iterator[RunJobs]:
     if workers <= 1:
-        yield from map(function, jobs)
+        yield map
         return
-    waiting: deque[Future[R]] = deque()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start) as pool:
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(function, job))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+        yield functools.partial(_in_pool, pool, 2 * workers)
+
+
+def _in_pool(pool: ProcessPoolExecutor, ahead: int, function: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
+    waiting: deque[Future[R]] = deque()
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(function, job))
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            remedy = "run the same command again: finished blocks are kept; with less memory set workers: 1"
-            raise ResourceError("a worker process was killed, perhaps for want of memory", remedy=remedy) from error
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        remedy = "run the same command again: finished blocks are kept; with less memory set workers: 1"
+        raise ResourceError("a worker process was killed, perhaps for want of memory", remedy=remedy) from error
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def _start() -> None:
