@@ -78,12 +78,12 @@ def main() -> None:
     run = harness.Run("data_dedup")
     near, texts = NearDedup(NearConfig()), pages(5, 6000)
     size = sum(len(text.encode()) for text in texts) / 1e6
-    near.signatures(texts[:100])
+    near.minhashes(texts[:100])
     rates = []
     for _ in range(10):
         began = time.perf_counter()
         for start in range(0, len(texts), 512):
-            near.signatures(texts[start : start + 512])
+            near.minhashes(texts[start : start + 512])
         rates.append(size / (time.perf_counter() - began))
     found = [quality(seed) for seed in range(5)]
     run.finish(

@@ -86,10 +86,12 @@ def measure_all(texts: Sequence[str], languages: Sequence[str]) -> NDArray[np.fl
 
 def scores_of(table: NDArray[np.float64]) -> list[dict[str, float]]:
     """Rows of `measure_all` as `measure` gives them."""
-    shapes, which = np.unique(~np.isnan(table), axis=0, return_inverse=True)
-    names = [[name for name, there in zip(SCORES, shape, strict=True) if there] for shape in shapes]
-    rows = [iter(table[which.reshape(-1) == i][:, shape].tolist()) for i, shape in enumerate(shapes)]
-    return [dict(zip(names[i], next(rows[i]), strict=True)) for i in which.reshape(-1).tolist()]
+    there = ~np.isnan(table)
+    _, first, which = np.unique(there @ (1 << np.arange(len(SCORES))), return_index=True, return_inverse=True)
+    shapes = there[first]
+    names = [[name for name, has in zip(SCORES, shape, strict=True) if has] for shape in shapes]
+    rows = [iter(table[which == i][:, shape].tolist()) for i, shape in enumerate(shapes)]
+    return [dict(zip(names[i], next(rows[i]), strict=True)) for i in which.tolist()]
 
 
 _HOWS = {"zh": 1, "code": 2}

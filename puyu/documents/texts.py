@@ -54,18 +54,24 @@ class _Bayes(ctypes.Structure):
     ]
 
 
+class _MinHash(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("factors", "offsets")),
+        *((name, ctypes.c_int64) for name in ("size", "ngram", "sketch")),
+    ]
+
+
 class _NearTask(ctypes.Structure):
     _fields_ = [
-        ("order", ctypes.c_void_p),
-        ("buckets", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("count", "bands", "num_buckets")),
-        ("threshold", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("order", "buckets", "shingles", "starts")),
+        *((name, ctypes.c_int64) for name in ("count", "bands", "num_buckets", "width", "sketch")),
+        *((name, ctypes.c_double) for name in ("threshold", "doubt")),
         ("most", ctypes.c_int64),
     ]
 
 
-class _Signatures(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("file", ctypes.c_int32), ("width", ctypes.c_int64)]
+class _Values(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("file", ctypes.c_int32)]
 
 
 class _LineRules(ctypes.Structure):
@@ -119,6 +125,34 @@ class Automaton:
         self._library.puyu_automaton_free(self.handle)
 
 
+@dataclass(frozen=True)
+class MinHashes:
+    """Of each text its signature [texts, hashes], how many shingles it has (with none there is no signature), and its
+    sketch: the smallest hashes of its shingles, in order, `sketches[starts[i] : starts[i + 1]]`."""
+
+    signatures: NDArray[np.uint32]
+    counts: NDArray[np.int64]
+    sketches: NDArray[np.uint32]
+    starts: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What near copies are found among. `order`: rows, best first; `buckets` [bands, places]: 0 where a document is
+    alone; `sketch`: shingles that a sketch holds, at most (0: there are none); the rest by row."""
+
+    order: NDArray[np.int64]
+    buckets: NDArray[np.uint32]
+    signatures: NDArray[np.uint32]
+    shingles: NDArray[np.int64]
+    sketches: NDArray[np.uint32]
+    starts: NDArray[np.int64]
+    sketch: int
+
+
+Found = tuple[NDArray[np.int64], NDArray[np.float64]]
+
+
 class TextLibrary:
     """The native library with the tables of characters."""
 
@@ -165,49 +199,37 @@ class TextLibrary:
         return found
 
     def minhash(
-        self, texts: Texts, functions: tuple[NDArray[np.uint64], NDArray[np.uint64]], *, ngram: int
-    ) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
-        """(signatures [texts, size], shingles of each text: without any there is no signature).
-
-        `functions`: factors and offsets, one of each for a hash.
-        """
+        self, texts: Texts, functions: tuple[NDArray[np.uint64], NDArray[np.uint64]], *, ngram: int, sketch: int
+    ) -> MinHashes:
+        """`functions`: factors and offsets, one of each for a hash; `sketch`: shingles that a sketch holds, at most."""
         factors, offsets = functions
         size = len(factors)
         assert size % 32 == 0, "signatures are computed 32 hashes at a time"
         signatures, counts = np.empty((texts.count, size), dtype=np.uint32), np.empty(texts.count, dtype=np.int64)
-        length, hashes = ctypes.c_int64(ngram), ctypes.c_int64(size)
-        self._call("puyu_minhash", texts.native, length, factors, offsets, hashes, signatures, counts)
-        return signatures, counts
+        sketches, starts = np.empty(texts.size + 1, dtype=np.uint32), np.zeros(texts.count + 1, dtype=np.int64)
+        how = _MinHash(factors.ctypes.data, offsets.ctypes.data, size, ngram, sketch)
+        self._call("puyu_minhash", texts.native, how, signatures, counts, sketches, starts[1:])
+        return MinHashes(signatures, counts, sketches[: starts[-1]].copy(), starts)
 
-    def near_copies(
-        self,
-        signatures: NDArray[np.uint32],
-        order: NDArray[np.int64],
-        buckets: NDArray[np.uint32],
-        *,
-        threshold: float,
-        most: int,
-    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """(place of the one that stays or -1, equal hashes with it) of each place in `order`.
+    def near_copies(self, compared: Compared, *, threshold: float, doubt: float, most: int) -> Found:
+        """(place of the one that stays or -1, how alike they are) of each place in the order.
 
-        `buckets` [bands, places]: 0 where a document is alone. A signature column that is a memory map is read from
-        its file row by row. `most`: kept documents of a bucket that others are compared with.
+        An estimate within `doubt` of the threshold is settled by the sketches, where there are any. A column that is a
+        memory map is read from its file row by row. `most`: kept documents of a bucket that others are compared with.
         """
-        bands, count = buckets.shape
-        of, equal = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int32)
-        order, buckets = np.ascontiguousarray(order), np.ascontiguousarray(buckets)
-        num_buckets = int(buckets.max(initial=0))
-        task = _NearTask(order.ctypes.data, buckets.ctypes.data, count, bands, num_buckets, threshold, most)
-        path = signatures.filename if isinstance(signatures, np.memmap) else None
+        bands, count = compared.buckets.shape
+        of, value = np.empty(count, dtype=np.int64), np.empty(count)
+        columns = (compared.order, compared.buckets, compared.shingles, compared.starts)
+        arrays: list[NDArray[Any]] = [np.ascontiguousarray(column) for column in columns]
+        sizes = count, bands, int(compared.buckets.max(initial=0)), compared.signatures.shape[1], compared.sketch
+        task = _NearTask(*(array.ctypes.data for array in arrays), *sizes, threshold, doubt, most)
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(open(path, "rb")).fileno() if path is not None else -1
-            base = None if path is not None else np.ascontiguousarray(signatures)
-            rows = _Signatures(None if base is None else base.ctypes.data, file, signatures.shape[1])
-            function = self._library.puyu_near_copies
-            failed = function(ctypes.byref(task), ctypes.byref(rows), pointer(of), pointer(equal))
+            files = [_values(column, stack) for column in (compared.signatures, compared.sketches)]
+            handles = (ctypes.byref(task), *(ctypes.byref(values) for values, _ in files))
+            failed = self._library.puyu_near_copies(*handles, pointer(of), pointer(value))
         if failed:
-            raise OSError(f"{path}: signatures cannot be read")
-        return of, equal
+            raise OSError("signatures or sketches cannot be read")
+        return of, value
 
     def may_hold(self, texts: Texts) -> NDArray[np.uint8]:
         """[texts]: bits of what kinds of personal data a text can hold at all (`cpp/personal.h`)."""
@@ -276,6 +298,14 @@ class TextLibrary:
 
     def _call(self, name: str, *arguments: Any) -> None:
         getattr(self._library, name)(self._unicode, *map(argument, arguments))
+
+
+def _values(column: NDArray[np.uint32], stack: contextlib.ExitStack) -> tuple[_Values, Any]:
+    """A column as the library reads it, and what must live as long."""
+    if isinstance(column, np.memmap) and column.filename is not None:
+        return _Values(None, stack.enter_context(open(column.filename, "rb")).fileno()), None
+    base = np.ascontiguousarray(column)
+    return _Values(base.ctypes.data, -1), base
 
 
 def character_tables() -> tuple[Any, Any]:

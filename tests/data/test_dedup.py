@@ -1,6 +1,7 @@
 """Dedup: MinHash against exact Jaccard, recall and precision on planted copies, independence of order."""
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -79,7 +80,7 @@ def test_recall_and_precision_on_planted_near_duplicates():
     assert len(high) > 60
     assert sum(a in gone or b in gone for a, b in high) / len(high) >= 0.98
     true = [jaccard(near, by_id[id], by_id[drop.of]) for id, drop in drops.items()]
-    assert np.mean(np.array(true) >= 0.62) >= 0.99, "what goes is a copy of what it names"
+    assert min(true) >= 0.7, "what goes is a copy of what it names"
     assert all(drop.value >= 0.7 and drop.threshold == 0.7 for drop in drops.values())
     assert not set(drops) & {drop.of for drop in drops.values()}, "what it names stays"
 
@@ -126,17 +127,15 @@ def test_texts_without_units_are_no_copies():
 
 
 def all_pairs(near, documents):
-    """Greedy over all pairs, best first: what the buckets may only miss, never add to."""
+    """Greedy over all pairs by exact similarity, best first: what the buckets may only miss, never add to."""
     order = sorted(documents, key=lambda d: (-len(d.text), d.id))
     kept, drops = [], {}
     for document in order:
-        own = near.signature(document.text)
-        alike = [(near.estimate(own, other), -i) for i, (_, other) in enumerate(kept)]
-        best = max(alike, default=(0.0, 0))
-        if best[0] >= near.threshold:
-            drops[document.id] = (kept[-best[1]][0].id, best[0])
+        alike = max((jaccard(near, document.text, other.text) for other in kept), default=0.0)
+        if alike >= near.threshold:
+            drops[document.id] = alike
         else:
-            kept.append((document, own))
+            kept.append(document)
     return drops
 
 
@@ -144,16 +143,32 @@ def test_what_the_buckets_find_is_what_all_pairs_give():
     near = NearDedup(NearConfig())
     texts, _ = planted(7)
     documents = [make_document(text, source="s") for text in dict.fromkeys(texts[250:])]
-    found = {id: drop.of for id, drop in drops_among(near, documents, [{}] * len(documents)).items()}
+    found = set(drops_among(near, documents, [{}] * len(documents)))
     expected = all_pairs(near, documents)
-    sure = {id: of for id, (of, alike) in expected.items() if alike >= 0.85}
-    assert len(sure) > 40 and sure.items() <= found.items()
-    assert set(found) <= set(expected), "nothing goes that all pairs would keep"
+    sure = {id for id, alike in expected.items() if alike >= 0.8}
+    assert len(sure) > 60 and sure <= found
+    assert found <= set(expected), "nothing goes that all pairs would keep"
+
+
+@pytest.mark.parametrize("sketch", [4096, 100])
+def test_near_the_threshold_shingles_decide(sketch):
+    """Pairs around 0.7: by whole sketches exactly, by the smallest hundred hashes better than by signatures alone."""
+    rng, wrong = random.Random(12), Counter()
+    pairs = [(a, edited(rng, a, rng.uniform(0.02, 0.06))) for a in (text_of(rng, 300) for _ in range(300))]
+    for size in (sketch, 0):
+        near = NearDedup(NearConfig(sketch=size, bands=32, rows=4))
+        for a, b in pairs:
+            documents = [make_document(text, source="s") for text in (a, b)]
+            gone = bool(drops_among(near, documents, [{}] * 2))
+            wrong[size] += gone != (jaccard(near, a, b) >= 0.7)
+    assert wrong[0] > 30
+    assert wrong[sketch] == 0 if sketch == 4096 else wrong[sketch] < wrong[0]
 
 
 @pytest.mark.parametrize("in_file", [False, True])
-def test_the_library_finds_what_its_twin_finds(tmp_path, monkeypatch, in_file):
-    near = NearDedup(NearConfig())
+@pytest.mark.parametrize("sketch", [0, 20, 4096])
+def test_the_library_finds_what_its_twin_finds(tmp_path, monkeypatch, in_file, sketch):
+    near = NearDedup(NearConfig(sketch=sketch))
     rng = random.Random(9)
     base = [text_of(rng, 60) for _ in range(12)]
     texts = [edited(rng, rng.choice(base), rng.choice([0.0, 0.02, 0.05, 0.3])) for _ in range(400)]
@@ -175,15 +190,18 @@ def test_the_library_finds_what_its_twin_finds(tmp_path, monkeypatch, in_file):
             np.testing.assert_array_equal(getattr(native, name), getattr(plain, name))
 
 
-def test_a_signature_file_that_ends_early_is_an_error(tmp_path):
+@pytest.mark.parametrize("name", ["signature", "sketch"])
+def test_a_file_that_ends_early_is_an_error(tmp_path, name):
     near = NearDedup(NearConfig())
-    documents = [make_document(f"the same words in every text, {c}", source="s") for c in "abcd"]
+    rng = random.Random(3)
+    text = text_of(rng, 300)
+    documents = [make_document(edited(rng, text, 0.035), source="s") for _ in range(12)]
     with ColumnWriter(tmp_path) as writer:
         writer.append(as_table(near.keys(documents)))
     columns = dict(Columns.open(tmp_path))
-    (tmp_path / "signature.bin").write_bytes(b"")
+    (tmp_path / f"{name}.bin").write_bytes(b"")
     with pytest.raises(OSError, match="cannot be read"):
-        near.decide(columns, np.arange(4))
+        near.decide(columns, np.arange(12))
 
 
 def test_one_document_of_an_address_stays():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from puyu.data import dedup
 from puyu.data.dedup import NearConfig, NearDedup
 from puyu.data.measure import BOILERPLATE, SCORES, measure
 from puyu.documents import language as languages
@@ -88,14 +90,26 @@ def test_a_digest_of_any_length(library: TextLibrary) -> None:
     assert [row.tobytes() for row in library.digests(Texts(texts))] == expected
 
 
-@given(st.lists(anything, max_size=4))
-def test_signatures_are_those_of_the_twin(library: TextLibrary, texts: list[str]) -> None:
-    near = NearDedup(NearConfig())
-    signatures, counts = near.signatures(texts)
-    for text, signature, count in zip(texts, signatures, counts, strict=True):
-        expected = near.signature(text)
-        assert (count == 0) == (expected is None)
-        assert expected is None or np.array_equal(signature, expected)
+@given(st.lists(anything, max_size=4), st.sampled_from([0, 2, 4096]))
+def test_signatures_and_sketches_are_those_of_the_twin(library: TextLibrary, texts: list[str], sketch: int) -> None:
+    near = NearDedup(NearConfig(sketch=sketch))
+    found = near.minhashes(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dedup, "load", lambda: None)
+        plain = near.minhashes(texts)
+    np.testing.assert_array_equal(found.counts, plain.counts)
+    np.testing.assert_array_equal(found.signatures[found.counts > 0], plain.signatures[found.counts > 0])
+    np.testing.assert_array_equal(found.sketches, plain.sketches)
+    np.testing.assert_array_equal(found.starts, plain.starts)
+
+
+def test_sketches_of_long_texts(library: TextLibrary) -> None:
+    near, rng = NearDedup(NearConfig(sketch=500)), random.Random(4)
+    texts = [" ".join(str(rng.random()).replace("0.", "w") for _ in range(size)) for size in (3, 499, 504, 505, 3000)]
+    found = near.minhashes(texts)
+    for text, start, end in zip(texts, found.starts[:-1], found.starts[1:], strict=True):
+        hashes = (near.shingles(text) >> np.uint64(32)).astype(np.uint32)
+        assert found.sketches[start:end].tolist() == sorted(set(np.sort(hashes)[:500].tolist()))
 
 
 def test_lower_case_is_one_character_each() -> None:

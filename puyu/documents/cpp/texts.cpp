@@ -50,23 +50,36 @@ void puyu_digests(const Unicode *unicode, const Texts *texts, uint8_t *digests) 
     }
 }
 
-// signatures [texts, size]; counts [texts]: shingles of each, 0 where there is no signature.
-void puyu_minhash(const Unicode *unicode, const Texts *texts, int64_t ngram, const uint64_t *factors,
-                  const uint64_t *offsets, int64_t size, uint32_t *signatures, int64_t *counts) {
+// What signatures are made of.
+struct MinHash {
+    const uint64_t *factors, *offsets;  // [size]
+    int64_t size, ngram;
+    int64_t sketch;                     // shingles that a sketch holds, at most
+};
+
+// signatures [texts, size]; counts [texts]: shingles of each, 0 where there is no signature; sketches, one behind the
+// other (a text has as many bytes as shingles, at least), which end at ends [texts].
+void puyu_minhash(const Unicode *unicode, const Texts *texts, const MinHash *how, uint32_t *signatures, int64_t *counts,
+                  uint32_t *sketches, int64_t *ends) {
     Characters text;
     Units units;
+    Sketcher sketcher;
     std::vector<uint64_t> shingles;
+    int64_t end = 0;
     for (int64_t i = 0; i < texts->count; i++) {
         text.read(*unicode, *texts, i);
-        shingles_of(*unicode, text, ngram, units, shingles);
+        shingles_of(*unicode, text, how->ngram, units, shingles);
         counts[i] = int64_t(shingles.size());
-        signature_of(shingles, factors, offsets, size, signatures + i * size);
+        signature_of(shingles, how->factors, how->offsets, how->size, signatures + i * how->size);
+        if (how->sketch) end += sketcher(shingles, how->sketch, sketches + end);
+        ends[i] = end;
     }
 }
 
-// 0 when all were compared, 1 when a signature could not be read.
-int32_t puyu_near_copies(const NearTask *task, const Signatures *signatures, int64_t *of, int32_t *equal) {
-    return near_copies(*task, *signatures, of, equal) ? 0 : 1;
+// 0 when all were compared, 1 when a signature or a sketch could not be read.
+int32_t puyu_near_copies(const NearTask *task, const Values *signatures, const Values *sketches, int64_t *of,
+                         double *value) {
+    return Near(*task, *signatures, *sketches)(of, value) ? 0 : 1;
 }
 
 // found [texts]: bits of `Personal`
