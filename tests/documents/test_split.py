@@ -33,3 +33,8 @@ def test_a_chapter_starts_a_new_piece():
 def test_normalize_is_idempotent(text):
     once = normalize(text)
     assert normalize(once) == once and "\r" not in once and "\n\n\n" not in once
+
+
+def test_the_same_characters_go_from_texts_of_any_kind():
+    points = "".join(f"a{chr(p)}b" for p in range(128))
+    assert normalize(points + "…").rstrip("…") == normalize(points + "c").rstrip("c")
