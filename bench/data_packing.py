@@ -1,13 +1,13 @@
 """data.18: how full the rows of soft packing are, on lengths like those of texts; every token in exactly one row.
 
-    python bench/data_packing.py [--save] [--rows 400]
+    python bench/data_packing.py [--save] [--rows 300] [--documents 2000]
 
 Lengths: of the seeded corpus's pages (bench/corpus.py), of the articles, pages and answers in samples/ (both: UTF-8
-bytes / 4), and lognormal ones, median and spread below. Each is packed into about `--rows` rows of each length; a
-sample of data.18 is the smallest fill of all lengths of texts at one length of rows, counted as long as there is more
-to draw. Then the rest is packed, and the bench ends with an error unless each token of each document has stood in
-exactly one row. The notes have each fill (also to the very last row), microseconds a row, and the share of the
-documents that fit a row but are cut: hard packing cuts them, soft packing never.
+bytes / 4), and lognormal ones (below). Of each, at least `--documents` documents and about `--rows` rows' worth are
+packed into rows of each length; data.18 is the smallest fill of all, counted as long as there is more to draw. Then the
+rest is packed, and the bench ends with an error unless each token of each document has stood in exactly one row. The
+notes have each fill (also to the very last row), microseconds a row, and the share of the documents that fit a row but
+are cut: hard packing cuts them, soft packing never.
 """
 
 from __future__ import annotations
@@ -78,9 +78,10 @@ def streams() -> dict[str, Iterator[int]]:
     return {"seeded corpus": pages(corpus.pools(), 1), "samples": sampled(texts, 1), **drawn}
 
 
-def documents(lengths: Iterator[int], total: int) -> Lengths:
+def documents(lengths: Iterator[int], *, count: int, total: int) -> Lengths:
+    """At least so many documents and so many tokens."""
     found: list[int] = []
-    while total > 0:
+    while total > 0 or len(found) < count:
         found.append(next(lengths))
         total -= found[-1]
     return Lengths(found)
@@ -90,7 +91,7 @@ def packed(source: Lengths, packing: Packing, seq_len: int) -> dict[str, float]:
     """Fill, time and cuts of one epoch; SystemExit where a token is missing or stands in two rows."""
     mixture = Mixture({"": source}, {"": 1}, seed=1, epochs={"": 1})
     rows = Rows({"": source}, mixture, packing=packing)
-    ends, cut, count, fill = [0] * source.num_docs, set(), 0, 1.0
+    ends, cut, count, fill = [0] * source.num_docs, set(), 0, 0.0
     began = time.perf_counter()
     while row := rows.next_row(seq_len):
         count += 1
@@ -115,14 +116,15 @@ def packed(source: Lengths, packing: Packing, seq_len: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=400, help="rows of each length, about")
+    parser.add_argument("--rows", type=int, default=300, help="rows of each length, at least about")
+    parser.add_argument("--documents", type=int, default=2000, help="documents of each kind, at least")
     parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
     arguments = parser.parse_args()
     run = harness.Run("data_packing", before={})
     worst: dict[int, float] = {}
     for name, lengths in streams().items():
         for seq_len in ROWS:
-            source = documents(lengths, arguments.rows * seq_len)
+            source = documents(lengths, count=arguments.documents, total=arguments.rows * seq_len)
             found = {packing: packed(source, packing, seq_len) for packing in ("hard", "soft", "document")}
             run.notes[f"{name}, {seq_len}"] = {"documents": source.num_docs, **found}
             worst[seq_len] = min(worst.get(seq_len, 1.0), found["soft"]["fill"])
