@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from puyu.data.mix import Mixture, key_of, permuted
+from puyu.data.rows import Packing, Rows, Stretch
 from puyu.data.shards import TokenShard
 from puyu.errors import CheckpointError, ConfigError, InputError
 
@@ -105,26 +106,24 @@ def _flags(piece: Piece) -> np.ndarray:
     return np.ones(len(piece.ids), dtype=bool) if piece.loss is None else np.asarray(piece.loss, dtype=bool)
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Tokens [begin, end) of a document of a source."""
-
-    source: str
-    doc: int
-    begin: int
-    end: int
-
-
 class PretrainSource:
-    """Rows of `seq_len` tokens cut from the stream that a mixture draws; a cut document goes on in the next row.
+    """Batches of `rows` rows of at most `seq_len` tokens from the stream that a mixture draws (see rows.py).
 
-    No token and no target is lost: the last token of a cut piece still has its successor as target. The state is
-    the mixture's cursors and the open document, so it fits any world size.
+    No token and no target is lost: the last token of a cut piece still has its successor as target. The state fits any
+    world size and any row. Where the mixture's epochs are used up the last batch has fewer rows, then ConfigError.
     """
 
-    def __init__(self, shards: Mapping[str, TokenShard], mixture: Mixture, *, seq_len: int, rows: int) -> None:
+    def __init__(
+        self,
+        shards: Mapping[str, TokenShard],
+        mixture: Mixture,
+        *,
+        seq_len: int,
+        rows: int,
+        packing: Packing = "hard",
+    ) -> None:
         self.shards, self.mixture = dict(shards), mixture
-        self._open: Stretch | None = None
+        self._stream = Rows(self.shards, mixture, packing=packing)
         self.set_shape(seq_len=seq_len, rows=rows)
 
     def set_shape(self, *, seq_len: int, rows: int) -> None:
@@ -133,25 +132,20 @@ class PretrainSource:
             raise ConfigError(f"a batch needs seq_len >= 2 and at least one row, not {seq_len} and {rows}")
         self.seq_len, self.rows = seq_len, rows
 
+    @property
+    def fill(self) -> float:
+        """Share of the rows' room that held tokens, so far."""
+        return self._stream.fill
+
     def next_batch(self, *, rank: int = 0, world: int = 1) -> Batch:
         """Advance by one global batch; return this rank's rows."""
-        rows = [self.next_row() for _ in range(self.rows)]
+        rows = [row for _ in range(self.rows) if (row := self._stream.next_row(self.seq_len))]
+        if not rows:
+            raise ConfigError(
+                "the sources of this phase are used up: each was seen as often as its epochs allow",
+                remedy="raise epochs, take fewer steps, or give weight to more sources",
+            )
         return pack_pieces([self._piece(stretch) for row in rows[rank::world] for stretch in row])
-
-    def next_row(self) -> list[Stretch]:
-        """The stretches of the next row."""
-        row, room = [], self.seq_len
-        while room:
-            rest = self._open or self._draw()
-            end = min(rest.end, rest.begin + room)
-            row.append(Stretch(rest.source, rest.doc, rest.begin, end))
-            room -= end - rest.begin
-            self._open = Stretch(rest.source, rest.doc, end, rest.end) if end < rest.end else None
-        return row
-
-    def _draw(self) -> Stretch:
-        draw = self.mixture.draw()
-        return Stretch(draw.source, draw.doc, 0, self.shards[draw.source].length(draw.doc))
 
     def _piece(self, stretch: Stretch) -> Piece:
         ids, loss = self.shards[stretch.source].doc(stretch.doc)
@@ -162,15 +156,10 @@ class PretrainSource:
         return Piece(ids[cut], None if loss is None else loss[cut], int(ids[stretch.end]), follows)
 
     def state(self) -> dict[str, Any]:
-        carry = self._open and [self._open.source, self._open.doc, self._open.begin]
-        return {"mixture": self.mixture.state(), "carry": carry}
+        return self._stream.state()
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.mixture.load(state["mixture"])
-        self._open = None
-        if state["carry"]:
-            source, doc, begin = state["carry"]
-            self._open = Stretch(source, doc, begin, self.shards[source].length(doc))
+        self._stream.load(state)
 
 
 class EpochCursor:

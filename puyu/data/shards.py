@@ -169,6 +169,11 @@ class TokenShard:
     def num_tokens(self) -> int:
         return self.info.num_tokens
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document; reads all their ends."""
+        return int(np.diff(self.ends_D, prepend=np.uint64(0)).max(initial=0))
+
     def _bounds(self, index: int) -> tuple[int, int]:
         return int(self.ends_D[index - 1]) if index else 0, int(self.ends_D[index])
 

@@ -1,15 +1,17 @@
-"""kept.jsonl -> one TokenShard per domain for training, and one per language held out by content hash.
+"""kept.jsonl -> one TokenShard per source for training, and one per language held out by content hash.
+
+A source is a domain, or a quality class of it (see data/classes.py).
 
 Each document is `<s>` text `</s>`. Written once under a key of the data and the tokenizer; later runs open it.
 Whether a document is held out depends on its own text, so more data does not move it across; a language without
-such a document gives its smallest hash.
+such a document gives its smallest hash. No source is emptied.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from urllib.parse import quote
 from msgspec import MsgspecError, Struct
 from msgspec.json import Decoder
 
+from puyu.data.classes import Classes
 from puyu.data.shards import ShardWriter, TokenShard
 from puyu.errors import InputError
 from puyu.files import (
@@ -40,30 +43,38 @@ _BATCH_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Corpus:
-    """Open shards. `heldout_bytes` counts the UTF-8 bytes behind each held-out shard."""
+    """Open shards. `heldout_bytes` counts the UTF-8 bytes behind each held-out shard.
+
+    `unscored` counts, by domain with classes, the documents without the score: they are in the domain's own source.
+    """
 
     train: Mapping[str, TokenShard]
     heldout: Mapping[str, TokenShard]
     heldout_bytes: Mapping[str, int]
+    unscored: Mapping[str, int]
 
 
-def open_corpus(data: Path, tokenizer: Tokenizer, folder: Path, *, heldout: float) -> Corpus:
+def open_corpus(
+    data: Path, tokenizer: Tokenizer, folder: Path, *, heldout: float, classes: Classes | None = None
+) -> Corpus:
     """Tokenize into `folder`, unless that is done already; rank 0 writes, the others wait for its index."""
     path = data / "kept.jsonl" if data.is_dir() else data
     if not path.is_file():
         raise InputError(
             f"no such file: {path}", remedy="give the folder of the data stage, or a JSONL file with 'text'"
         )
-    key = hash_json([hash_file(path), tokenizer.fingerprint, heldout])
+    rows = KeptRows(path, classes or {})
+    rules = {domain: rule.model_dump() for domain, rule in rows.classes.items()}
+    key = hash_json([hash_file(path), tokenizer.fingerprint, heldout, rules])
     if current_world().is_main and _index(folder, key) is None:
-        _write(path, tokenizer, folder, heldout=heldout, key=key)
+        _write(rows, tokenizer, folder, heldout=heldout, key=key)
     while (index := _index(folder, key)) is None:  # not a barrier: tokenizing may outlast its timeout
         time.sleep(0.2)
 
     def opened(kind: str) -> dict[str, TokenShard]:
         return {name: TokenShard.open(folder / _name(kind, name)) for name in index[kind]}
 
-    return Corpus(opened("train"), opened("heldout"), index["heldout"])
+    return Corpus(opened("train"), opened("heldout"), index["heldout"], index["unscored"])
 
 
 def _index(folder: Path, key: str) -> dict[str, Any] | None:
@@ -77,21 +88,25 @@ def _name(kind: str, name: str) -> str:
     return f"{kind}-{quote(name, safe='')}"
 
 
-def _write(path: Path, tokenizer: Tokenizer, folder: Path, *, heldout: float, key: str) -> None:
+def _write(rows: KeptRows, tokenizer: Tokenizer, folder: Path, *, heldout: float, key: str) -> None:
     clear_folder(folder)
-    chosen, total = choose_heldout(path, heldout)
+    chosen, counts = choose_heldout(rows, heldout)
+    rows.check(counts)
     byte_counts: Counter[str] = Counter()
-    bar = Progress("tokenize", total, unit="B")
+    unscored = dict.fromkeys(rows.classes, 0)
+    bar = Progress("tokenize", counts.total(), unit="B")
     with ExitStack() as stack:
         writers: dict[tuple[str, str], ShardWriter] = {}
-        for rows in _batches(path):
-            encoded = tokenizer.encode_batch([row["text"] for row in rows])
-            for row, ids in zip(rows, encoded, strict=True):
-                size = len(row["text"].encode())
-                place = ("train", row["domain"])
-                if _hash(row["text"]) in chosen:
-                    place = ("heldout", row["language"])
-                    byte_counts[row["language"]] += size
+        for batch in _batches(rows):
+            encoded = tokenizer.encode_batch([row.text for row in batch])
+            for row, ids in zip(batch, encoded, strict=True):
+                size = len(row.text.encode())
+                place = ("train", row.source)
+                if _hash(row.text) in chosen:
+                    place = ("heldout", row.language)
+                    byte_counts[row.language] += size
+                elif row.unscored:
+                    unscored[row.source] += 1
                 if place not in writers:
                     shard = ShardWriter(
                         folder / _name(*place), tokenizer_hash=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size
@@ -100,8 +115,9 @@ def _write(path: Path, tokenizer: Tokenizer, folder: Path, *, heldout: float, ke
                 writers[place].append(framed(ids, tokenizer))
                 bar.update(work=size)
     bar.close()
-    domains = sorted(name for kind, name in writers if kind == "train")
-    write_json(folder / "index.json", {"key": key, "train": domains, "heldout": dict(sorted(byte_counts.items()))})
+    sources = sorted(name for kind, name in writers if kind == "train")
+    index = {"key": key, "train": sources, "heldout": dict(sorted(byte_counts.items())), "unscored": unscored}
+    write_json(folder / "index.json", index)
 
 
 def framed(ids: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -111,63 +127,103 @@ def framed(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return [*before, *ids, *after]
 
 
+@dataclass(frozen=True, slots=True)
+class KeptRow:
+    """A document and the source it belongs to. `unscored`: its domain has classes, but it has not their score."""
+
+    text: str
+    source: str
+    language: str
+    unscored: bool
+
+
 class _Row(Struct):
     text: Any = None
     domain: Any = None
     language: Any = None
 
 
-_ROWS = Decoder(_Row)
+class _ScoredRow(_Row):
+    scores: Any = None
 
 
-def _decoded(line: bytes) -> Any:
-    """A row without what nobody asks for, such as its scores; whatever else a line holds as it is."""
-    try:
-        return _ROWS.decode(line)
-    except MsgspecError:
-        return decode_json(line)
+_ROWS, _SCORED_ROWS = Decoder(_Row), Decoder(_ScoredRow)
 
 
-def read_rows(path: Path) -> Iterator[dict[str, str]]:
-    """`text`, `domain` and `language` of each row; errors name file and line."""
-    for number, row in read_jsonl_lines(path, decode=_decoded):
-        if not isinstance(row, _Row) or not isinstance(row.text, str) or not row.text:
-            raise InputError(f"{path}, line {number}: a document needs the field 'text' with some text")
-        yield {"text": row.text, "domain": str(row.domain or "default"), "language": str(row.language or "und")}
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows of a JSONL file, sorted into sources; errors name file and line."""
+
+    path: Path
+    classes: Classes
+
+    def __iter__(self) -> Iterator[KeptRow]:
+        taken = {source for domain, rule in self.classes.items() for source in rule.sources(domain)}
+        for number, row in read_jsonl_lines(self.path, decode=self._decoded):
+            if not isinstance(row, _Row) or not isinstance(row.text, str) or not row.text:
+                raise InputError(f"{self.path}, line {number}: a document needs the field 'text' with some text")
+            domain, language = str(row.domain or "default"), str(row.language or "und")
+            if domain in taken:
+                raise InputError(
+                    f"{self.path}, line {number}: the domain {domain!r} has the name of a quality class",
+                    remedy="name the class otherwise",
+                )
+            source, unscored = domain, False
+            if isinstance(row, _ScoredRow) and (rule := self.classes.get(domain)):
+                source, unscored = rule.source(domain, row.scores), rule.value(row.scores) is None
+            yield KeptRow(row.text, source, language, unscored)
+
+    def _decoded(self, line: bytes) -> Any:
+        """A row without what nobody asks for, such as its scores; whatever else a line holds as it is."""
+        try:
+            return (_SCORED_ROWS if self.classes else _ROWS).decode(line)
+        except MsgspecError:
+            return decode_json(line)
+
+    def check(self, counts: Mapping[str, int]) -> None:
+        """InputError where a class of a domain has no document."""
+        for domain, rule in self.classes.items():
+            for source, bound in zip(rule.sources(domain), rule.at_least.values(), strict=True):
+                if not counts.get(source):
+                    raise InputError(
+                        f"{self.path}: classes: no document of {source!r}: none of the domain {domain!r} belongs there "
+                        f"by its score {rule.score!r} (at least {bound:g})",
+                        remedy="`puyu data explore` shows which scores there are and how they are distributed",
+                    )
 
 
-def _batches(path: Path) -> Iterator[list[dict[str, str]]]:
-    """Rows in groups of a few megabytes: enough for all cores of the tokenizer."""
-    rows, size = [], 0
-    for row in read_rows(path):
-        rows.append(row)
-        size += len(row["text"])
+def _batches(rows: Iterable[KeptRow]) -> Iterator[list[KeptRow]]:
+    """KeptRows in groups of a few megabytes: enough for all cores of the tokenizer."""
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.text)
         if size >= _BATCH_BYTES:
-            yield rows
-            rows, size = [], 0
-    if rows:
-        yield rows
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _hash(text: str) -> int:
     return int(hash_bytes(text.encode("utf-8", "surrogatepass"))[:15], 16)
 
 
-def choose_heldout(path: Path, share: float) -> tuple[set[int], int]:
-    """Hashes of the texts to hold out, and the number of rows. No domain is emptied; share 0 holds out nothing."""
+def choose_heldout(rows: KeptRows, share: float) -> tuple[set[int], Counter[str]]:
+    """Hashes of the texts to hold out, and the rows of each source. No source is emptied; share 0 holds out nothing."""
     seen: dict[str, list[tuple[int, str]]] = {}
-    total, left = 0, Counter[str]()
-    for row in read_rows(path):
-        seen.setdefault(row["language"], []).append((_hash(row["text"]), row["domain"]))
-        left[row["domain"]] += 1
-        total += 1
-    if not total:
-        raise InputError(f"{path} holds no document", remedy="loosen the filters of the data stage")
+    counts = Counter[str]()
+    for row in rows:
+        seen.setdefault(row.language, []).append((_hash(row.text), row.source))
+        counts[row.source] += 1
+    if not counts:
+        raise InputError(f"{rows.path} holds no document", remedy="loosen the filters of the data stage")
     chosen: set[int] = set()
-    for rows in seen.values():
-        for rank, (value, domain) in enumerate(sorted(rows)):
+    left = counts.copy()
+    for found in seen.values():
+        for rank, (value, source) in enumerate(sorted(found)):
             wanted = value < share * 16**15 or (rank == 0 and share > 0)
-            if wanted and left[domain] > 1:
+            if wanted and left[source] > 1:
                 chosen.add(value)
-                left[domain] -= 1
-    return chosen, total
+                left[source] -= 1
+    return chosen, counts

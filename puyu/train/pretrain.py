@@ -10,7 +10,7 @@ Knows documents only as rows of kept.jsonl; samples and benchmarks come from the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from typing import Any
 from pydantic import Field
 
 from puyu.configure import Config
-from puyu.data.mix import Mixture
+from puyu.data.classes import QualityClasses, epochs_by_source, weights_by_source
+from puyu.data.mix import Mixture, check_weights, expected_use
 from puyu.data.packing import Batch, Piece, PretrainSource, pack_pieces
+from puyu.data.rows import Packing
 from puyu.data.shards import TokenShard
 from puyu.device import pick_device
 from puyu.errors import ConfigError
+from puyu.log import say
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
@@ -30,7 +33,7 @@ from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.corpus import Corpus, open_corpus
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.parallel import joined
+from puyu.train.parallel import current_world, joined
 from puyu.train.stage import TrainingConfig, count_parameters, finish, finished, identity_of, place, save
 from puyu.train.trainer import OnStep, Trainer
 
@@ -68,7 +71,7 @@ class Phase(Config):
     rope_theta: float = 10_000.0
     """Base of the rotary positions."""
     weights: dict[str, float] = Field(default_factory=dict)
-    """Share of each domain, in tokens; empty: by size."""
+    """Share of each domain or class (`web/high`), in tokens; empty: by size, times epochs."""
 
 
 class PretrainConfig(TrainingConfig):
@@ -82,6 +85,12 @@ class PretrainConfig(TrainingConfig):
     """Shape of the model."""
     phases: list[Phase] = Field(default_factory=lambda: [Phase(steps=300)])
     """Phases in order."""
+    classes: dict[str, QualityClasses] = Field(default_factory=dict)
+    """Domains that are cut into classes by a score."""
+    epochs: dict[str, float] = Field(default_factory=dict)
+    """How often a domain or class may be seen, over all phases; without a number, as often as its weight wants."""
+    packing: Packing = "hard"
+    """hard: rows are always full; soft: documents that fit a row stay whole; document: one document a row."""
     batch_tokens: int = 8192
     """Tokens of one optimizer step, over all processes."""
     optim: OptimConfig = OptimConfig(lr=2e-3)
@@ -98,7 +107,7 @@ def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> 
         if numbers := finished(out, identity):
             return numbers
         tokenizer = Tokenizer.load(config.tokenizer)
-        corpus = open_corpus(config.data, tokenizer, out / "shards", heldout=config.heldout)
+        corpus = open_corpus(config.data, tokenizer, out / "shards", heldout=config.heldout, classes=config.classes)
         model = place(new_model(config, tokenizer), dtype=config.dtype, device=device)
         parameters = count_parameters(model)
         phases = Phases(config, corpus, model)
@@ -110,7 +119,7 @@ def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> 
         phases.enter(numbers["steps"] - 1)
         validation = validate(trainer, corpus, seq_len=config.phases[-1].seq_len, batch_tokens=config.batch_tokens)
         save(trainer, out, tokenizer.save)
-        numbers |= {"parameters": parameters, "heldout": validation, "sources": phases.mixture.report()}
+        numbers |= {"parameters": parameters, "heldout": validation, **phases.report()}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
 
@@ -137,12 +146,51 @@ class Phases:
         if not config.phases:
             raise ConfigError("phases: at least one is needed", remedy="for example phases: [{steps: 300}]")
         self.phases, self.model, self.config = config.phases, model, config
-        self.sizes = {name: float(shard.num_tokens) for name, shard in corpus.train.items()}
+        self.unscored = {name: count for name, count in corpus.unscored.items() if count}
+        epochs = epochs_by_source(config.epochs, config.classes, sources=corpus.train)
+        self.sizes = {name: shard.num_tokens * epochs.get(name, 1.0) for name, shard in corpus.train.items()}
         first = config.phases[0]
-        self.mixture = Mixture(corpus.train, first.weights or self.sizes, seed=config.seed)
-        self.source = PretrainSource(corpus.train, self.mixture, seq_len=first.seq_len, rows=self._rows(first))
+        self.mixture = Mixture(corpus.train, self._weights(first), seed=config.seed, epochs=epochs)
+        self.source = PretrainSource(
+            corpus.train, self.mixture, seq_len=first.seq_len, rows=self._rows(first), packing=config.packing
+        )
         for phase in config.phases:
             self._rows(phase)
+            check_weights(self._weights(phase), corpus.train)
+        if epochs and config.packing != "document":  # its rows are not full: what they use shows in the end
+            self._check_epochs({name: corpus.train[name].longest for name in epochs})
+        if current_world().is_main:
+            self.mixture.on_leave = self._tell
+            for name, count in self.unscored.items():
+                say(f"  pretrain: {count} documents of {name} have no score {config.classes[name].score!r}: no class")
+
+    def _weights(self, phase: Phase) -> dict[str, float]:
+        return weights_by_source(phase.weights, self.config.classes, sizes=self.sizes) if phase.weights else self.sizes
+
+    def _check_epochs(self, longest: Mapping[str, int]) -> None:
+        """ConfigError when a phase asks for more tokens than the epochs of its sources leave.
+
+        Documents are drawn whole: where a phase ends, each source is up to its longest document ahead of its share.
+        """
+        left = {name: size if name in longest else math.inf for name, size in self.sizes.items()}
+        for number, phase in enumerate(self.phases, 1):
+            tokens, reserve = phase.steps * self.config.batch_tokens, sum(longest.values()) if number > 1 else 0
+            used = expected_use(left, self._weights(phase), tokens + reserve)
+            if sum(used.values()) < tokens + reserve - 1:
+                raise ConfigError(
+                    f"phase {number} asks for {tokens:,} tokens, but the epochs of its sources leave "
+                    f"{max(sum(used.values()) - reserve, 0):,.0f}",
+                    remedy="raise epochs, take fewer steps, or give weight to more sources",
+                )
+            taken = expected_use(left, self._weights(phase), tokens)
+            left |= {name: left[name] - count for name, count in taken.items()}
+
+    def _tell(self, name: str) -> None:
+        say(f"  pretrain: {name} has been seen as often as its epochs allow; the others share its weight")
+
+    def report(self) -> dict[str, Any]:
+        """What was used of each source, how full the rows were, and documents without the score of their classes."""
+        return {"sources": self.mixture.report(), "fill": round(self.source.fill, 5), "unscored": self.unscored}
 
     def _rows(self, phase: Phase) -> int:
         rows, rest = divmod(self.config.batch_tokens, phase.seq_len * self.config.accumulate)
@@ -158,7 +206,7 @@ class Phases:
                 break
             step -= phase.steps
         self.model.set_rope_theta(phase.rope_theta)
-        self.mixture.set_weights(phase.weights or self.sizes)
+        self.mixture.set_weights(self._weights(phase))
         self.source.set_shape(seq_len=phase.seq_len, rows=self._rows(phase))
 
 

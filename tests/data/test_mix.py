@@ -4,12 +4,13 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puyu.data.mix import Mixture, permuted
+from puyu.data.mix import Mixture, expected_use, permuted
 from puyu.errors import CheckpointError, ConfigError
 
 
@@ -20,6 +21,10 @@ class Lengths:
     @property
     def num_docs(self):
         return len(self.lengths)
+
+    @property
+    def num_tokens(self):
+        return sum(self.lengths)
 
     def length(self, index):
         return self.lengths[index]
@@ -142,3 +147,111 @@ def test_a_foreign_state_is_refused():
 def test_bad_weights_are_named(weights, words):
     with pytest.raises(ConfigError, match=words):
         Mixture({**two(), "none": Lengths([])}, weights, seed=0)
+
+
+names = ("web", "web/high", "code")
+phases = st.lists(
+    st.tuples(st.tuples(*[st.integers(0, 5)] * 3).filter(any), st.integers(1, 25)), min_size=1, max_size=6
+)
+
+
+@given(
+    sizes=st.tuples(*[st.integers(1, 25)] * 3),
+    epochs=st.tuples(*[st.none() | st.floats(0.1, 4)] * 3),
+    phases=phases,
+    cuts=st.sets(st.integers(0, 60)),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=150, deadline=None)
+def test_epochs_bound_every_document_over_any_phases_and_resumes(sizes, epochs, phases, cuts, seed):
+    sources = {name: Lengths([1 + i * 7 % 13 for i in range(size)]) for name, size in zip(names, sizes, strict=True)}
+    allowed = {name: count for name, count in zip(names, epochs, strict=True) if count is not None}
+
+    def drawn(cuts):
+        mixture = Mixture(sources, {"web": 1}, seed=seed, epochs=allowed)
+        draws = []
+        for weights, count in phases:
+            mixture.set_weights(dict(zip(names, weights, strict=True)))
+            for _ in range(count):
+                if len(draws) in cuts:  # killed here: a new process goes on from the saved state
+                    state = json.loads(json.dumps(mixture.state()))
+                    mixture = Mixture(sources, {"code": 1}, seed=seed, epochs=allowed)
+                    mixture.load(state)
+                if not mixture.can_draw:
+                    break
+                draws.append(mixture.draw())
+                assert weights[names.index(draws[-1].source)] > 0
+        return draws, mixture
+
+    draws, mixture = drawn(set())
+    assert drawn(cuts)[0] == draws
+    counts = Counter((draw.source, draw.doc) for draw in draws)
+    for name, count in allowed.items():
+        seen = [counts[name, doc] for doc in range(sources[name].num_docs)]
+        assert max(seen) <= ceil(count) and max(seen) - min(seen) <= 1
+        tokens = sum(n * length for n, length in zip(seen, sources[name].lengths, strict=True))
+        limit = max(round(count * sources[name].num_tokens), 1)
+        assert tokens < limit + max(sources[name].lengths)
+        assert mixture.report()[name]["used_up"] == (tokens >= limit)
+
+
+def test_a_source_that_leaves_gives_its_weight_to_the_others():
+    sources = {name: Lengths([10] * 400) for name in "abc"}
+    mixture = Mixture(sources, {"a": 2, "b": 3, "c": 1}, seed=0, epochs={"a": 0.5, "b": 2})
+    left = []
+    mixture.on_leave = left.append
+    first = Counter(mixture.draw().source for _ in range(600))
+    assert first == {"a": 200, "b": 300, "c": 100} and left == ["a"]
+    assert Counter(mixture.draw().source for _ in range(400)) == {"b": 300, "c": 100}
+    assert Counter(mixture.draw().source for _ in range(400)) == {"b": 200, "c": 200} and left == ["a", "b"]
+    assert {name: row["used_up"] for name, row in mixture.report().items()} == {"a": True, "b": True, "c": False}
+    mixture.set_weights({"a": 1, "b": 9})
+    assert not mixture.can_draw
+    mixture.set_weights({"a": 1, "c": 1})
+    assert {mixture.draw().source for _ in range(9)} == {"c"}
+
+
+def test_whole_epochs_draw_every_document_that_often():
+    sources = two(31, 17)
+    mixture = Mixture(sources, {"web": 1, "code": 5}, seed=4, epochs={"web": 1, "code": 3})
+    counts = Counter()
+    while mixture.can_draw:
+        counts[mixture.draw()] += 1
+    assert sorted(counts.values()) == [1] * 31 + [3] * 17
+
+
+@given(
+    sizes=st.tuples(*[st.integers(20, 200)] * 3),
+    weights=st.tuples(*[st.integers(1, 9)] * 3),
+    share=st.floats(0.1, 1.2),
+)
+@settings(max_examples=40, deadline=None)
+def test_expected_use_is_what_a_mixture_draws(sizes, weights, share):
+    sources = {name: Lengths([3] * size) for name, size in zip(names, sizes, strict=True)}
+    given = dict(zip(names, weights, strict=True))
+    left = {name: source.num_tokens for name, source in sources.items()}
+    tokens = int(share * sum(left.values()))
+    mixture = Mixture(sources, given, seed=0, epochs=dict.fromkeys(names, 1))
+    drawn = Counter()
+    while drawn.total() < tokens and mixture.can_draw:
+        drawn[mixture.draw().source] += 3
+    expected = expected_use(left, given, tokens)
+    assert sum(expected.values()) == pytest.approx(min(tokens, sum(left.values())))
+    for name in names:
+        assert abs(expected[name] - drawn[name]) <= 9 and expected[name] <= left[name] + 1e-6
+
+
+def test_expected_use_without_end():
+    assert expected_use({"a": 10, "b": float("inf")}, {"a": 1, "b": 1}, 100) == pytest.approx({"a": 10, "b": 90})
+    assert expected_use({"a": 10, "b": 0}, {"a": 1, "b": 1}, 100) == {"a": 10, "b": 0}
+
+
+def test_bad_epochs_are_named_and_other_epochs_are_another_run():
+    with pytest.raises(ConfigError, match="unknown source 'wbe'"):
+        Mixture(two(), {"web": 1}, seed=0, epochs={"wbe": 1})
+    for bad in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="epochs of 'web' must be"):
+            Mixture(two(), {"web": 1}, seed=0, epochs={"web": bad})
+    state = Mixture(two(), {"web": 1}, seed=0, epochs={"web": 1}).state()
+    with pytest.raises(CheckpointError, match="tokens to draw"):
+        Mixture(two(), {"web": 1}, seed=0, epochs={"web": 2}).load(state)

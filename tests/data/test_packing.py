@@ -1,5 +1,6 @@
 """Packing: nothing lost, nothing invented, and the same global stream for every world size."""
 
+import itertools
 import json
 from collections import Counter
 from itertools import pairwise
@@ -91,8 +92,7 @@ def test_every_token_is_seen_once_and_every_successor_predicted_once(shards):
         keep = batch.weights_T > 0
         predicted.update(zip(batch.tokens_T[keep].tolist(), batch.targets_T[keep].tolist(), strict=True))
     # Both sources have been drawn whole at least once; only the open remainder may be missing.
-    carry = source.state()["carry"]
-    rest = shards[carry[0]].doc(carry[1])[0][carry[2] :].tolist() if carry else []
+    rest = [id for name, doc, begin in source.state()["waiting"] for id in shards[name].doc(doc)[0][begin:].tolist()]
     assert set(range(total)) - set(seen) <= set(rest)
     pairs = {(a, b) for ids in documents(shards) for a, b in pairwise(ids)}
     assert set(predicted) <= pairs
@@ -164,6 +164,32 @@ def test_a_loss_mask_follows_its_document_across_a_cut(tmp_path):
     batch = source.next_batch()
     assert batch.targets_T.tolist()[:5] == [11, 12, 13, 14, 15]
     assert batch.weights_T.tolist() == [1, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("packing", ["hard", "soft", "document"])
+def test_two_epochs_are_batches_of_every_token_and_target_twice(shards, packing):
+    mixture = Mixture(shards, {"web": 1, "code": 1}, seed=3, epochs={"web": 2, "code": 2})
+    source = PretrainSource(shards, mixture, seq_len=16, rows=4, packing=packing)
+    ranks = [PretrainSource(shards, mixture, seq_len=16, rows=4, packing=packing) for _ in range(2)]
+    seen, predicted = Counter(), Counter()
+    with pytest.raises(ConfigError, match="used up"):
+        for step in itertools.count():
+            state, batch = json.loads(json.dumps(source.state())), source.next_batch()
+            seen.update(batch.tokens_T.tolist())
+            keep = batch.weights_T > 0
+            predicted.update(zip(batch.tokens_T[keep].tolist(), batch.targets_T[keep].tolist(), strict=True))
+            if step % 5 == 0:  # two processes that go on here have the same tokens between them
+                after, parts = source.state(), Counter()
+                for rank, other in enumerate(ranks):
+                    other.load(state)
+                    half = other.next_batch(rank=rank, world=2)
+                    parts.update(half.tokens_T.tolist() if len(batch.starts_S) > 1 or rank == 0 else [])
+                    assert other.state() == after
+                assert parts == Counter(batch.tokens_T.tolist())
+                source.load(after)
+    assert seen == {id: 2 for ids in documents(shards) for id in ids}
+    assert predicted == {pair: 2 for ids in documents(shards) for pair in pairwise(ids)}
+    assert source.fill == pytest.approx({"hard": 1.0, "soft": 0.99, "document": 0.75}[packing], abs=0.03)
 
 
 @given(lengths=st.lists(st.integers(2, 50), min_size=3, max_size=30), seed=st.integers(0, 9))

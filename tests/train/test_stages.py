@@ -18,7 +18,7 @@ from puyu.errors import CheckpointError, ConfigError, InputError
 from puyu.model.checkpoint import load_model, load_scalar_model
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train import pretrain, reward, sft
-from puyu.train.corpus import choose_heldout, framed, open_corpus
+from puyu.train.corpus import KeptRows, choose_heldout, framed, open_corpus
 from puyu.train.objectives import lm_loss
 from puyu.train.scoring import FILE, RewardModel, scoring_ids
 from puyu.types import Conversation, Message
@@ -70,7 +70,7 @@ def test_pretrain_saves_a_checkpoint_of_the_last_phase(world):
 def test_validation_loss_and_bits_per_byte_against_the_definition(world):
     root, numbers = world
     tokenizer = Tokenizer.load(root / "tokenizer")
-    chosen, _ = choose_heldout(root / "data" / "kept.jsonl", 0.1)
+    chosen, _ = choose_heldout(KeptRows(root / "data" / "kept.jsonl", {}), 0.1)
     corpus = open_corpus(root / "data", tokenizer, root / "pretrain" / "shards", heldout=0.1)
     model = load_model(root / "pretrain", dtype=torch.float64)
     assert chosen and set(numbers["pretrain"]["heldout"]) == {"en", "zh"}
