@@ -61,22 +61,29 @@ class ShardWriter:
     def append(self, ids: Sequence[int] | np.ndarray, loss: Sequence[bool] | np.ndarray | None = None) -> None:
         """Add one document; `loss` (one bool a token) is all-true when left out. Empty documents are refused."""
         ids_T = np.asarray(ids)
-        if ids_T.size == 0:
-            raise InputError(
-                f"{self.prefix}: document {len(self._ends)} has no tokens", remedy="drop it before writing"
-            )
-        if ids_T.min() < 0 or ids_T.max() >= self.vocab_size:
-            raise InputError(
-                f"{self.prefix}: a token id of document {len(self._ends)} is outside 0..{self.vocab_size - 1}"
-            )
         if loss is not None:
             mask_T = np.asarray(loss, dtype=bool)
             assert mask_T.shape == ids_T.shape, "one loss flag for each token"
             self._masks.append((self.num_tokens, mask_T))
+        self.extend([ids_T])
+
+    def extend(self, docs: Sequence[np.ndarray]) -> None:
+        """Add documents without masks."""
+        if not docs:
+            return
+        sizes, first = np.array([len(doc) for doc in docs]), len(self._ends)
+        if not sizes.all():
+            empty = first + int(sizes.argmin())
+            raise InputError(f"{self.prefix}: document {empty} has no tokens", remedy="drop it before writing")
+        ids_T = np.concatenate(docs)
+        if ids_T.min() < 0 or ids_T.max() >= self.vocab_size:
+            wrong = int(np.flatnonzero((ids_T < 0) | (ids_T >= self.vocab_size))[0])
+            number = first + int(np.searchsorted(np.cumsum(sizes), wrong, side="right"))
+            raise InputError(f"{self.prefix}: a token id of document {number} is outside 0..{self.vocab_size - 1}")
         with disk_errors(self.prefix):
-            self._tokens.write(ids_T.astype(self.dtype).tobytes())
+            self._tokens.write(ids_T.astype(self.dtype).data)
+        self._ends += (self.num_tokens + np.cumsum(sizes)).tolist()
         self.num_tokens += ids_T.size
-        self._ends.append(self.num_tokens)
 
     def close(self) -> ShardInfo:
         """Finish the data files, then write the header."""

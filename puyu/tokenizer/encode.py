@@ -10,17 +10,19 @@ normalizer other than NFC. Single texts that NFC may change, or that spell an ad
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from puyu.tokenizer.bpe import base_tokens, char_to_byte, to_chars
 from puyu.tokenizer.library import MAX_ID, MAX_MERGES, Encoder, Handle, load
 from puyu.tokenizer.pattern import GPT2, Program, compile_pattern
 
+I = TypeVar("I")
 _LATIN1 = {ord(char): chr(byte) for char, byte in char_to_byte().items()}
 
 
@@ -68,15 +70,24 @@ class FastEncoder:
 
     def encode(self, texts: Sequence[str], *, special: bool = False) -> list[list[int] | None]:
         """Ids of each text, on all cores; None for a text that is left to `tokenizers`."""
+        encoder, splitter = self._native
+        return self._unless_left(texts, special, lambda encoded: encoder.lists(encoded, splitter))
+
+    def arrays(self, texts: Sequence[str]) -> list[NDArray[np.int32] | None]:
+        """`encode` of plain texts as arrays."""
+        encoder, splitter = self._native
+        return self._unless_left(texts, False, lambda encoded: encoder.arrays(encoded, splitter))
+
+    def _unless_left(
+        self, texts: Sequence[str], special: bool, encode: Callable[[list[bytes]], list[I | None]]
+    ) -> list[I | None]:
         names = self.added + self.special if special else self.added
         left = [any(name in text for name in names) for text in texts] if names else [False] * len(texts)
         try:
             encoded = [b"" if skip else text.encode("utf-8") for text, skip in zip(texts, left, strict=True)]
         except UnicodeEncodeError:  # a lone surrogate: `tokenizers` says what is wrong
             return [None] * len(texts)
-        encoder, splitter = self._native
-        found = encoder.lists(encoded, splitter)
-        return [None if skip else ids for ids, skip in zip(found, left, strict=True)]
+        return [None if skip else ids for ids, skip in zip(encode(encoded), left, strict=True)]
 
 
 def pattern_of(content: Mapping[str, Any]) -> str | None:

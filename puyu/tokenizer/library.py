@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ LIBRARY = Library("bpe", SOURCE, FLAGS, without="texts are encoded by `tokenizer
 MAX_ID, MAX_MERGES = (1 << 20) - 1, (1 << 24) - 1
 """What the tables hold; larger vocabularies are left to `tokenizers`."""
 _SHARE = 1 << 16  # bytes that are worth a thread
+I = TypeVar("I")
 _ROOM = 8  # ids that a cached piece may write past its end
 
 
@@ -178,24 +179,35 @@ class Encoder:
 
     def lists(self, texts: Sequence[bytes], splitter: Handle) -> list[list[int] | None]:
         """Ids of each text, on all cores; None where one holds foreign characters."""
+        return self._shared(texts, lambda ids, ends: _cut(ids.tolist(), ends), splitter)
+
+    def arrays(self, texts: Sequence[bytes], splitter: Handle) -> list[NDArray[np.int32] | None]:
+        """The same as arrays, which share their memory."""
+        return self._shared(texts, _cut, splitter)
+
+    def _shared(
+        self, texts: Sequence[bytes], cut: Callable[[NDArray[np.int32], list[int]], list[I | None]], splitter: Handle
+    ) -> list[I | None]:
+        def encoded(part: Sequence[bytes]) -> list[I | None]:
+            ids, ends = self.encode(Packed(part), splitter)
+            places = ends.tolist()
+            last = max(places[-1], ~places[-1]) if places else 0
+            return cut(ids[:last], places)
+
         shares = _shares(texts, _threads(sum(map(len, texts))))
         if len(shares) == 1:
-            return self._lists(texts, splitter)
-        parts = [texts[share] for share in shares]
-        with ThreadPoolExecutor(len(parts)) as pool:
-            done = pool.map(lambda part: self._lists(part, splitter), parts)
-            return [ids for found in done for ids in found]
+            return encoded(texts)
+        with ThreadPoolExecutor(len(shares)) as pool:
+            return [ids for found in pool.map(encoded, [texts[share] for share in shares]) for ids in found]
 
-    def _lists(self, texts: Sequence[bytes], splitter: Handle) -> list[list[int] | None]:
-        ids, ends = self.encode(Packed(texts), splitter)
-        found: list[list[int] | None] = []
-        places = ends.tolist()
-        last = max(places[-1], ~places[-1]) if places else 0
-        flat, begin = ids[:last].tolist(), 0
-        for end in places:
-            found.append(flat[begin:end] if end >= 0 else None)
-            begin = max(end, ~end)
-        return found
+
+def _cut(ids: Any, ends: Sequence[int]) -> list[Any]:
+    """Stretches of ids up to each end; None where the end is negative."""
+    found, begin = [], 0
+    for end in ends:
+        found.append(ids[begin:end] if end >= 0 else None)
+        begin = max(end, ~end)
+    return found
 
 
 class Pieces:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from puyu.errors import InputError
@@ -115,9 +117,20 @@ class Tokenizer:
         """`encode` of many plain texts, on all cores."""
         texts = list(texts)
         found = self._fast.encode(texts) if self._fast else [None] * len(texts)
+        rest = self._rest(texts, found)
+        return [next(rest) if ids is None else ids for ids in found]
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """`encode_batch` as arrays of int32, which may share their memory."""
+        texts = list(texts)
+        found = self._fast.arrays(texts) if self._fast else [None] * len(texts)
+        rest = self._rest(texts, found)
+        return [np.array(next(rest), dtype=np.int32) if ids is None else ids for ids in found]
+
+    def _rest(self, texts: Sequence[str], found: Sequence[object]) -> Iterator[list[int]]:
+        """Ids of the texts of which nothing was found."""
         left = [text for text, ids in zip(texts, found, strict=True) if ids is None]
-        rest = iter(self._plain.encode_batch_fast(left, add_special_tokens=False) if left else ())
-        return [next(rest).ids if ids is None else ids for ids in found]
+        return (ids.ids for ids in (self._plain.encode_batch_fast(left, add_special_tokens=False) if left else ()))
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""

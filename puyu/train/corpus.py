@@ -12,14 +12,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 from msgspec import MsgspecError, Struct
 from msgspec.json import Decoder
+from numpy.typing import NDArray
 
 from puyu.data.classes import Classes
 from puyu.data.shards import ShardWriter, TokenShard
@@ -38,6 +41,7 @@ from puyu.log import Progress
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.parallel import current_world
 
+Ids = NDArray[np.int32]
 _BATCH_BYTES = 1 << 22
 
 
@@ -94,37 +98,57 @@ def _write(rows: KeptRows, tokenizer: Tokenizer, folder: Path, *, heldout: float
     rows.check(counts)
     byte_counts: Counter[str] = Counter()
     unscored = dict.fromkeys(rows.classes, 0)
-    bar = Progress("tokenize", counts.total(), unit="B")
+    bar = Progress("tokenize", counts.total(), unit="tok")
+    numbered = enumerate(rows)
     with ExitStack() as stack:
         writers: dict[tuple[str, str], ShardWriter] = {}
-        for batch in _batches(rows):
-            encoded = tokenizer.encode_batch([row.text for row in batch])
-            for row, ids in zip(batch, encoded, strict=True):
-                size = len(row.text.encode())
+        for batch, encoded in _encoded(numbered, tokenizer):
+            found: dict[tuple[str, str], list[NDArray[np.int32]]] = {}
+            for (number, row), ids in zip(batch, encoded, strict=True):
                 place = ("train", row.source)
-                if _hash(row.text) in chosen:
+                if number in chosen:
                     place = ("heldout", row.language)
-                    byte_counts[row.language] += size
+                    byte_counts[row.language] += len(row.text.encode())
                 elif row.unscored:
                     unscored[row.source] += 1
+                found.setdefault(place, []).append(ids)
+            for place, docs in found.items():
                 if place not in writers:
                     shard = ShardWriter(
                         folder / _name(*place), tokenizer_hash=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size
                     )
                     writers[place] = stack.enter_context(shard)
-                writers[place].append(framed(ids, tokenizer))
-                bar.update(work=size)
+                writers[place].extend(docs)
+            bar.update(len(batch), work=sum(map(len, encoded)))
     bar.close()
     sources = sorted(name for kind, name in writers if kind == "train")
     index = {"key": key, "train": sources, "heldout": dict(sorted(byte_counts.items())), "unscored": unscored}
     write_json(folder / "index.json", index)
 
 
-def framed(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+def _encoded(rows: Iterable[Numbered], tokenizer: Tokenizer) -> Iterator[tuple[list[Numbered], list[Ids]]]:
+    """Batches with their ids; the next one is read while one is encoded."""
+
+    def encode(batch: list[Numbered]) -> list[Ids]:
+        return [framed(ids, tokenizer) for ids in tokenizer.encode_arrays([row.text for _, row in batch])]
+
+    with ThreadPoolExecutor(1) as pool:
+        before: tuple[list[Numbered], Future[list[Ids]]] | None = None
+        for batch in _batches(rows):
+            now = batch, pool.submit(encode, batch)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = now
+        if before is not None:
+            yield before[0], before[1].result()
+
+
+def framed(ids: Ids, tokenizer: Tokenizer) -> Ids:
     """A document as the model sees it: `<s>` ids `</s>`, as far as the tokenizer has them."""
-    ends = ([tokenizer.bos_id], [tokenizer.eos_id])
-    before, after = ([id for id in end if id is not None] for end in ends)
-    return [*before, *ids, *after]
+    before, after = (
+        np.array([] if id is None else [id], dtype=np.int32) for id in (tokenizer.bos_id, tokenizer.eos_id)
+    )
+    return np.concatenate([before, ids, after])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +159,10 @@ class KeptRow:
     source: str
     language: str
     unscored: bool
+
+
+Numbered = tuple[int, KeptRow]
+"""A row and its number in the file, from 0."""
 
 
 class _Row(Struct):
@@ -192,11 +220,11 @@ class KeptRows:
                     )
 
 
-def _batches(rows: Iterable[KeptRow]) -> Iterator[list[KeptRow]]:
-    """KeptRows in groups of a few megabytes: enough for all cores of the tokenizer."""
+def _batches(rows: Iterable[Numbered]) -> Iterator[list[Numbered]]:
+    """Rows in groups of a few megabytes: enough for all cores of the tokenizer."""
     batch, size = [], 0
-    for row in rows:
-        batch.append(row)
+    for number, row in rows:
+        batch.append((number, row))
         size += len(row.text)
         if size >= _BATCH_BYTES:
             yield batch
@@ -210,20 +238,20 @@ def _hash(text: str) -> int:
 
 
 def choose_heldout(rows: KeptRows, share: float) -> tuple[set[int], Counter[str]]:
-    """Hashes of the texts to hold out, and the rows of each source. No source is emptied; share 0 holds out nothing."""
-    seen: dict[str, list[tuple[int, str]]] = {}
+    """Numbers of the rows to hold out, and the rows of each source. No source is emptied; share 0 holds out nothing."""
+    seen: dict[str, list[tuple[int, str, int]]] = {}
     counts = Counter[str]()
-    for row in rows:
-        seen.setdefault(row.language, []).append((_hash(row.text), row.source))
+    for number, row in enumerate(rows):
+        seen.setdefault(row.language, []).append((_hash(row.text), row.source, number))
         counts[row.source] += 1
     if not counts:
         raise InputError(f"{rows.path} holds no document", remedy="loosen the filters of the data stage")
-    chosen: set[int] = set()
+    hashes: set[int] = set()
     left = counts.copy()
     for found in seen.values():
-        for rank, (value, source) in enumerate(sorted(found)):
+        for rank, (value, source, _) in enumerate(sorted(found)):
             wanted = value < share * 16**15 or (rank == 0 and share > 0)
             if wanted and left[source] > 1:
-                chosen.add(value)
+                hashes.add(value)
                 left[source] -= 1
-    return chosen, counts
+    return {number for found in seen.values() for value, _, number in found if value in hashes}, counts

@@ -18,7 +18,7 @@ from puyu.errors import CheckpointError, ConfigError, InputError
 from puyu.model.checkpoint import load_model, load_scalar_model
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train import pretrain, reward, sft
-from puyu.train.corpus import KeptRows, choose_heldout, framed, open_corpus
+from puyu.train.corpus import KeptRows, choose_heldout, open_corpus
 from puyu.train.objectives import lm_loss
 from puyu.train.scoring import FILE, RewardModel, scoring_ids
 from puyu.types import Conversation, Message
@@ -79,7 +79,7 @@ def test_validation_loss_and_bits_per_byte_against_the_definition(world):
         size = sum(len(text.encode()) for text in texts)
         total = weight = 0.0
         for text in texts:
-            ids = framed(tokenizer.encode(text), tokenizer)
+            ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
             cuts = [ids[i : i + 129] for i in range(0, len(ids), 128)]  # one token more: the target over the cut
             for cut in cuts:
                 output = lm_loss(model, pack_documents([(cut, None)]))
