@@ -368,6 +368,7 @@ def _evaluation(index: Index, at: int, rows: Mapping[int, dict[str, Any]]) -> di
         "hash": index.evaluations[at].hash,
         "items": len(numbers),
         "too_short": sizes.pop(0, 0),
+        "too_short_ids": [index.items[number].id for number in numbers if not index.items[number].size],
         "n": {str(size): count for size, count in sorted(sizes.items())},
         "touched": len(found),
         "contaminated": sum(row["contaminated"] for row in found),
