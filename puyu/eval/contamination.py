@@ -24,8 +24,7 @@ SUBSETS: tuple[Subset, ...] = ("clean", "contaminated", "unknown")
 
 
 def files_of(checkpoint: Path) -> list[Path]:
-    """The reports beside all that the checkpoint was made of, sorted; a path that is no artifact (a hub name, somebody's
-    folder) has none."""
+    """The reports beside all that the checkpoint was made of, sorted; a hub name or somebody's folder has none."""
     return sorted({node.path / FILE for node in _made_of(checkpoint) if (node.path / FILE).is_file()})
 
 
@@ -47,7 +46,7 @@ def _nodes(node: Node) -> Iterator[Node]:
 
 
 def split(file: Path, ids: Sequence[str], reports: Sequence[Contamination]) -> dict[str, Subset]:
-    """Id -> its subset; nothing where there is no report. A file that a report does not know is not known as a whole."""
+    """Id -> its subset; nothing where there is no report. Of a file that a report does not know, nothing is clean."""
     if not reports:
         return {}
     known = [report.verdicts(file) for report in reports]
