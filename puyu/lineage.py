@@ -72,10 +72,10 @@ def find_lineage(folder: Path) -> Lineage | None:
 
 
 def input_of(name: str, path: Path) -> Input:
-    """Describe an input: an artifact by its stage key, anything else by its content."""
+    """Describe an input: an artifact, or a file that its stage wrote, by the stage key; all else by its content."""
     found = find_lineage(path) if path.is_dir() else None
-    if found is None and path.is_file():
-        found = find_lineage(path.parent)
+    if found is None and path.is_file() and (made := find_lineage(path.parent)) and path.name in made.outputs:
+        found = made
     return Input(name, str(path), found.key if found else hash_path(path))
 
 

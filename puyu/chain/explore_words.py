@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from puyu.data.filters import ChinesePolicy, CodePolicy, WordPolicy
 
@@ -182,8 +182,3 @@ def score_title(score: str, policy: WordPolicy | ChinesePolicy | CodePolicy, wor
     described = type(policy).model_fields
     rule = next((name for name in (f"{score}_min", f"{score}_max") if name in described), "")
     return _BOUND.split(described[rule].description or "")[0] if rule else ""
-
-
-def missing_words() -> list[str]:
-    """Labels that the Chinese page would show in English."""
-    return [item.name for item in fields(Words) if getattr(ZH, item.name) == getattr(Words(), item.name)]

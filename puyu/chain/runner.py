@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from puyu.chain.stages import Stage
 from puyu.configure import Config, dump
+from puyu.documents.contamination import FILE as CONTAMINATION
 from puyu.errors import InputError, PuyuError, ResourceError
 from puyu.files import clear_folder, disk_errors, hash_file, hash_json, read_json, write_json
 from puyu.lineage import (
@@ -34,7 +35,8 @@ from puyu.lineage import (
 )
 
 MARK = "stage.json"
-_NOT_OUTPUTS = {FILE, MARK, "metrics.jsonl", "server.log"}
+_NOT_OUTPUTS = {FILE, MARK, CONTAMINATION, "metrics.jsonl", "server.log"}
+"""A report of contamination is put beside the corpus later: it changes neither the stage nor what was made of it."""
 _NOT_OUTPUT_FOLDERS = {"train_state", "tensorboard"}
 
 

@@ -2,7 +2,7 @@
 
 puyu data CONFIG.yaml --out DIR        raw files -> clean documents (as every stage)
 puyu data check FILE ...               what is wrong with a fine-tuning or preference set, line by line
-puyu data convert FROM TO --to FORM    one form of a fine-tuning set as another
+puyu data convert FROM TO --to FORM    one form of a fine-tuning or preference set as another
 puyu data why DIR ID                   what became of one document
 puyu data export DIR FILE.parquet      clean documents for other tools
 puyu data what-if | policy | stats | explore | borderline       what was decided, and what other thresholds would
@@ -56,35 +56,30 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _check(arguments: Sequence[str]) -> int:
-    from puyu.data.check import check, lines_of
-    from puyu.data.formats import FORMS, form_named
+    from puyu.data.check import FORM_NAMES, check, lines_of
 
-    forms = [form.name for form in FORMS]
     options = argparse.ArgumentParser(prog="puyu data check", description="What is wrong with a set, line by line.")
     options.add_argument("files", nargs="+", type=Path, help="JSONL, JSON or CSV")
-    options.add_argument("--form", choices=forms, help="what it should be [told by its fields]")
+    options.add_argument("--form", choices=FORM_NAMES, default="", help="what it should be [told by its fields]")
     options.add_argument("--limit", type=int, default=20, metavar="N", help="findings to show of a file [20]")
     given = options.parse_args(list(arguments))
     errors = 0
     for path in given.files:
-        report = check(path, form=form_named(given.form) if given.form else None)
+        report = check(path, form=given.form)
         print("\n".join(lines_of(report, limit=given.limit)))
         errors += report.errors
     return 1 if errors else 0
 
 
 def _convert(arguments: Sequence[str]) -> int:
-    from puyu.data.check import convert
-    from puyu.data.formats import FORMS, form_named
+    from puyu.data.check import FORM_NAMES, convert
 
-    forms = [form.name for form in FORMS]
     options = argparse.ArgumentParser(prog="puyu data convert", description="One form of a set as another.")
     options.add_argument("source", type=Path, metavar="FROM", help="JSONL, JSON or CSV")
     options.add_argument("target", type=Path, metavar="TO", help=".jsonl (also .gz, .zst), .json or .csv")
-    options.add_argument("--to", choices=forms, default="openai", help="[openai]")
-    options.add_argument("--form", choices=forms, help="what FROM is [told by its fields]")
+    options.add_argument("--to", choices=FORM_NAMES, default="openai", help="[openai]")
+    options.add_argument("--form", choices=FORM_NAMES, default="", help="what FROM is [told by its fields]")
     given = options.parse_args(list(arguments))
-    form = form_named(given.form) if given.form else None
-    count = convert(given.source, given.target, to=form_named(given.to), form=form)
+    count = convert(given.source, given.target, to=given.to, form=given.form)
     say(f"{given.target}: {count} records, {given.to}")
     return 0

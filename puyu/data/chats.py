@@ -1,9 +1,9 @@
 """JSONL of conversations and preferences -> Conversation, Preference. Torch-free.
 
 A conversation line is OpenAI's form, `{"messages": [...], "tools": [...]?}`, or another one of `puyu.data.formats`
-(ShareGPT, Alpaca, XTuner, text), told by its fields. A preference line has `prompt` (text or
-messages), `chosen`, `rejected` (text, a message, or a list with one message), `tools`? and `domain`? A torn line is
-quarantined and counted; a line that is valid JSON but no record is an error that names file, line and field.
+(ShareGPT, Alpaca, XTuner, text), told by its fields. A preference line has `prompt`, `chosen`, `rejected` and
+`domain`?, or another form of `puyu.data.preferences`. A torn line is quarantined and counted; a line that is valid JSON
+but no record is an error that names file, line and field.
 
     >>> records, torn = read_conversations(Path("sft.jsonl"))
 """
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from puyu.data.formats import form_of
+from puyu.data.preferences import preference_of
 from puyu.errors import InputError
 from puyu.files import BadRecord, read_jsonl_lines
-from puyu.types import Conversation, Message, Preference
+from puyu.types import Conversation, Preference
 
 R = TypeVar("R")
 
@@ -53,35 +54,3 @@ def conversation_of(value: Mapping[str, Any]) -> Conversation:
     if not any(message.role == "assistant" for message in conversation.messages):
         raise InputError("the record has no assistant turn, so there is nothing to learn")
     return conversation
-
-
-def preference_of(value: Mapping[str, Any]) -> Preference:
-    """One record; the answers are assistant turns."""
-    for name in ("prompt", "chosen", "rejected"):
-        if name not in value:
-            raise InputError(
-                f"a preference needs the field {name!r}", remedy="fields: prompt, chosen, rejected, domain"
-            )
-    prompt = value["prompt"]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if not isinstance(messages, list) or not messages:
-        raise InputError("field 'prompt' must be text or a list of messages")
-    return Preference(
-        prompt=Conversation.from_openai({"messages": messages, "tools": value.get("tools")}),
-        chosen=_answer(value["chosen"], "chosen"),
-        rejected=_answer(value["rejected"], "rejected"),
-        domain=str(value.get("domain") or "default"),
-    )
-
-
-def _answer(value: Any, name: str) -> Message:
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise InputError(f"field {name!r} must hold exactly one message, not {len(value)}")
-        value = value[0]
-    message = Message("assistant", value) if isinstance(value, str) else None
-    if message is None and isinstance(value, Mapping):
-        message = Message.from_openai({"role": "assistant", **value})
-    if message is None or message.role != "assistant":
-        raise InputError(f"field {name!r} must be text or an assistant message")
-    return message

@@ -30,7 +30,7 @@ from puyu.documents.characters import folded
 from puyu.documents.contamination import FORMAT, load_contamination
 from puyu.documents.document import Document
 from puyu.documents.stages import Drop, Scores, Verdict
-from puyu.documents.texts import Texts, load
+from puyu.documents.texts import Texts, load, with_room
 from puyu.errors import ConfigError, InputError
 from puyu.files import hash_file, read_jsonl_lines
 
@@ -165,14 +165,16 @@ class _Table:
         if library is None:
             rows = [row for at, text in enumerate(texts) for row in self._slow_places(at, text)]
             return np.array(rows, dtype=np.int64).reshape(-1, 4)
-        packed, room, found = Texts(texts), 1024, np.zeros(1, dtype=np.int64)
-        while True:
+        packed, found = Texts(texts), np.zeros(1, dtype=np.int64)
+
+        def fill(room: int) -> tuple[int, NDArray[np.int64]]:
             places = np.empty((room, 4), dtype=np.int64)
             sizes = ctypes.c_int64(self.n), self._native, places, ctypes.c_int64(room), found
             library.call("puyu_overlaps", packed.native, *sizes)
-            if found[0] <= room:
-                return places[: found[0]]
-            room = int(found[0])
+            return int(found[0]), places
+
+        count, places = with_room(fill, 1024)
+        return places[:count]
 
     def _slow_places(self, at: int, text: str) -> Iterator[tuple[int, int, int, int]]:
         """What the library does, for one text."""
@@ -368,6 +370,7 @@ def _evaluation(index: Index, at: int, rows: Mapping[int, dict[str, Any]]) -> di
         "hash": index.evaluations[at].hash,
         "items": len(numbers),
         "too_short": sizes.pop(0, 0),
+        "too_short_ids": [index.items[number].id for number in numbers if not index.items[number].size],
         "n": {str(size): count for size, count in sorted(sizes.items())},
         "touched": len(found),
         "contaminated": sum(row["contaminated"] for row in found),

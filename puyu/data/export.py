@@ -1,6 +1,7 @@
-"""Clean documents for other tools: Parquet, JSONL (plain, .gz, .zst) or plain text, all of them or some.
+"""Clean documents for other tools: Parquet, JSONL (plain, .gz, .zst), WanJuan's records or plain text, all or some.
 
     count = export(Path("runs/web/data"), Path("web.parquet"), language="zh")
+    count = export_wanjuan(Path("runs/web/data"), Path("web.jsonl.zst"), quarantine=print)
 
 Parquet has the columns id, source, domain, language, text, metadata (JSON) and scores (a map from name to number), and
 reads back with `kind: parquet`. Memory holds a thousand documents; the file appears when it is whole.
@@ -9,13 +10,15 @@ reads back with `kind: parquet`. Memory holds a thousand documents; the file app
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from puyu.data.corpus import documents
+from puyu.documents.interleaved import write_interleaved
 from puyu.errors import ConfigError, InputError
-from puyu.files import atomic_write, read_jsonl, write_jsonl
+from puyu.files import Quarantine, atomic_write, read_jsonl, write_jsonl
 
 FORMS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 _ROWS = 1024
@@ -26,9 +29,7 @@ def export(folder: Path, target: Path, **wanted: str) -> int:
 
     ConfigError for a form that is not known, InputError when nothing fits.
     """
-    form = next((form for form in FORMS if target.name.endswith(form)), None)
-    if form is None:
-        raise ConfigError(f"{target} has no form that is known", remedy=f"name it *{', *'.join(FORMS)}")
+    form = _form_of(target, FORMS)
     path = folder / "kept.jsonl" if folder.is_dir() else folder
     rows = (row for row in read_jsonl(path) if all(row.get(name) == value for name, value in wanted.items()))
     first = next(rows, None)
@@ -38,6 +39,27 @@ def export(folder: Path, target: Path, **wanted: str) -> int:
     if form == ".parquet":
         return _write_parquet(target, found)
     return _write_text(target, found) if form == ".txt" else write_jsonl(target, found)
+
+
+def export_wanjuan(folder: Path, target: Path, *, quarantine: Quarantine, **wanted: str) -> int:
+    """Write the same documents as WanJuan's records (text, and text with pictures in place); returns how many.
+
+    A row without text, and a text with a link to a picture that its metadata do not list, goes to quarantine.
+    """
+    _form_of(target, tuple(form for form in FORMS if form.startswith(".jsonl")))
+    found = documents([folder], quarantine=quarantine)
+    chosen = (one for one in found if all(getattr(one, name) == value for name, value in wanted.items()))
+    first = next(chosen, None)
+    if first is None:
+        raise InputError(f"{folder} holds no document of {wanted or 'any kind'}")
+    return write_interleaved(target, chain([first], chosen), quarantine=quarantine)
+
+
+def _form_of(target: Path, forms: Sequence[str]) -> str:
+    for form in forms:
+        if target.name.endswith(form):
+            return form
+    raise ConfigError(f"{target} has no form that is known", remedy=f"name it *{', *'.join(forms)}")
 
 
 def _write_text(target: Path, rows: Iterable[Mapping[str, Any]]) -> int:

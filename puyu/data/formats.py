@@ -55,7 +55,8 @@ def form_named(name: str) -> Form:
     raise ConfigError(f"unknown form {name!r}", remedy=f"one of: {', '.join(form.name for form in FORMS)}")
 
 
-def _text(record: Record, name: str, *, default: str | None = None) -> str:
+def text_field(record: Record, name: str, *, default: str | None = None) -> str:
+    """A field that must be text; InputError names it."""
     value = record.get(name, default)
     if value is None and default is not None:
         return default
@@ -95,14 +96,14 @@ _NAMES = {"user": "human", "assistant": "gpt", "system": "system", "tool": "obse
 
 
 def _read_sharegpt(record: Record) -> Conversation:
-    messages = [Message("system", text)] if (text := _text(record, "system", default="")) else []
+    messages = [Message("system", text)] if (text := text_field(record, "system", default="")) else []
     for index, turn in enumerate(_items(record, "conversations")):
         speaker = turn.get("from", turn.get("role"))
         role = _SPEAKERS.get(str(speaker).lower())
         place = f"conversations[{index}]"
         if role is None:
             raise InputError(f"{place}: unknown speaker {speaker!r}", remedy=f"one of: {', '.join(_SPEAKERS)}")
-        value = _text(turn, "value" if "value" in turn else "content")
+        value = text_field(turn, "value" if "value" in turn else "content")
         if role == "call":
             messages.append(Message("assistant", tool_calls=tuple(_calls(value, place))))
         else:
@@ -146,24 +147,25 @@ def _write_sharegpt(conversation: Conversation) -> dict[str, Any]:
 
 
 def _turns(message: Message) -> Iterator[dict[str, str]]:
-    _refuse(bool(message.tool_call_id or any(call.id for call in message.tool_calls)), "ids of tool calls", "sharegpt")
-    _refuse(bool(message.name), "names of messages", "sharegpt")
-    _refuse(bool(message.tool_calls and message.content), "a call beside a text in one turn", "sharegpt")
+    refuse(bool(message.tool_call_id or any(call.id for call in message.tool_calls)), "ids of tool calls", "sharegpt")
+    refuse(bool(message.name), "names of messages", "sharegpt")
+    refuse(bool(message.tool_calls and message.content), "a call beside a text in one turn", "sharegpt")
     if message.tool_calls:
         calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
         yield {"from": "function_call", "value": _dump(calls[0] if len(calls) == 1 else calls)}
     else:
-        yield {"from": _NAMES[message.role], "value": _plain(message, "sharegpt")}
+        yield {"from": _NAMES[message.role], "value": plain_text(message, "sharegpt")}
 
 
-def _refuse(is_there: bool, what: str, form: str) -> None:
+def refuse(is_there: bool, what: str, form: str) -> None:
+    """InputError for what a form has no place for."""
     if is_there:
         raise InputError(f"the form {form!r} cannot express {what}", remedy="choose the form 'openai'")
 
 
-def _plain(message: Message, form: str) -> str:
+def plain_text(message: Message, form: str) -> str:
     """The content, where it is nothing but text."""
-    _refuse(not isinstance(message.content, str), "pictures and sounds", form)
+    refuse(not isinstance(message.content, str), "pictures and sounds", form)
     return message.text
 
 
@@ -174,10 +176,10 @@ def _read_alpaca(record: Record) -> Conversation:
     history = record.get("history") or []
     if not isinstance(history, list) or not all(_is_pair(pair) for pair in history):
         raise InputError("field 'history' must be a list of [question, answer]")
-    asked = _text(record, "instruction")
-    more = _text(record, "input", default="")
-    last = (f"{asked}\n{more}" if more else asked, _text(record, "output"))
-    return _paired(_text(record, "system", default=""), [*history, last], record)
+    asked = text_field(record, "instruction")
+    more = text_field(record, "input", default="")
+    last = (f"{asked}\n{more}" if more else asked, text_field(record, "output"))
+    return _paired(text_field(record, "system", default=""), [*history, last], record)
 
 
 def _is_pair(pair: Any) -> bool:
@@ -193,21 +195,21 @@ def _paired(system: str, pairs: Sequence[Sequence[str]], record: Record) -> Conv
 
 def _rows(conversation: Conversation, form: str) -> list[tuple[str, str]]:
     """(role, text) of all turns, where there is nothing else."""
-    _refuse(bool(conversation.tools), "tools", form)
+    refuse(bool(conversation.tools), "tools", form)
     for message in conversation.messages:
-        _refuse(bool(message.tool_calls or message.role == "tool"), "calls of tools", form)
-        _refuse(bool(message.name), "names of messages", form)
-    return [(message.role, _plain(message, form)) for message in conversation.messages]
+        refuse(bool(message.tool_calls or message.role == "tool"), "calls of tools", form)
+        refuse(bool(message.name), "names of messages", form)
+    return [(message.role, plain_text(message, form)) for message in conversation.messages]
 
 
 def _pairs(conversation: Conversation, form: str) -> tuple[str, list[tuple[str, str]]]:
     """(system prompt, questions and answers)."""
     rows = _rows(conversation, form)
-    _refuse(rows[:1] == [("system", "")], "an empty system prompt", form)
+    refuse(rows[:1] == [("system", "")], "an empty system prompt", form)
     system = rows.pop(0)[1] if rows and rows[0][0] == "system" else ""
     roles = [role for role, _ in rows]
     orderly = roles == ["user", "assistant"] * (len(rows) // 2) and bool(rows)
-    _refuse(not orderly, f"turns in the order {', '.join(roles) or 'none'}", form)
+    refuse(not orderly, f"turns in the order {', '.join(roles) or 'none'}", form)
     texts = [text for _, text in rows]
     return system, list(zip(texts[::2], texts[1::2], strict=True))
 
@@ -234,8 +236,8 @@ def _read_xtuner(record: Record) -> Conversation:
             raise InputError(f"{place}: output_with_loss is not kept: a conversation has no marks for single turns")
         if index and turn.get("system"):
             raise InputError(f"{place}: only the first turn may have a system prompt")
-    system = _text(turns[0], "system", default="") if turns else ""
-    pairs = [(_text(turn, "input", default=""), _text(turn, "output")) for turn in turns]
+    system = text_field(turns[0], "system", default="") if turns else ""
+    pairs = [(text_field(turn, "input", default=""), text_field(turn, "output")) for turn in turns]
     found = _paired(system, pairs, record)
     # a turn without a question is text alone, as in pretraining
     return Conversation(tuple(m for m in found.messages if m.role != "user" or m.content), (), found.metadata)
@@ -246,7 +248,7 @@ def _write_xtuner(conversation: Conversation) -> dict[str, Any]:
         [(_, text)] = _rows(conversation, "xtuner")
         return _with_metadata({"conversation": [{"input": "", "output": text}]}, conversation)
     system, pairs = _pairs(conversation, "xtuner")
-    _refuse(any(not question for question, _ in pairs), "an empty question", "xtuner")
+    refuse(any(not question for question, _ in pairs), "an empty question", "xtuner")
     turns: list[dict[str, str]] = [{"input": question, "output": answer} for question, answer in pairs]
     if system:
         turns[0] = {"system": system} | turns[0]
@@ -257,13 +259,13 @@ def _write_xtuner(conversation: Conversation) -> dict[str, Any]:
 
 
 def _read_text(record: Record) -> Conversation:
-    return Conversation((Message("assistant", _text(record, "text")),), (), dict(record.get("metadata") or {}))
+    return Conversation((Message("assistant", text_field(record, "text")),), (), dict(record.get("metadata") or {}))
 
 
 def _write_text(conversation: Conversation) -> dict[str, Any]:
     rows = _rows(conversation, "text")
     roles = [role for role, _ in rows]
-    _refuse(roles != ["assistant"], f"turns of {', '.join(roles) or 'nobody'}", "text")
+    refuse(roles != ["assistant"], f"turns of {', '.join(roles) or 'nobody'}", "text")
     return _with_metadata({"text": rows[0][1]}, conversation)
 
 

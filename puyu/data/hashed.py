@@ -26,7 +26,7 @@ from pydantic import Field
 from puyu.configure import Config
 from puyu.data.measure import UNIT, mix, ngram_hashes, unit_hashes
 from puyu.documents.characters import folded
-from puyu.documents.texts import TextLibrary, Texts, load
+from puyu.documents.texts import TextLibrary, Texts, load, with_room
 
 Weights = NDArray[np.float32]
 """One of each bucket, the bias last."""
@@ -82,14 +82,14 @@ def features(texts: Sequence[str], *, shape: Shape) -> list[NDArray[np.uint32]]:
 
 def _features(library: TextLibrary, texts: Sequence[str], shape: Shape) -> list[NDArray[np.uint32]]:
     packed, ends = Texts(texts), np.zeros(len(texts), dtype=np.int64)
-    room = sum(map(len, texts)) * 4 + 64
-    while True:
+
+    def fill(room: int) -> tuple[int, NDArray[np.uint32]]:
         buckets = np.empty(room, dtype=np.uint32)
         library.call("puyu_features", packed.native, _native(shape), buckets, ctypes.c_int64(room), ends)
-        total = int(ends[-1]) if len(texts) else 0
-        if total <= room:
-            return np.split(buckets[:total], ends[:-1]) if len(texts) else []
-        room = total
+        return int(ends[-1]), buckets
+
+    total, buckets = with_room(fill, sum(map(len, texts)) * 4 + 64)
+    return np.split(buckets[:total], ends[:-1])
 
 
 def margins(texts: Sequence[str], weights: Weights, *, shape: Shape) -> NDArray[np.float64]:

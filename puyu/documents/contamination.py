@@ -1,7 +1,7 @@
 """The file that says which evaluation items stand in a corpus: `contamination.json`, beside the data stage's output.
 
     found = load_contamination(Path("runs/mine/data"))
-    found.items(Path("samples/eval/mc.jsonl"))              # {"17": 1.0, "29": 0.62}: share of the item that is there
+    found.verdicts(Path("samples/eval/mc.jsonl")).shares    # {"17": 1.0, "29": 0.62}: share of the item that is there
 
 `puyu data contamination` writes it; who evaluates reads it. An evaluation set is known by the content of its file, and
 its items by the ids that the evaluation gives them (`id`, or the number of the line). It measures nothing itself.
@@ -22,20 +22,28 @@ FORMAT = "puyu contamination 1"
 
 
 @dataclass(frozen=True, slots=True)
+class Verdicts:
+    """What was found of one evaluation file; whatever is in neither is clean."""
+
+    name: str
+    shares: Mapping[str, float]
+    """Id -> share that stands in the corpus, of the contaminated items."""
+    unchecked: frozenset[str]
+    """Ids of the items that are too short to be looked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Contamination:
     """What the file says."""
 
     method: Mapping[str, Any]
-    evaluations: Mapping[str, Mapping[str, Any]]
-    """Content hash of an evaluation file -> its part of the report."""
+    evaluations: Mapping[str, Verdicts]
+    """By the content hash of the evaluation file."""
     losses: Mapping[str, Any] | None = None
 
-    def items(self, file: Path) -> dict[str, float] | None:
-        """Id -> share that stands in the corpus, of the contaminated items; None when the file was not checked."""
-        found = self.evaluations.get(hash_file(file))
-        if found is None:
-            return None
-        return {row["id"]: row["covered"] for row in found["rows"] if row["contaminated"]}
+    def verdicts(self, file: Path) -> Verdicts | None:
+        """What was found of the file as it is now; None when that was not checked."""
+        return self.evaluations.get(hash_file(file))
 
 
 def load_contamination(path: Path) -> Contamination:
@@ -45,7 +53,12 @@ def load_contamination(path: Path) -> Contamination:
     if value.get("format") != FORMAT:
         raise InputError(f"{place} is no report of contamination", remedy="make one: puyu data contamination")
     try:
-        evaluations = {part["hash"]: part for part in value["evaluations"]}
+        evaluations = {part["hash"]: _verdicts(part) for part in value["evaluations"]}
         return Contamination(value["method"], evaluations, value["losses"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{place} is torn: {error!r}", remedy="make it again: puyu data contamination") from error
+
+
+def _verdicts(part: Mapping[str, Any]) -> Verdicts:
+    shares = {row["id"]: row["covered"] for row in part["rows"] if row["contaminated"]}
+    return Verdicts(part["name"], shares, frozenset(part["too_short_ids"]))

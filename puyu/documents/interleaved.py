@@ -170,9 +170,3 @@ def document_record(document: Document) -> dict[str, Any]:
     part = f"-{metadata['part']}" if "part" in metadata else ""
     lists = {field: list(metadata[kept]) for field, kept in LISTS.items() if kept in metadata}
     return {"id": name + part, **lists, CONTENT: document.text}
-
-
-def kept_documents(rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
-    """The Documents of the rows of a `kept.jsonl`."""
-    names = ("id", "text", "source", "domain", "language", "metadata")
-    return (Document(**{name: row[name] for name in names}) for row in rows)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from puyu.documents.characters import read_tables
 from puyu.native import Library, argument, native_folder, pointer
 
+R = TypeVar("R")
 SOURCE = Path(__file__).parent / "cpp" / "texts.cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-ffp-contract=off"]
 
@@ -153,6 +154,13 @@ class Compared:
 Found = tuple[NDArray[np.int64], NDArray[np.float64]]
 
 
+def with_room(fill: Callable[[int], tuple[int, R]], room: int) -> tuple[int, R]:
+    """(size, arrays) of a call whose size is known when it ends: `fill` makes arrays of a size and says how much they
+    should hold; where that is more, it is called again with it."""
+    size, arrays = fill(room)
+    return (size, arrays) if size <= room else fill(size)
+
+
 class TextLibrary:
     """The native library with the tables of characters."""
 
@@ -168,21 +176,6 @@ class TextLibrary:
     def automaton(self, phrases: Sequence[str]) -> Automaton:
         """Ready to search for these."""
         return Automaton(self._library, phrases)
-
-    def find(self, texts: Texts, phrases: Automaton) -> list[list[tuple[int, int, int]]]:
-        """(first byte, byte behind it, number of the phrase) of all places in each text, by where they end."""
-        room, ends = 4 * texts.count + 64, np.zeros(texts.count, dtype=np.int64)
-        while True:
-            places = np.empty((room, 3), dtype=np.int64)
-            count = ctypes.c_int64(room)
-            handles = (phrases.handle, ctypes.byref(texts.native))
-            self._library.puyu_find(*handles, pointer(places), count, pointer(ends))
-            total = int(ends[-1]) if texts.count else 0
-            if total <= room:
-                break
-            room = total
-        rows = [(begin, end, phrase) for begin, end, phrase in places[:total].tolist()]
-        return [rows[start:stop] for start, stop in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)]
 
     def measure(self, texts: Texts, hows: Sequence[int], boilerplate: Automaton) -> NDArray[np.float64]:
         """Scores [texts, num_scores] in the order of `puyu.data.measure.SCORES`; NaN where a score has no meaning."""
@@ -248,15 +241,16 @@ class TextLibrary:
         self, texts: Texts, *, gram: int, window: int
     ) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
         """(hashes, units where they begin, fingerprints up to each text [texts + 1]) by winnowing (`cpp/winnow.h`)."""
-        room = texts.size // max(window, 1) + 64 * texts.count + 64
-        while True:
+        ends = np.zeros(texts.count + 1, dtype=np.int64)
+
+        def fill(room: int) -> tuple[int, tuple[NDArray[np.uint64], NDArray[np.int64]]]:
             hashes, places = np.empty(room, dtype=np.uint64), np.empty(room, dtype=np.int64)
-            ends = np.zeros(texts.count + 1, dtype=np.int64)
             sizes = ctypes.c_int64(gram), ctypes.c_int64(window)
             self._call("puyu_fingerprints", texts.native, *sizes, hashes, places, ctypes.c_int64(room), ends[1:])
-            if ends[-1] <= room:
-                return hashes[: ends[-1]].copy(), places[: ends[-1]].copy(), ends
-            room = int(ends[-1])
+            return int(ends[-1]), (hashes, places)
+
+        total, (hashes, places) = with_room(fill, texts.size // max(window, 1) + 64 * texts.count + 64)
+        return hashes[:total].copy(), places[:total].copy(), ends
 
     def scripts(self, texts: Texts) -> NDArray[np.int64]:
         """[texts, 5]: Han characters, kana, hangul, words of two and more Latin letters, letters of any kind."""

@@ -9,6 +9,7 @@ The same task runs on the engine, on the server, or on anybody's endpoint. No to
     tasks.py       the kinds of task, one row each, and their JSONL formats
     statistics.py  estimates with intervals; paired differences
     runner.py      bounded concurrency, one counted status per sample, resumable
+    contamination.py  which samples stand in the training data, by the lineage
     compare.py     several logs -> one table
     run.py         EvalConfig and `run`, the verb
 """

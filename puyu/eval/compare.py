@@ -13,9 +13,13 @@ from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from typing import Any
 
+from puyu.eval.contamination import SUBSETS, Subset, counts_of
 from puyu.eval.sample import EvalLog
 from puyu.eval.statistics import Difference, Estimate, paired_difference
-from puyu.eval.task import Metric, clusters_of, metric_value, weights_of
+from puyu.eval.task import Metric, clusters_of, estimates, metric_value, weights_of
+
+Subsets = Mapping[tuple[str, str], Mapping[str, Subset]]
+"""By (task, model): the subset of each sample, by its id; nothing where no report of contamination is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,14 @@ class Pair:
     a: str
     b: str
     difference: Difference
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The samples of one subset: how many there are, and the metric over them (None when none has a value)."""
+
+    samples: int
+    result: Estimate | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +51,26 @@ class Line:
     counts: Mapping[str, Mapping[str, int]]
     pairs: tuple[Pair, ...]
     chance: float | None
+    parts: Mapping[str, Mapping[Subset, Part]]
+    """By model, then by whether its training data hold the sample; without the models of which that is not known."""
 
 
-def compare(logs: Sequence[EvalLog], metrics: Mapping[str, Sequence[Metric]], *, seed: int = 0) -> tuple[Line, ...]:
+def compare(
+    logs: Sequence[EvalLog],
+    metrics: Mapping[str, Sequence[Metric]],
+    *,
+    seed: int = 0,
+    subsets: Subsets | None = None,
+) -> tuple[Line, ...]:
     """One line per task and metric, tasks and models in the order of the logs. `metrics` is by task name."""
     lines = []
     for task in _unique(log.task for log in logs):
         rows = [log for log in logs if log.task == task]
-        lines += [_line(task, rows, metric, seed=seed) for metric in metrics[task]]
+        lines += [_line(task, rows, metric, seed=seed, subsets=subsets or {}) for metric in metrics[task]]
     return tuple(lines)
 
 
-def _line(task: str, logs: Sequence[EvalLog], metric: Metric, *, seed: int) -> Line:
+def _line(task: str, logs: Sequence[EvalLog], metric: Metric, *, seed: int, subsets: Subsets) -> Line:
     pairs = [_pair(a, b, metric, seed=seed) for a, b in combinations(logs, 2)]
     return Line(
         task=task,
@@ -63,7 +83,17 @@ def _line(task: str, logs: Sequence[EvalLog], metric: Metric, *, seed: int) -> L
         counts={log.model: log.counts for log in logs},
         pairs=tuple(pair for pair in pairs if pair is not None),
         chance=logs[0].chance if metric.name in ("acc", "acc_norm") else None,
+        parts={log.model: _parts(log, metric, found) for log in logs if (found := subsets.get((task, log.model)))},
     )
+
+
+def _parts(log: EvalLog, metric: Metric, subsets: Mapping[str, Subset]) -> dict[Subset, Part]:
+    """All subsets, also empty ones: their counts add up to the samples."""
+    counts, found = counts_of(subsets), {}
+    for name in SUBSETS:
+        rows = [row for row in log.samples if subsets[row.sample.id] == name]
+        found[name] = Part(counts[name], estimates([metric], rows).get(metric.name))
+    return found
 
 
 def _pair(a: EvalLog, b: EvalLog, metric: Metric, *, seed: int) -> Pair | None:
@@ -95,6 +125,11 @@ def to_json(lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def _line_to_json(line: Line) -> dict[str, Any]:
+    parts = {model: {name: asdict(part) for name, part in found.items()} for model, found in line.parts.items()}
+    return _whole_to_json(line) | ({"contamination": parts} if parts else {})
+
+
+def _whole_to_json(line: Line) -> dict[str, Any]:
     return {
         "task": line.task,
         "metric": line.metric.name,
@@ -115,14 +150,17 @@ def _line_to_json(line: Line) -> dict[str, Any]:
 def to_text(lines: Sequence[Line]) -> str:
     """A table for the terminal: value +- standard error per model, then each model minus the one before it.
 
-    A star marks a difference whose 95 % intervals (normal and bootstrap) both leave out zero.
+    A star marks a difference whose 95 % intervals (normal and bootstrap) both leave out zero. Where reports of
+    contamination are known, a row for each subset that is not empty stands below.
     """
     models = _unique(model for line in lines for model in line.results)
     steps = list(pairwise(models))
     head = ["task", "metric", "n", *models, *(f"{b} - {a}" for a, b in steps)]
-    rows = [[line.task, line.metric.name, _count(line), *(_cell(line, m) for m in models)] for line in lines]
-    for row, line in zip(rows, lines, strict=True):
-        row += [_step(line, a, b) for a, b in steps]
+    rows = []
+    for line in lines:
+        cells = [_cell(line.results.get(model)) for model in models]
+        rows.append([line.task, line.metric.name, _count(line), *cells, *(_step(line, a, b) for a, b in steps)])
+        rows += [_part_row(line, name, models) + [""] * len(steps) for name in SUBSETS if _has(line, name)]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     text = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
@@ -134,9 +172,20 @@ def _count(line: Line) -> str:
     return str(max((estimate.n for estimate in line.results.values()), default=0))
 
 
-def _cell(line: Line, model: str) -> str:
-    found = line.results.get(model)
+def _cell(found: Estimate | None) -> str:
     return f"{found.value:.3f} ± {found.stderr:.3f}" if found else "-"
+
+
+def _has(line: Line, subset: Subset) -> bool:
+    return any(parts[subset].samples for parts in line.parts.values())
+
+
+def _part_row(line: Line, subset: Subset, models: Sequence[str]) -> list[str]:
+    """The count of each model where they differ: each has data of its own."""
+    parts = [line.parts[model][subset] if model in line.parts else None for model in models]
+    counts = [str(part.samples) if part else "-" for part in parts]
+    count = counts[0] if len(set(counts)) == 1 else "/".join(counts)
+    return ["", f"  {subset}", count, *(_cell(part.result if part else None) for part in parts)]
 
 
 def _step(line: Line, a: str, b: str) -> str:

@@ -19,14 +19,16 @@ from typing import Any
 from pydantic import Field
 
 from puyu.configure import Config
+from puyu.documents.contamination import FILE, Contamination, load_contamination
 from puyu.errors import ConfigError
-from puyu.eval.compare import Line, compare, to_json, to_text
+from puyu.eval.compare import Line, Subsets, compare, to_json, to_text
+from puyu.eval.contamination import check_it_fits, corpora_without, counts_of, files_of, split
 from puyu.eval.runner import Limits, evaluate, fingerprint, finished, identify
 from puyu.eval.sample import EvalLog, SampleLog
 from puyu.eval.task import Task
 from puyu.eval.tasks import TaskRow, build_task
 from puyu.files import write_json, write_text
-from puyu.log import Progress
+from puyu.log import Progress, logger
 from puyu.types import LanguageModel
 
 OpenModel = Callable[[str, Path], AbstractContextManager[LanguageModel]]
@@ -45,6 +47,21 @@ class EvalConfig(Config):
     """Samples in flight at once."""
     timeout: float = Field(300.0, gt=0)
     """Seconds that one sample may take before it is counted as `timeout`."""
+    contamination: Path | None = None
+    """Report of `puyu data contamination` (or its folder) for all models; null: those that their lineages lead to."""
+
+    def inputs(self) -> list[tuple[str, Path]]:
+        """Besides what stands here, the reports of contamination that the models' lineages lead to."""
+        named = [(name, path) for name, path in super().inputs() if name != "contamination"]
+        reports = sorted({path for model in self.models for path in self.reports(model)})
+        return [*named, *((f"contamination.{number}", path) for number, path in enumerate(reports))]
+
+    def reports(self, model: str) -> list[Path]:
+        """The files that say what a model has seen."""
+        given = self.contamination
+        if given is None:
+            return files_of(self.models[model])
+        return [given / FILE if given.is_dir() else given]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +76,7 @@ class _Work:
 def run(config: EvalConfig, *, out: Path, open_model: OpenModel) -> dict[str, Any]:
     """Evaluate every model on every task; writes logs, `summary.json`, `table.txt`; returns the key numbers."""
     tasks = _tasks(config)
+    subsets = _subsets(config, tasks)
     total = sum(len(task.samples) for task in tasks) * len(config.models)
     progress = Progress("eval", total, unit="sample")
     logs: list[EvalLog] = []
@@ -67,10 +85,35 @@ def run(config: EvalConfig, *, out: Path, open_model: OpenModel) -> dict[str, An
         work = [_Work(task, name, identify(task, mark)) for task in tasks]
         logs += _run_model(config, work, out=out, progress=progress, open_it=partial(open_model, name, path))
     progress.close()
-    lines = compare(logs, {task.name: task.metrics for task in tasks}, seed=config.seed)
+    lines = compare(logs, {task.name: task.metrics for task in tasks}, seed=config.seed, subsets=subsets)
     write_json(out / "summary.json", to_json(lines))
     write_text(out / "table.txt", to_text(lines) + "\n")
-    return _numbers(lines, logs)
+    return _numbers(lines, logs) | _contamination(subsets)
+
+
+def _subsets(config: EvalConfig, tasks: Sequence[Task]) -> Subsets:
+    """By (task, model), for the models of which a report is known."""
+    reports = {path: load_contamination(path) for model in config.models for path in config.reports(model)}
+    if config.contamination is not None:
+        for path, report in reports.items():
+            check_it_fits(report, [row.path for row in config.tasks], path=path)
+    found = {}
+    for model, checkpoint in config.models.items():
+        known: list[Contamination] = [reports[path] for path in config.reports(model)]
+        for corpus in corpora_without(checkpoint) if known else ():
+            logger.warning("model %r: %s has no report of contamination; what it holds counts as clean", model, corpus)
+        for row, task in zip(config.tasks, tasks, strict=True):
+            if subsets := split(row.path, [sample.id for sample in task.samples], known):
+                found[task.name, model] = subsets
+    return found
+
+
+def _contamination(subsets: Subsets) -> dict[str, Any]:
+    """Counts by model and task; nothing where no report is known."""
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for (task, model), found in subsets.items():
+        counts.setdefault(model, {})[task] = counts_of(found)
+    return {"contamination": counts} if counts else {}
 
 
 def _tasks(config: EvalConfig) -> list[Task]:

@@ -86,12 +86,12 @@ def reduce(task: Task, *, model: str, identity: str, logs: Sequence[SampleLog]) 
     assert sum(counts.values()) == len(task.samples), f"{task.name}: {counts} for {len(task.samples)} samples"
     assert [log.sample.id for log in logs] == [sample.id for sample in task.samples]
     languages = sorted({log.sample.language for log in logs} - {""})
-    groups = {name: _estimates(task, [log for log in logs if log.sample.language == name]) for name in languages}
+    groups = {name: estimates(task.metrics, [log for log in logs if log.sample.language == name]) for name in languages}
     return EvalLog(
         task=task.name,
         model=model,
         identity=identity,
-        metrics=_estimates(task, logs),
+        metrics=estimates(task.metrics, logs),
         groups=groups if len(groups) > 1 else {},
         counts=counts,
         samples=tuple(logs),
@@ -105,9 +105,10 @@ def rescore(task: Task, log: EvalLog) -> EvalLog:
     return reduce(task, model=log.model, identity=log.identity, logs=logs)
 
 
-def _estimates(task: Task, logs: Sequence[SampleLog]) -> dict[str, Estimate]:
+def estimates(metrics: Sequence[Metric], logs: Sequence[SampleLog]) -> dict[str, Estimate]:
+    """Each metric over these samples; a metric that none of them has is left out."""
     found = {}
-    for metric in task.metrics:
+    for metric in metrics:
         rows = [(log, value) for log in logs if (value := metric_value(log, metric)) is not None]
         if rows:
             found[metric.name] = estimate([value for _, value in rows], weights_of(rows), clusters_of(rows))

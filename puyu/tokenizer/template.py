@@ -35,10 +35,13 @@ CHAT_TEMPLATE = r"""
 {%- endmacro -%}
 {{- bos_token }}
 {%- set first = 1 if messages and messages[0].role == 'system' else 0 %}
+{%- set asked = namespace(kinds=[], at=0) %}
 {%- for message in messages %}
 {%- if loop.index0 == first %}{{- tool_turn() }}{%- endif %}
 {%- if message.role in ('tool', 'environment') %}
-{{- '<|im_start|>environment name=<|plugin|>\n' }}
+{{- '<|im_start|>environment name=<|' + (asked.kinds[asked.at] if asked.at < asked.kinds | length else 'plugin') }}
+{{- '|>\n' }}
+{%- set asked.at = asked.at + 1 %}
 {%- else %}
 {{- '<|im_start|>' + message.role + '\n' }}
 {%- endif %}
@@ -47,11 +50,19 @@ CHAT_TEMPLATE = r"""
 {%- elif message.content %}
 {%- for part in message.content %}{{- part.text }}{%- endfor %}
 {%- endif %}
+{%- if message.tool_calls %}{%- set asked.kinds = [] %}{%- set asked.at = 0 %}{%- endif %}
 {%- for call in message.tool_calls or [] %}
 {%- set body = call.function if call.function is defined else call %}
+{%- set given = body.arguments if body.name == 'interpreter' and body.arguments is mapping else {} %}
+{%- if given | length == 1 and given['code'] is string %}
+{%- set asked.kinds = asked.kinds + ['interpreter'] %}
+{{- '<|action_start|><|interpreter|>\n```python\n' + given['code'] + '\n```<|action_end|>' }}
+{%- else %}
+{%- set asked.kinds = asked.kinds + ['plugin'] %}
 {{- '<|action_start|><|plugin|>\n{"name": ' + (body.name | tojson) + ', "parameters": ' }}
 {%- if body.arguments is string %}{{- body.arguments or '{}' }}{%- else %}{{- body.arguments | tojson }}{%- endif %}
 {{- '}<|action_end|>' }}
+{%- endif %}
 {%- endfor %}
 {{- '<|im_end|>\n' }}
 {%- endfor %}

@@ -39,7 +39,7 @@ class RewardConfig(TrainingConfig):
     base: Path
     """Checkpoint to start from (the SFT model)."""
     data: list[Path]
-    """JSONL files of preference pairs: prompt, chosen, rejected, domain."""
+    """JSONL files of preference pairs: prompt, chosen, rejected, domain; or another form of puyu.data.preferences."""
     limit: int = 0
     """Use only the first pairs of each file; 0: all."""
     domains: dict[str, str] = Field(default_factory=lambda: {"default": ""})

@@ -198,8 +198,10 @@ def test_the_command_writes_what_eval_reads(tmp_path):
     assert "1 of 3 items contaminated" in done
     assert [row["id"] for row in read_jsonl(clean)] == ["good"]
     found = load_contamination(folder)
-    assert found.items(items) == {"1": 1.0} and found.losses is None
-    assert found.items(folder / "kept.jsonl") is None
+    checked = found.verdicts(items)
+    assert checked is not None and checked.shares == {"1": 1.0} and found.losses is None
+    assert (checked.name, checked.unchecked) == ("tests.jsonl", {"3"})
+    assert found.verdicts(folder / "kept.jsonl") is None
     report = read_json(folder / "contamination.json")
     assert report["unreadable"] == 1 and report["documents"] == 2 and report["evaluations"][0]["too_short"] == 1
     run("data", "contamination", folder, "--against", items, "--clean", clean, "--mark", "-n", 8)

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from puyu.configure import build
+from puyu.data import clean
 from puyu.data.clean import DataConfig, run
 from puyu.errors import ConfigError
 from puyu.files import read_jsonl
@@ -83,3 +85,44 @@ def test_index_and_decisions_do_not_depend_on_the_cut(two_dumps, monkeypatch):
     for path in sorted((folder / "a").rglob("*")):
         if path.is_file():
             assert path.read_bytes() == (folder / "b" / path.relative_to(folder / "a")).read_bytes(), path.name
+
+
+def test_an_index_that_changes_between_a_kill_and_the_next_run(two_dumps, monkeypatch):
+    """What was written under the old index is not used again: the result is that of a run with the new one alone."""
+    folder, new = two_dumps
+    asked = config_of(new, against=[folder / "old"])
+
+    def killed(*unused: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clean, "write_files", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(asked, out=folder / "resumed")
+    before = set((folder / "resumed" / "work").glob("parts-*/*"))
+    assert before and not (folder / "resumed" / "kept.jsonl").exists()
+    other = dump_of(folder / "other.jsonl", [essay(1), essay(20)])
+    run(config_of(other, index=True), out=folder / "old")
+    run(asked, out=folder / "resumed")
+    numbers = run(asked, out=folder / "fresh")
+    assert numbers["kept"] == 2 and texts_of(folder / "resumed") == {essay(0)[:40], essay(2)[:40]}
+    for name in ("kept.jsonl", "dropped.jsonl", "ids.bin", "scores.parquet", "ledger.json"):
+        assert (folder / "resumed" / name).read_bytes() == (folder / "fresh" / name).read_bytes(), name
+
+
+def test_parts_of_the_same_index_are_used_again(two_dumps, monkeypatch):
+    folder, new = two_dumps
+    asked, written = config_of(new, against=[folder / "old"]), clean.write_files
+    names: list[set[Path]] = []
+
+    def watched(out: Path, *rest: Any) -> None:
+        names.append(set((out / "work").glob("parts-*")))
+        if len(names) == 1:
+            raise KeyboardInterrupt
+        written(out, *rest)
+
+    monkeypatch.setattr(clean, "write_files", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, out=folder / "resumed")
+    run(asked, out=folder / "resumed")
+    assert names[0] == names[1] and len(names[0]) == 1

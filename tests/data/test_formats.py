@@ -164,7 +164,7 @@ def test_preferences_are_checked(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", good, good | {"rejected": "Hello"}, good | {"prompt": 3})
     report = check(path)
     assert [(problem.line, problem.level) for problem in report.problems] == [(2, "error"), (3, "error")]
-    assert report.forms == {"preference": 2}
+    assert report.forms == {"trl-text pairs": 2}
 
 
 def test_csv_and_json(tmp_path: Path) -> None:
@@ -188,8 +188,8 @@ def test_one_form_as_another_and_back(tmp_path: Path, suffix: str) -> None:
     rows = [{"instruction": f"ask {n}", "input": "", "output": f'say "{n}"\n'} for n in range(5)]
     source = write(tmp_path / "a.jsonl", *rows)
     middle, back = tmp_path / f"b{suffix}", tmp_path / "c.jsonl"
-    assert convert(source, middle, to=form_named("alpaca" if suffix == ".csv" else "sharegpt")) == 5
-    assert convert(middle, back, to=form_named("alpaca")) == 5
+    assert convert(source, middle, to="alpaca" if suffix == ".csv" else "sharegpt") == 5
+    assert convert(middle, back, to="alpaca") == 5
     assert [json.loads(line) for line in back.read_text().splitlines()] == rows
 
 
@@ -198,12 +198,12 @@ def test_what_cannot_be_said_stops_before_anything_is_written(tmp_path: Path) ->
         tmp_path / "a.jsonl", turns(("user", "a"), ("assistant", "b")), turns(("assistant", "b"), ("user", "a"))
     )
     with pytest.raises(InputError, match="line 2.*cannot express turns in the order assistant, user"):
-        convert(source, tmp_path / "b.jsonl", to=form_named("alpaca"))
+        convert(source, tmp_path / "b.jsonl", to="alpaca")
     long = {"instruction": "a", "output": "b", "history": [["c", "d"]]}
     with pytest.raises(InputError, match="no place for history"):
-        convert(write(tmp_path / "c.jsonl", long), tmp_path / "b.csv", to=form_named("alpaca"))
+        convert(write(tmp_path / "c.jsonl", long), tmp_path / "b.csv", to="alpaca")
     with pytest.raises(InputError, match=r"line 1 \(byte 0\)"):
-        convert(write(tmp_path / "d.jsonl", b"{"), tmp_path / "b.jsonl", to=form_named("openai"))
+        convert(write(tmp_path / "d.jsonl", b"{"), tmp_path / "b.jsonl", to="openai")
     assert not (tmp_path / "b.jsonl").exists() and not (tmp_path / "b.csv").exists()
 
 

@@ -16,7 +16,6 @@ from puyu.documents.interleaved import (
     Image,
     document_record,
     images_of,
-    kept_documents,
     url_hash,
     write_interleaved,
 )
@@ -134,19 +133,6 @@ def test_what_a_stage_has_broken_is_not_written(tmp_path):
     assert write_interleaved(tmp_path / "out.jsonl", [good, broken], quarantine=bad.append) == 1
     assert [row.reason for row in bad] == ["image: a link without an entry in img_list: http://[IP]/a.jpg (2)"]
     assert [row["id"] for row in read_jsonl(tmp_path / "out.jsonl")] == ["1"]
-
-
-def test_rows_of_a_corpus_become_documents():
-    row = {
-        "id": "1",
-        "source": "s",
-        "domain": "web",
-        "language": "en",
-        "text": "a",
-        "scores": {},
-        "metadata": {"url": "u"},
-    }
-    assert list(kept_documents([row])) == [Document("1", "a", "s", "web", "en", {"url": "u"})]
 
 
 WORDS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="![]()\\"), max_size=40)

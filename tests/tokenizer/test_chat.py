@@ -231,6 +231,58 @@ def test_an_interpreter_block_is_a_call_with_code(tokenizer: Tokenizer) -> None:
         assert message.tool_calls == (ToolCall(chat.INTERPRETER, '{"code": "print(1)"}'),)
 
 
+CODE = ToolCall(chat.INTERPRETER, '{"code":"import math\\nprint(math.pi)"}')
+MIXED = Conversation(
+    (
+        Message("user", "π?"),
+        Message("assistant", "Let me see.", tool_calls=(CODE, CALL, CODE)),
+        *(Message("tool", text) for text in ("3.14", "84", "3.14", "more")),
+        Message("assistant", "3.14"),
+        Message("tool", "late"),
+    )
+)
+
+
+def test_a_call_of_the_interpreter_is_a_block_of_code(tokenizer: Tokenizer) -> None:
+    """As in InternLM2's chat format; the n-th result has the marker of the n-th call, others that of tools."""
+    code = "<|action_start|><|interpreter|>\n```python\nimport math\nprint(math.pi)\n```<|action_end|>"
+    plugin = '<|action_start|><|plugin|>\n{"name": "calculator", "parameters": {"expression": "12*7"}}<|action_end|>'
+    kinds = ("interpreter", "plugin", "interpreter", "plugin")
+    results = [
+        f"<|im_start|>environment name=<|{kind}|>\n{text}<|im_end|>\n"
+        for kind, text in zip(kinds, ("3.14", "84", "3.14", "more"), strict=True)
+    ]
+    rendered = chat.render(MIXED, tokenizer)
+    assert tokenizer.decode(rendered.ids) == (
+        "<s><|im_start|>user\nπ?<|im_end|>\n"
+        f"<|im_start|>assistant\nLet me see.{code}{plugin}{code}<|im_end|>\n{''.join(results)}"
+        "<|im_start|>assistant\n3.14<|im_end|>\n<|im_start|>environment name=<|plugin|>\nlate<|im_end|>\n"
+    )
+    assert rendered.ids.count(tokenizer.token_id("<|interpreter|>")) == 4
+    trained = [id for id, loss in zip(rendered.ids, rendered.loss, strict=True) if loss]
+    assert tokenizer.decode(trained) == f"Let me see.{code}{plugin}{code}<|im_end|>3.14<|im_end|>"
+    assert render_jinja(MIXED, tokenizer, add_generation_prompt=False) == list(rendered.ids)
+
+
+def test_code_is_read_back_in_one_spelling(tokenizer: Tokenizer) -> None:
+    spelled = ToolCall(chat.INTERPRETER, '{"code": "import math\\nprint(math.pi)"}')
+    normal = chat.normalize(MIXED, tokenizer)
+    assert normal.messages[1].tool_calls == (spelled, CALL, spelled)
+    assert chat.parse_conversation(chat.render(MIXED, tokenizer).ids, tokenizer) == normal
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"code": 1}', '{"code": "a", "timeout": 3}', '{"code": "\\ud800"}', '{"code": "', "", '["code"]']
+)
+def test_a_call_of_the_interpreter_with_other_arguments_is_json(tokenizer: Tokenizer, arguments: str) -> None:
+    call = ToolCall(chat.INTERPRETER, arguments)
+    text = tokenizer.decode(written(Message("assistant", "", tool_calls=(call,)), tokenizer))
+    assert text.startswith('<|action_start|><|plugin|>\n{"name": "interpreter"')
+    assert chat.parse(tokenizer.encode(text, special=True), tokenizer).tool_calls == (
+        ToolCall(chat.INTERPRETER, arguments or "{}"),
+    )
+
+
 def test_parsing_stops_at_the_end_of_the_turn(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("done<|im_end|>more", special=True)
     assert chat.parse(ids, tokenizer) == Message("assistant", "done")

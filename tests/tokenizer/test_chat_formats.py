@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from puyu.tokenizer import chat
 from puyu.tokenizer.dialect import ChatML, InternLM2, Llama3, Qwen
 from puyu.tokenizer.dialect.encode import encode_all
 from puyu.tokenizer.dialect.format import indented
+from puyu.tokenizer.dialect.internlm2 import INTERPRETER
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import Conversation, Message, Part, ToolCall, ToolSpec
 from tests.tokenizer.families import FAMILIES, QWEN3, save_family
@@ -93,6 +95,13 @@ JSON = st.recursive(
 )
 OBJECT = st.dictionaries(words(5), JSON, max_size=3)
 NAME = st.text("abc_é天", min_size=1, max_size=6)
+FENCES = ("```", "```\n", "\n```", "```python\n", "\n", "\r\n", " ", "print(1)", "<|action_end|>", '"', "\\")
+CODE = st.lists(st.one_of(words(6), st.sampled_from(FENCES)), max_size=5).map("".join)
+CODE_CALLS = st.builds(lambda code: ToolCall(INTERPRETER, json.dumps({"code": code})), CODE) | st.builds(
+    ToolCall,
+    st.just(INTERPRETER),
+    st.sampled_from(('{"code": 1}', '{"code": "\\ud800"}', '{"code": "a", "b": ""}', "{}")),
+)
 CALLS = st.builds(ToolCall, NAME, OBJECT.map(partial(json.dumps, ensure_ascii=False)))
 SPECS = st.builds(ToolSpec, NAME, words(8), OBJECT.map(lambda value: {"type": "object", **value}))
 
@@ -105,7 +114,8 @@ def conversations(draw: st.DrawFn, family: str, text: st.SearchStrategy[str] = T
     messages = [Message("system", draw(text))] if draw(st.booleans()) else []
     messages.append(Message("user", draw(text)))
     for kind in draw(st.lists(st.sampled_from(kinds), max_size=6)):
-        calls = draw(st.lists(CALLS, min_size=1, max_size=1 if "llama" in family else 3)) if kind == "call" else ()
+        asked = st.one_of(CALLS, CODE_CALLS) if family == "internlm2" else CALLS
+        calls = draw(st.lists(asked, min_size=1, max_size=1 if "llama" in family else 3)) if kind == "call" else ()
         said = "" if "llama" in family and calls else draw(text)
         if family == "qwen 3" and kind in ("call", "assistant") and draw(st.booleans()):
             said = f"<think>{draw(text)}</think>{said}"
@@ -252,6 +262,27 @@ def test_many_are_rendered_as_one_by_one(
         assert list(chat.render_all(talks, ours)) == expected
         monkeypatch.undo()
     assert list(chat.render_all([], ours)) == []
+
+
+def test_internlm2_s_ids_are_those_of_its_template(families: dict[str, tuple[Tokenizer, Any]]) -> None:
+    """Arguments in JSON's spelling, as transformers hands them on: calls of tools and of the interpreter, results."""
+    ours, oracle = families["internlm2"]
+
+    @settings(max_examples=100, deadline=None)
+    @given(conversations("internlm2"), st.booleans())
+    def check(conversation: Conversation, prompt: bool) -> None:
+        if "\\ud800" in repr(conversation):
+            return  # transformers cannot write it at all
+        turns = [replace(m, tool_calls=tuple(spelled(call) for call in m.tool_calls)) for m in conversation.messages]
+        conversation = replace(conversation, messages=tuple(turns))
+        rendered = chat.render(conversation, ours, add_generation_prompt=prompt)
+        assert list(rendered.ids) == theirs(conversation, oracle, prompt=prompt)
+
+    check()
+
+
+def spelled(call: ToolCall) -> ToolCall:
+    return ToolCall(call.name, json.dumps(call.parsed(), ensure_ascii=False))
 
 
 @settings(max_examples=100, deadline=None)

@@ -20,20 +20,6 @@ int64_t puyu_num_scores() { return NUM_SCORES; }
 void *puyu_automaton(const Texts *phrases) { return new Automaton(*phrases); }
 void puyu_automaton_free(void *automaton) { delete static_cast<Automaton *>(automaton); }
 
-// Places [begin, end, phrase] of all phrases, as many as fit in `room`; ends [texts] counts them up to each text, also
-// those for which there was no room. Begin and end are bytes of the text.
-void puyu_find(const void *automaton, const Texts *texts, int64_t *places, int64_t room, int64_t *ends) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < texts->count; i++) {
-        auto take = [&](int64_t begin, int64_t end, int64_t phrase) {
-            if (count < room) places[3 * count] = begin, places[3 * count + 1] = end, places[3 * count + 2] = phrase;
-            count++;
-        };
-        static_cast<const Automaton *>(automaton)->each(texts->text(i), texts->length(i), take);
-        ends[i] = count;
-    }
-}
-
 // scores [texts, NUM_SCORES]; hows: a `Units_of` each.
 void puyu_measure(const Unicode *unicode, const void *boilerplate, const Texts *texts, const uint8_t *hows, double *scores) {
     Measure measure(*unicode, *static_cast<const Automaton *>(boilerplate));

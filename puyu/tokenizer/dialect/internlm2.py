@@ -6,8 +6,13 @@ r"""InternLM2's ChatML: markers for turns, for calls and for tools; nothing that
     <|im_start|>assistant\n
     <|action_start|><|plugin|>\n{"name": "calculator", "parameters": {...}}<|action_end|><|im_end|>\n
     <|im_start|>environment name=<|plugin|>\n84<|im_end|>\n
+    <|im_start|>assistant\n
+    <|action_start|><|interpreter|>\n```python\nprint(12 * 7)\n```<|action_end|><|im_end|>\n
+    <|im_start|>environment name=<|interpreter|>\n84<|im_end|>\n
 
-Each piece between two markers is encoded by itself, header and content apart. It expresses whatever has text only.
+A call of `interpreter` whose arguments are {"code": text} and no more is a block of code; all other calls are JSON. The
+n-th result after a turn with calls is of its n-th call, and has that one's marker. Each piece between two markers is
+encoded by itself, header and content apart. It expresses whatever has text only.
 Source: InternLM2 technical report (arXiv 2403.17297), chat_format of the InternLM repository.
 """
 
@@ -31,10 +36,9 @@ _FENCE = re.compile(r"\s*```(?:python|py)?\n(.*?)\n?```\s*", re.DOTALL)
 
 _BOS, _NEWLINE = Piece("<s>", True), Piece("\n")
 _START, _END, _END_TRAINED = Piece("<|im_start|>", True), Piece("<|im_end|>", True), Piece("<|im_end|>", True, True)
-_PLUGIN = Piece("<|plugin|>", True)
-_ACTION = (Piece("<|action_start|>", True, True), Piece("<|plugin|>", True, True))
-_ACTION_END = Piece("<|action_end|>", True, True)
-_MARKERS = frozenset(piece.text for piece in (_BOS, _START, _END, _PLUGIN, *_ACTION, _ACTION_END))
+_PLUGIN, _INTERPRETER = Piece("<|plugin|>", True), Piece("<|interpreter|>", True)
+_ACTION, _ACTION_END = Piece("<|action_start|>", True), Piece("<|action_end|>", True)
+_MARKERS = frozenset(piece.text for piece in (_BOS, _START, _END, _PLUGIN, _INTERPRETER, _ACTION, _ACTION_END))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +55,24 @@ class InternLM2(ChatFormat):
         found = [_BOS]
         messages = conversation.messages
         tools_after = 1 if messages and messages[0].role == "system" else 0
+        asked: list[Piece] = []
         for index, message in enumerate(messages):
             if index == tools_after:
                 found += _tool_turn(conversation.tools)
-            found += _turn(message, index)
+            found += _turn(message, index, asked.pop(0) if asked and message.role == "tool" else _PLUGIN)
+            asked = [_kind(call) for call in message.tool_calls] or asked
         if len(messages) <= tools_after:
             found += _tool_turn(conversation.tools)
         return [*found, _START, Piece("assistant\n")] if prompt else found
 
     def normalize(self, conversation: Conversation) -> Conversation:
         """Metadata, names, ids of calls and of results are dropped; parts are joined to one text; arguments that are
-        no text at all are `{}`; tools are as JSON keeps them. Torn arguments stay as they are, except where they close
-        their object early and go on with more fields: then they are what `parse` makes of them."""
+        no text at all are `{}`, those with the code of `interpreter` are in one spelling; tools are as JSON keeps
+        them. Torn arguments stay as they are, except where they close their object early and go on with more fields:
+        then they are what `parse` makes of them."""
         messages = []
         for index, message in enumerate(conversation.messages):
-            calls = [read_call(_body(call, index)) for call in message.tool_calls]
+            calls = [_read_block([_kind(call), Piece(_body(call, index))]) for call in message.tool_calls]
             messages.append(plain(message, text_of(message, index), calls))
         return Conversation(tuple(messages), plain_tools(conversation.tools))
 
@@ -109,22 +116,40 @@ def _tool_turn(tools: Sequence[ToolSpec]) -> Iterator[Piece]:
         yield from (_START, Piece("system name="), _PLUGIN, Piece("\n"), Piece(text), _END, _NEWLINE)
 
 
-def _turn(message: Message, index: int) -> list[Piece]:
-    if message.role == "assistant":
-        found = [_START, Piece("assistant\n"), Piece(text_of(message, index), loss=True)]
-        for call in message.tool_calls:
-            found += (*_ACTION, Piece(_body(call, index), loss=True), _ACTION_END)
-        return [*found, _END_TRAINED, _NEWLINE]
-    role = _ROLES[message.role]
-    header = [Piece(f"{role} name="), _PLUGIN, _NEWLINE] if message.role == "tool" else [Piece(f"{role}\n")]
-    found = [_START, *header, Piece(text_of(message, index))]
+def _turn(message: Message, index: int, kind: Piece) -> list[Piece]:
+    """`kind`: the marker of the block that a tool's result answers."""
+    role, trained = _ROLES[message.role], message.role == "assistant"
+    header = [Piece(f"{role} name="), kind, _NEWLINE] if message.role == "tool" else [Piece(f"{role}\n")]
+    found = [_START, *header, Piece(text_of(message, index), loss=trained)]
     for call in message.tool_calls:
-        action = [Piece(piece.text, True) for piece in _ACTION]
-        found += (*action, Piece(_body(call, index)), Piece(_ACTION_END.text, True))
-    return [*found, _END, _NEWLINE]
+        block = (_ACTION, _kind(call), Piece(_body(call, index)), _ACTION_END)
+        found += (Piece(piece.text, piece.marker, trained) for piece in block)
+    return [*found, _END_TRAINED if trained else _END, _NEWLINE]
+
+
+def _kind(call: ToolCall) -> Piece:
+    return _PLUGIN if _code_of(call) is None else _INTERPRETER
+
+
+def _code_of(call: ToolCall) -> str | None:
+    """The code that a call of the interpreter runs; None for other calls, and for what is no text to run."""
+    if call.name != INTERPRETER:
+        return None
+    try:
+        arguments = call.parsed()
+    except InputError:
+        return None
+    code = arguments.get("code")
+    if len(arguments) != 1 or not isinstance(code, str):
+        return None
+    # half a surrogate pair, which JSON can spell and a block of code cannot
+    return None if any("\ud800" <= letter <= "\udfff" for letter in code) else code
 
 
 def _body(call: ToolCall, index: int) -> str:
+    code = _code_of(call)
+    if code is not None:
+        return f"\n```python\n{code}\n```"
     name = to_json(call.name)
     body = f'\n{{"name": {name}, "parameters": {call.arguments or "{}"}}}'
     return body if body.isascii() else unicode_of(body, f"message {index}: call of {call.name!r}")
@@ -134,7 +159,7 @@ def _read_turn(turn: list[Piece]) -> Message:
     first = turn[0].text if turn and not turn[0].marker else ""
     header, newline, text = first.partition("\n")
     rest = turn[1:]
-    if header == "environment name=" and rest[:1] == [_PLUGIN]:
+    if header == "environment name=" and rest[:1] in ([_PLUGIN], [_INTERPRETER]):
         header = "environment"
         newline, text = "\n", rest[1].text[1:] if len(rest) > 1 else ""
         rest = rest[2:]
@@ -146,7 +171,7 @@ def _read_turn(turn: list[Piece]) -> Message:
 
 def _read_block(block: list[Piece]) -> ToolCall:
     kind, body = block[0] if block else Piece(""), "".join(piece.text for piece in block if not piece.marker)
-    if kind == Piece("<|interpreter|>", True):
+    if kind == _INTERPRETER:
         fenced = _FENCE.fullmatch(body)
         code = fenced[1] if fenced else body.strip("\n")
         return ToolCall(INTERPRETER, json.dumps({"code": code}, ensure_ascii=False))
