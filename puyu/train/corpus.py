@@ -39,7 +39,6 @@ from puyu.files import (
 )
 from puyu.log import Progress
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.train.parallel import current_world
 
 Ids = NDArray[np.int32]
 _BATCH_BYTES = 1 << 22
@@ -59,9 +58,15 @@ class Corpus:
 
 
 def open_corpus(
-    data: Path, tokenizer: Tokenizer, folder: Path, *, heldout: float, classes: Classes | None = None
+    data: Path,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    heldout: float,
+    classes: Classes | None = None,
+    writes: bool = True,
 ) -> Corpus:
-    """Tokenize into `folder`, unless that is done already; rank 0 writes, the others wait for its index."""
+    """Tokenize into `folder`, unless that is done already. One process writes, the others wait for its index."""
     path = data / "kept.jsonl" if data.is_dir() else data
     if not path.is_file():
         raise InputError(
@@ -70,7 +75,7 @@ def open_corpus(
     rows = KeptRows(path, classes or {})
     rules = {domain: rule.model_dump() for domain, rule in rows.classes.items()}
     key = hash_json([hash_file(path), tokenizer.fingerprint, heldout, rules])
-    if current_world().is_main and _index(folder, key) is None:
+    if writes and _index(folder, key) is None:
         _write(rows, tokenizer, folder, heldout=heldout, key=key)
     while (index := _index(folder, key)) is None:  # not a barrier: tokenizing may outlast its timeout
         time.sleep(0.2)

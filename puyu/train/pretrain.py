@@ -107,7 +107,9 @@ def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> 
         if numbers := finished(out, identity):
             return numbers
         tokenizer = Tokenizer.load(config.tokenizer)
-        corpus = open_corpus(config.data, tokenizer, out / "shards", heldout=config.heldout, classes=config.classes)
+        shards, rules = out / "shards", config.classes
+        writes = current_world().is_main
+        corpus = open_corpus(config.data, tokenizer, shards, heldout=config.heldout, classes=rules, writes=writes)
         model = place(new_model(config, tokenizer), dtype=config.dtype, device=device)
         parameters = count_parameters(model)
         phases = Phases(config, corpus, model)

@@ -25,7 +25,7 @@ struct Logarithms {
 };
 const Logarithms LOGARITHMS;
 
-constexpr int LANES = 8;  // texts that are walked side by side, so that one waits for memory while others go on
+constexpr int LANES = 16;  // texts that are walked side by side, so that one waits for memory while others go on
 
 // The features of up to LANES texts, walked side by side: found[k] [lengths[k]], as many as counts[k] says.
 inline void find_features(const Bayes &model, const uint8_t *const *texts, const int64_t *lengths, int count,
