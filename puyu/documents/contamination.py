@@ -38,6 +38,11 @@ class Contamination:
         return {row["id"]: row["covered"] for row in found["rows"] if row["contaminated"]}
 
 
+def item_id(row: Mapping[str, Any], line: int) -> str:
+    """The id of an evaluation item: its own, or the number of its line where it has none or null."""
+    return str(line if row.get("id") is None else row["id"])
+
+
 def load_contamination(path: Path) -> Contamination:
     """Read the file, or the one in a folder; InputError when it is none."""
     place = path / FILE if path.is_dir() else path
