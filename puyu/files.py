@@ -13,8 +13,11 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import shutil
+import tarfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -110,7 +113,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"no such file: {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is not valid JSON: {error}", remedy="the file may be truncated; write it again"
         ) from error
@@ -205,6 +208,12 @@ def torn_errors() -> tuple[type[Exception], ...]:
     return (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
+def archive_errors() -> tuple[type[Exception], ...]:
+    """What a damaged archive of files raises; RuntimeError is a password, or a compression that is not known."""
+    named = (UnicodeDecodeError,)  # a name that is not in its encoding
+    return (zipfile.BadZipFile, tarfile.TarError, lzma.LZMAError, RuntimeError, *named, *torn_errors())
+
+
 def _zstandard() -> Any:
     try:
         import zstandard
@@ -240,7 +249,7 @@ def read_jsonl_lines(
                     continue
                 try:
                     value = decode(line)
-                except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
                     bad = BadRecord(str(path), number, start, str(error), line[:80].decode("utf-8", "replace"))
                     if quarantine is None:
                         raise InputError(f"{path}, line {number} (byte {start}) is not valid JSON: {error}") from error

@@ -6,8 +6,8 @@
 
 InternLM2 (2024, section 3.1.3) tunes each threshold on a validation set by borderline samples alone. Rows are those of
 `kept.jsonl` and `dropped.jsonl` of a data folder: whatever has the score counts, also what another rule dropped.
-A threshold may differ by domain and language; it is taken from rows that this rule dropped, else from the ledger, else
-it must be given.
+A threshold may differ by domain and language; it is taken from rows that this rule dropped, else from the config in
+the ledger, else it must be given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from puyu.errors import ConfigError, InputError
-from puyu.files import read_json, read_jsonl
+from puyu.files import read_jsonl, read_object
 
 Row = Mapping[str, Any]
 HEAD = 400
@@ -114,7 +114,8 @@ def _rule(folder: Path, name: str) -> Rule:
         if row["rule"] == name:
             special[str(row.get("domain", "")), str(row.get("language", ""))] = float(row["threshold"])
     ledger = folder / "ledger.json"
-    known = sorted(set(_in(read_json(ledger), name))) if ledger.is_file() else []
+    # the config alone: elsewhere a rule's name stands for how many it dropped
+    known = sorted(set(_in(read_object(ledger).get("config"), name))) if ledger.is_file() else []
     known = known or sorted(set(special.values()))
     if len(known) == 1 or (special and not known):
         return Rule(name, known[0] if known else None, special)

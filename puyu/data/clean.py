@@ -48,7 +48,7 @@ from puyu.log import Progress, say
 
 __all__ = ["DataConfig", "run"]
 
-VERSION = 3
+VERSION = 4
 """Raised by hand when the same config gives other bytes."""
 # Below this size the start of worker processes costs more than they save.
 _POOL_FROM_BYTES = 32_000_000

@@ -27,7 +27,7 @@ from puyu.configure import Config
 from puyu.data.corpus import in_batches
 from puyu.data.measure import UNIT, ngram_hashes, unit_hashes
 from puyu.documents.characters import folded
-from puyu.documents.contamination import FORMAT, load_contamination
+from puyu.documents.contamination import FORMAT, item_id, load_contamination
 from puyu.documents.document import Document
 from puyu.documents.stages import Drop, Scores, Verdict
 from puyu.documents.texts import Texts, load, with_room
@@ -91,14 +91,17 @@ class Evaluation:
 
 
 def read_items(path: Path, *, fields: Sequence[str] = FIELDS) -> Evaluation:
-    """A JSONL file of items; InputError for a row in which no field is known."""
+    """A JSONL file of items; InputError for a row in which no field is known, and for an id that is given twice."""
     items: dict[str, str] = {}
     for line, value in read_jsonl_lines(path):
         parts = [text for name in fields if isinstance(value, dict) and name in value for text in _texts(value[name])]
         if not parts:
             known = ", ".join(fields[:6])
             raise InputError(f"{path}, line {line}: no text in any known field ({known}, ...)", remedy="see --fields")
-        items[str(value.get("id", line))] = "\n".join(parts)
+        id = item_id(value, line)
+        if id in items:
+            raise InputError(f"{path}, line {line}: a second item has the id {id!r}", remedy="give each its own id")
+        items[id] = "\n".join(parts)
     if not items:
         raise InputError(f"{path} holds no item")
     return Evaluation(path.name, hash_file(path), items)
@@ -255,10 +258,7 @@ def _longest_run(rows: Sequence[tuple[int, int, int, int]]) -> tuple[int, int]:
     """Bytes of the longest part of the document in which neighboring n-grams of the item follow one another."""
     best, start = (rows[0][2], rows[0][3]), 0
     for at in range(1, len(rows) + 1):
-        broken = (
-            at == len(rows) or rows[at][0] != rows[at - 1][0] + 1 or not rows[at - 1][2] < rows[at][2] < rows[at - 1][3]
-        )
-        if broken:
+        if at == len(rows) or not _follows(rows[at - 1], rows[at]):
             begin, end = rows[start][2], rows[at - 1][3]
             best, start = max(best, (begin, end), key=lambda span: span[1] - span[0]), at
     return best

@@ -20,6 +20,7 @@ from puyu.documents.readers import text_problem
 from puyu.errors import InputError
 from puyu.files import BadRecord, Quarantine, read_jsonl_lines
 
+_FIELDS = ("id", "source", "domain", "language", "url")
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -41,7 +42,7 @@ def rows(
     """(row, Document) of every line that has a text; the language stays empty where the row has none."""
     for path in [file for place in paths for file in corpus_files(place)]:
         for number, value in read_jsonl_lines(path, quarantine=quarantine):
-            problem = text_problem(value, text_field)
+            problem = text_problem(value, text_field, _FIELDS)
             if problem:
                 head = json.dumps(value, ensure_ascii=True)[:80]
                 quarantine(BadRecord(str(path), number, 0, problem, head))

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from puyu.configure import Config
 from puyu.data.corpus import in_batches
 from puyu.data.dedup import ExactDedup, NearConfig, NearDedup, drops_among
 from puyu.data.hashed import Plan, Shape, Weights, features, margins, train
+from puyu.data.safety import host_of
 from puyu.documents.characters import folded
 from puyu.documents.document import Document
 from puyu.errors import InputError
@@ -255,17 +255,17 @@ def _hosts(corpus: Corpus, picks: Sequence[Pick], config: EnrichConfig) -> dict[
     taken = {pick.id for pick in picks}
     counts: dict[str, list[int]] = {}
     for document in corpus():
-        row = counts.setdefault(host_of(document), [0, 0])
+        row = counts.setdefault(_site(document), [0, 0])
         row[0] += 1
         row[1] += document.id in taken
     rich = {name: row for name, row in sorted(counts.items()) if row[1] / row[0] >= config.rich}
     return {"rich": {name: {"documents": row[0], "taken": row[1]} for name, row in rich.items()}}
 
 
-def host_of(document: Document) -> str:
+def _site(document: Document) -> str:
     """The host of its address, or its source."""
     url = document.metadata.get("url")
-    return (urlsplit(url).hostname or document.source) if isinstance(url, str) else document.source
+    return (isinstance(url, str) and host_of(url)) or document.source
 
 
 class HashedTfIdf:

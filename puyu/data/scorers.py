@@ -206,15 +206,13 @@ class ScorerConfig(Config):
 class ScorerFilter:
     """Map stage: adds the score column and drops beyond the threshold.
 
-    A document in a language that is not validated passes, without the column and with `NAME_unvalidated` = 1 instead;
-    `unvalidated` counts them by language.
+    A document in a language that is not validated passes, without the column and with `NAME_unvalidated` = 1 instead.
     """
 
     def __init__(self, config: ScorerConfig, *, enforce: bool = True) -> None:
         self.config, self.enforce = config, enforce
         self.scorer = load_scorer(config.model)
         self.name = config.name or self.scorer.header.name
-        self.unvalidated: dict[str, int] = {}
 
     def __call__(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[Verdict]:
         found = self.scorer.score([document.text for document in documents], [d.language for d in documents])
@@ -222,7 +220,6 @@ class ScorerFilter:
 
     def _judge(self, document: Document, value: float) -> Verdict:
         if math.isnan(value):
-            self.unvalidated[document.language] = self.unvalidated.get(document.language, 0) + 1
             return Verdict(document, {f"{self.name}_unvalidated": 1.0})
         value = round(value, 4)
         drop = self._drop(value, self.config.threshold_of(document.domain, document.language))

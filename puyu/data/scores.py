@@ -121,6 +121,12 @@ class ScoreTable:
         stages = self.ledger["stages"]
         return ~stage.of(stages[: stages.index("rules")])
 
+    @property
+    def copy_stages(self) -> list[str]:
+        """The stages that look for copies: they come last."""
+        stages = self.ledger["stages"]
+        return list(stages[stages.index("identical") :])
+
     def _read(self, names: Iterable[str]) -> pa.Table:
         try:
             return self.file.read(columns=list(names))

@@ -86,7 +86,6 @@ def stats(out: Path) -> Stats:
     by_source, by_domain, by_language = (
         retention(labels, stage, characters, stages=ledger.stages) for labels in (source, domain, language)
     )
-    later = ledger.stages[ledger.stages.index("rules") + 1 :]
     by_stage = dict(zip(stage.names, amounts(stage.codes, characters, groups=len(stage.names)), strict=True))
     return Stats(
         tuple(funnel_steps(ledger)),
@@ -96,8 +95,8 @@ def stats(out: Path) -> Stats:
         by_domain,
         by_language,
         tuple(_rules(language, stage, rule, characters)),
-        {name: by_stage.get(name, Amount(0, 0)) for name in later},
-        int(np.count_nonzero(reached & ~stage.of(["rules"]))),
+        {name: by_stage.get(name, Amount(0, 0)) for name in table.copy_stages},
+        int(np.count_nonzero(stage.of(["", *table.copy_stages]))),
         {name: dict(counts.quarantined) for name, counts in ledger.sources.items() if counts.quarantined},
         dict(sorted(ledger.masked.items())),
         int(np.count_nonzero(reached & table.curated())),
@@ -179,7 +178,7 @@ def lines_of(found: Stats) -> list[str]:
     for title, groups in (("source", found.by_source), ("domain", found.by_domain), ("language", found.by_language)):
         lines += ["", f"kept by {title}, of what could be read", *_retention_lines(groups, found.stages)]
     lines += ["", "dropped by rule (the first that fails)", *_rule_lines(found)]
-    lines += ["", f"duplicates, of {found.reached_duplicates:,} documents that passed the rules"]
+    lines += ["", f"duplicates, of {found.reached_duplicates:,} documents that passed all before"]
     lines += text_table(
         ("", "documents", "share", "characters"),
         [[name, f"{a.documents:,}", share(a.documents, found.reached_duplicates), f"{a.characters:,}"]

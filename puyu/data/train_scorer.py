@@ -12,7 +12,6 @@ label counts) and on however many cores.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,9 @@ from puyu.data.calibrate import Agreement, Array, Calibration, Kind, agreement, 
 from puyu.data.corpus import languages_of
 from puyu.data.hashed import Plan, Shape, Weights, margins, train
 from puyu.data.scorers import ALL, Gate, Header, Round, Scorer, weights_hash
+from puyu.device import num_cores
 from puyu.documents.characters import folded
+from puyu.documents.readers import text_problem
 from puyu.errors import ConfigError, InputError
 from puyu.files import hash_bytes, hash_file, read_jsonl_lines
 
@@ -110,15 +111,16 @@ def read_labels(paths: Sequence[Path], *, fields: Fields = Fields()) -> Labels:
     labels = Labels()
     for path in paths:
         for number, value in read_jsonl_lines(path):
-            text = value.get(fields.text) if isinstance(value, dict) else None
-            if not isinstance(text, str):
-                raise InputError(f"{path}, line {number}: no text in field {fields.text!r}", remedy="see --text-field")
+            if problem := text_problem(value, fields.text, (fields.label, fields.language, "guess")):
+                raise InputError(
+                    f"{path}, line {number}: {problem.partition(': ')[2]}", remedy="see --text-field, or mend it"
+                )
             if fields.label not in value:
                 raise InputError(f"{path}, line {number}: no field {fields.label!r}", remedy="see --label-field")
             if value[fields.label] is None or value[fields.label] == "":
                 labels.unlabeled += 1
             else:
-                labels.add(_labeled(value, text, fields))
+                labels.add(_labeled(value, value[fields.text], fields))
         name = path.name if path.name not in labels.sources else path.as_posix()
         labels.sources[name] = hash_file(path)
     return labels
@@ -184,7 +186,7 @@ def train_scorer(labels: Labels, config: TrainConfig, *, validation: Labels | No
 
 def _in_order(labels: Labels) -> list[Labeled]:
     """By the hash of the text, so that the order of the files does not matter."""
-    return sorted(labels.rows.values(), key=lambda row: hash_bytes(row.text.encode("utf-8", "surrogatepass")))
+    return sorted(labels.rows.values(), key=lambda row: hash_bytes(row.text.encode()))
 
 
 def _with_languages(rows: Sequence[Labeled]) -> list[Labeled]:
@@ -213,12 +215,12 @@ def _kinds(rows: Sequence[Labeled], positive: tuple[str, ...]) -> tuple[tuple[st
 def _fold(text: str, config: TrainConfig) -> int:
     """Texts that are equal but for case and blanks are in one fold."""
     line = " ".join(folded(text).split())
-    return int(hash_bytes(f"{config.plan.seed} {line}".encode("utf-8", "surrogatepass"))[:12], 16) % config.folds
+    return int(hash_bytes(f"{config.plan.seed} {line}".encode())[:12], 16) % config.folds
 
 
 def _cross_fit(texts: Sequence[str], flags: Flags, folds: NDArray[Any], config: TrainConfig) -> tuple[Weights, Array]:
     """Weights from all texts, and for each text the margin of a classifier that was trained without its fold."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(max_workers=num_cores()) as pool:
         whole = pool.submit(train, texts, flags.tolist(), shape=config.shape, plan=config.plan)
         parts = pool.map(partial(_one_fold, texts, flags, folds, config), range(config.folds))
         crossed = np.zeros(len(texts))

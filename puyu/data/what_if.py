@@ -79,7 +79,7 @@ def what_if(out: Path, policies: Policies, *, samples: int = 0) -> WhatIf:
         sides.changes(domain),
         sides.changes(language),
         tuple(_by_rule(language, (old, new), reached, characters)),
-        int(np.count_nonzero(lost & ~stage.of(["", "rules"]))),
+        int(np.count_nonzero(lost & stage.of(table.copy_stages))),
         tuple(table.ids(np.flatnonzero(gained)[:samples].tolist())) if samples else (),
         tuple(table.ids(np.flatnonzero(lost)[:samples].tolist())) if samples else (),
     )

@@ -64,10 +64,16 @@ def _explain(name: str, row: Mapping[str, Any], asked: DataConfig) -> str:
     if name == "dropped":
         copy = f", copy of {row['of']}" if "of" in row else ""
         text = f"dropped by {row['rule']} ({row['stage']}): value {row['value']}, threshold {row['threshold']}{copy}"
-        at = row["at"]
-        read = f"read from {at['file']}, record {at['record']}, byte {at['offset']}"
-        return "\n  ".join([place, text, read, _evidence(row, asked)])
+        source = next(source for source in asked.sources if source.name == row["source"])
+        read = f"read from {row['at']['file']}, {_read_at(source, row['at'])}"
+        return "\n  ".join([place, text, read, _evidence(row, source)])
     return f"{place}\n  kept: {_passed(row, asked)}"
+
+
+def _read_at(source: SourceConfig, at: Mapping[str, Any]) -> str:
+    if source.kind == "parquet":
+        return f"row group {at['offset']}, whose first row is {at['record']}"
+    return f"record {at['record']}, byte {at['offset']}"
 
 
 def _where(row: Mapping[str, Any]) -> str:
@@ -76,9 +82,8 @@ def _where(row: Mapping[str, Any]) -> str:
     return f": {place}" if place else ""
 
 
-def _evidence(row: Mapping[str, Any], asked: DataConfig) -> str:
+def _evidence(row: Mapping[str, Any], source: SourceConfig) -> str:
     """The span that the rule counted; without one, or without the file, the head of the text."""
-    source = next(source for source in asked.sources if source.name == row["source"])
     text = _text_again(source, row)
     span = None if text is None else first_evidence(text, row["rule"], language=row["language"])
     if text is None or span is None:

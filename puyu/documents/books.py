@@ -2,37 +2,41 @@
 
     book_text(Path("novel.epub").read_bytes(), ".epub")
 
-Both are ZIP archives of XML (ECMA-376; EPUB 3). Text that was deleted, footers and pictures are left out; what is
-encrypted or torn raises Unreadable with the reason. Sizes are bounded, so that a small archive cannot unpack for ever.
+Both are ZIP archives of XML (ECMA-376; EPUB 3). Text that was deleted or moved away, footers and pictures are left out;
+what is encrypted or torn raises Unreadable with the reason. Sizes are bounded, so that a small archive cannot unpack
+for ever.
 """
 
 from __future__ import annotations
 
 import io
-import lzma
 import posixpath
 import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from puyu.documents.extract import whole_page
+from puyu.files import archive_errors
 
 MAX_PART = 64_000_000
 """Bytes of one file inside an archive."""
+_COMPATIBILITY = "{http://schemas.openxmlformats.org/markup-compatibility/2006}"
 _WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 _CONTAINER = "{urn:oasis:names:tc:opendocument:xmlns:container}"
 _PACKAGE = "{http://www.idpf.org/2007/opf}"
 _CORE = "{http://purl.org/dc/elements/1.1/}"
-_TORN = (
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError),
-    *(RuntimeError, ValueError, LookupError),  # a password, a method or an encoding that is not known
+_LEFT_OUT = frozenset(
+    {
+        *(f"{_WORD}{name}" for name in ("del", "moveFrom", "pPr", "rPr")),
+        f"{_COMPATIBILITY}Fallback",  # what stands before it once more, for older programs
+    }
 )
-"""What damaged archives and their XML raise."""
+_WRAPPERS = frozenset(f"{_WORD}{name}" for name in ("sdt", "sdtContent", "customXml"))
+"""Fields that are filled in, and marks of other programs; their content is ordinary."""
 _HEADING = re.compile(r"(?:heading|标题)\s*(\d)", re.IGNORECASE)
 
 
@@ -55,8 +59,13 @@ def book_text(data: bytes, suffix: str) -> Book:
             return _word(archive) if suffix == ".docx" else _epub(archive)
     except ElementTree.ParseError as error:
         raise Unreadable(f"XML: {error}") from error
-    except _TORN as error:
+    except _torn() as error:
         raise Unreadable(f"archive: {error}") from error
+
+
+def _torn() -> tuple[type[Exception], ...]:
+    """What damaged archives and their XML raise; LookupError is an encoding that is not known."""
+    return (*archive_errors(), OSError, struct.error, ValueError, LookupError)
 
 
 def _part(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -101,16 +110,33 @@ def _block(element: ElementTree.Element, levels: Mapping[str, int]) -> str:
     if element.tag == f"{_WORD}p":
         return _paragraph(element, levels)
     if element.tag == f"{_WORD}tbl":
-        return "\n".join(filter(None, map(_row, element.iter(f"{_WORD}tr"))))
-    if element.tag == f"{_WORD}sdt":  # a field that is filled in; its content is ordinary
-        content = element.find(f"{_WORD}sdtContent")
-        return "\n\n".join(filter(None, (_block(child, levels) for child in (content if content is not None else ()))))
+        return "\n".join(filter(None, map(_row, _inside(element, f"{_WORD}tr"))))
+    if element.tag in _WRAPPERS:
+        return "\n\n".join(filter(None, (_block(child, levels) for child in element)))
     return ""
 
 
+def _inside(element: ElementTree.Element, tag: str) -> Iterator[ElementTree.Element]:
+    """The children of a kind; not those of a table in a cell."""
+    for child in element:
+        if child.tag == tag:
+            yield child
+        elif child.tag in _WRAPPERS:
+            yield from _inside(child, tag)
+
+
 def _row(row: ElementTree.Element) -> str:
-    cells = (" ".join(filter(None, (_text(p) for p in cell.iter(f"{_WORD}p")))) for cell in row.iter(f"{_WORD}tc"))
+    cells = (" ".join(filter(None, _paragraphs(cell))) for cell in _inside(row, f"{_WORD}tc"))
     return " | ".join(cells).strip(" |")
+
+
+def _paragraphs(cell: ElementTree.Element) -> Iterator[str]:
+    """The paragraphs of a cell and of the tables in it, each once."""
+    for child in cell:
+        if child.tag == f"{_WORD}p":
+            yield _text(child)
+        elif child.tag not in _LEFT_OUT:
+            yield from _paragraphs(child)
 
 
 def _paragraph(element: ElementTree.Element, levels: Mapping[str, int]) -> str:
@@ -135,7 +161,7 @@ def _runs(element: ElementTree.Element) -> Iterator[str]:
             yield "\t"
         elif child.tag in (f"{_WORD}br", f"{_WORD}cr"):
             yield "\n"
-        elif child.tag not in (f"{_WORD}del", f"{_WORD}pPr", f"{_WORD}rPr"):
+        elif child.tag not in _LEFT_OUT:
             yield from _runs(child)
 
 

@@ -46,6 +46,11 @@ class Contamination:
         return self.evaluations.get(hash_file(file))
 
 
+def item_id(row: Mapping[str, Any], line: int) -> str:
+    """The id of an evaluation item: its own, or the number of its line where it has none or null."""
+    return str(line if row.get("id") is None else row["id"])
+
+
 def load_contamination(path: Path) -> Contamination:
     """Read the file, or the one in a folder; InputError when it is none."""
     place = path / FILE if path.is_dir() else path

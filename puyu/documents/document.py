@@ -40,9 +40,20 @@ def make_document(
     return Document(document_id(text, source), text, source, domain, language, metadata or {})
 
 
+def is_writable(text: str) -> bool:
+    """Whether a text has its UTF-8: half of a surrogate pair, which JSON may hold, has none."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff\u200b\u2060]")
 _CONTROL_BYTES = bytes(range(9)) + b"\x0b\x0c" + bytes(range(14, 32)) + b"\x7f"
-_LINE_END = re.compile(r"[ \t\u00a0\u3000]+\n")
+# Only from the first blank of a run on: else a long run within a line is searched again from each of its blanks. (That
+# no two blanks end there is asked behind the first one, since an expression that begins with a character is faster.)
+_LINE_END = re.compile(r"[ \t\u00a0\u3000](?<![ \t\u00a0\u3000]{2})[ \t\u00a0\u3000]*\n")
 _LINE_ENDS = (" \n", "\t\n", "\u3000\n")
 _BLANK_LINES = re.compile(r"\n{3,}")
 

@@ -12,6 +12,7 @@ quarantines the page.
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ Extract = Literal["fast", "precise"]
 _META_CHARSET = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?([\w-]{2,20})", re.IGNORECASE)
 # Web pages say gb2312 and gbk and mean the superset; latin-1 means windows-1252 (WHATWG encoding standard).
 _WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "iso-8859-1": "cp1252", "latin-1": "cp1252", "ascii": "cp1252"}
+# Who could read the declaration of a page as ASCII has no UTF-16 before them (the same standard).
+_WIDER_META = _WIDER | {"utf-16": "utf-8", "utf-16le": "utf-8", "utf-16be": "utf-8"}
+# Codecs of Python's that are no encodings of pages; some of them give halves of characters, which cannot be written.
+_NO_ENCODINGS = frozenset({"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape", "utf-7"})
 _SKIP = ["[aria-hidden=true]", "[role=navigation]", "[role=banner]", "button", ".headerlink"]
 _SKIP += [".cookie-banner", ".social-share", ".comments", ".related", ".newsletter"]
 _SKIP += ["figcaption", "[class*=caption]", "[class*=byline]", "[class*=copyright]"]
@@ -64,18 +69,28 @@ def decode_html(data: bytes, *, charset: str = "") -> str:
         if data.startswith(mark):
             return data.decode(name)
     declared = _META_CHARSET.search(data[:4096])
-    for name in filter(None, (charset, declared.group(1).decode("ascii").lower() if declared else "")):
-        try:
-            return data.decode(_WIDER.get(name, name))
-        except LookupError:
-            pass  # an unknown name says nothing: go on as if there were none
+    stated = declared.group(1).decode("ascii").lower() if declared else ""
+    for name in (_WIDER.get(charset.lower(), charset), _WIDER_META.get(stated, stated)):
+        if (text := _decode(data, name)) is not None:
+            return text
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        guess = str(_resiliparse().detect_encoding(data))
-        if guess.lower() in ("utf-8", "utf8"):
+        guess = str(_resiliparse().detect_encoding(data)).lower()
+        text = None if guess in ("utf-8", "utf8") else _decode(data, _WIDER.get(guess, guess))
+        if text is None:
             raise
-        return data.decode(_WIDER.get(guess.lower(), guess))
+        return text
+
+
+def _decode(data: bytes, name: str) -> str | None:
+    """The text; None for a name that says nothing, which is as if there were none. Raises UnicodeDecodeError."""
+    try:
+        return None if codecs.lookup(name).name in _NO_ENCODINGS else data.decode(name)
+    except UnicodeDecodeError:
+        raise
+    except (LookupError, ValueError):
+        return None
 
 
 def page(

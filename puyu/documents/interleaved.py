@@ -16,6 +16,7 @@ quarantined (`image`). An entry that no link names is kept and counted. Pictures
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from puyu.documents.document import Document
+from puyu.documents.document import Document, is_writable
 from puyu.files import BadRecord, Quarantine, write_jsonl
 
 CONTENT = "content"
@@ -80,7 +81,9 @@ def images_of(text: str) -> list[Image]:
 
 
 def problem(value: Mapping[str, Any]) -> str:
-    """What is wrong with the entries of a record; empty when nothing is."""
+    """What is wrong with the id and the entries of a record; empty when nothing is."""
+    if not is_writable(json.dumps(record_metadata(value), ensure_ascii=False)):
+        return "encoding: a lone surrogate in the id or an entry"
     for name in LISTS:
         entries = value.get(name)
         if entries is None:

@@ -30,6 +30,8 @@ class Comments:
     strings: tuple[str, ...] = ()
     nested: bool = False
     """Whether block comments nest."""
+    at_word: bool = False
+    """Whether a line comment begins only where a word may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ RUST = Comments(
 )
 PYTHON = Comments(("#",), (), (*_TRIPLE, _DOUBLE, _SINGLE))
 HASH = Comments(("#",), (), _PLAIN)
-SHELL = Comments(("# ", "#\n", "#!", "##"), (), (r"\$\{?#", r'"(?:\\(?s:.)|[^"\\])*"', r"'[^']*'"))
+SHELL = Comments(("#",), (), (r'"(?:\\(?s:.)|[^"\\])*"', r"'[^']*'"), at_word=True)
 STYLE = Comments((), _SLASHES, _PLAIN)
 PHP = Comments(("//", "#"), _SLASHES, (r'"(?:\\(?s:.)|[^"\\])*"', r"'(?:\\(?s:.)|[^'\\])*'"))
 ANGLE = Comments((), (("<!--", "-->"),))
@@ -193,21 +195,22 @@ LANGUAGES = (
 
 _CONTENT: dict[str, tuple[tuple[str, re.Pattern[str]], ...]] = {
     ".h": (
-        ("objective-c", re.compile(r"^\s*(?:@(?:interface|protocol|property|end|class)\b|#import\b)", re.M)),
+        ("objective-c", re.compile(r"^[ \t]*(?:@(?:interface|protocol|property|end|class)\b|#import\b)", re.M)),
         ("cpp", re.compile(
-            r"^\s*(?:template\s*<|namespace\s+[\w:]*\s*\{?|using\s+\w|class\s+\w+[^;]*$|(?:public|private|protected)\s*:)"
+            r"^[ \t]*(?:template\s*<|namespace\s+[\w:]*\s*\{?|using\s+\w|class\s+\w+[^;]*$)"
+            r"|^[ \t]*(?:public|private|protected)\s*:"
             r"|\bstd::|#include\s*<(?:string|vector|map|memory|iostream|cstdint|cstddef|functional|utility|algorithm)>"
             r"|\bclass\s+\w+\s*(?:final\s*)?[:{]|\b(?:constexpr|nullptr|virtual)\b|\boperator\s*[=<>+\-*\[(]", re.M)),
         ("c", re.compile("")),
     ),
     ".m": (
-        ("objective-c", re.compile(r"^\s*(?:@(?:interface|implementation|protocol|import|end)\b|#(?:import|include)\b)"
-                                   r"|\[\s*\w+\s+\w+", re.M)),
-        ("matlab", re.compile(r"^\s*(?:function\b|classdef\b|%|end\b|disp\(|clear\b|clc\b)|\.\*|;\s*$", re.M)),
+        ("objective-c", re.compile(r"^[ \t]*@(?:interface|implementation|protocol|import|end)\b"
+                                   r"|^[ \t]*#(?:import|include)\b|\[\s*\w+\s+\w+", re.M)),
+        ("matlab", re.compile(r"^[ \t]*(?:function\b|classdef\b|%|end\b|disp\(|clear\b|clc\b)|\.\*|;\s*$", re.M)),
         ("objective-c", re.compile("")),
     ),
     ".pl": (
-        ("prolog", re.compile(r"^\s*:-|^[a-z]\w*(?:\([^)]*\))?\s*:-|^[a-z]\w*\([^()]*\)\.\s*$", re.M)),
+        ("prolog", re.compile(r"^[ \t]*:-|^[a-z]\w*(?:\([^()]*\))?\s*:-|^[a-z]\w*\([^()]*\)\.\s*$", re.M)),
         ("perl", re.compile("")),
     ),
     ".ts": (
@@ -215,10 +218,11 @@ _CONTENT: dict[str, tuple[tuple[str, re.Pattern[str]], ...]] = {
         ("typescript", re.compile("")),
     ),
     ".v": (
-        ("coq", re.compile(r"^\s*(?:Require\b|Theorem\b|Lemma\b|Proof\b|Definition\b|Inductive\b|Fixpoint\b|Qed\.)",
+        ("coq", re.compile(r"^[ \t]*(?:Require\b|Theorem\b|Lemma\b|Proof\b|Definition\b|Inductive\b|Fixpoint\b|Qed\.)",
                            re.M)),
-        ("verilog", re.compile(r"^\s*(?:module\s+\w+\s*[#(;]|endmodule|`(?:timescale|define|include)|always\b)", re.M)),
-        ("v", re.compile(r"^\s*(?:(?:pub\s+)?fn\s+[\w(]|module\s+\w+\s*$|import\s+\w|struct\s+\w)|:=", re.M)),
+        ("verilog", re.compile(r"^[ \t]*(?:module\s+\w+\s*[#(;]|endmodule|`(?:timescale|define|include)|always\b)",
+                               re.M)),
+        ("v", re.compile(r"^[ \t]*(?:(?:pub\s+)?fn\s+[\w(]|module\s+\w+\s*$|import\s+\w|struct\s+\w)|:=", re.M)),
         ("verilog", re.compile("")),
     ),
     ".r": (
@@ -226,7 +230,7 @@ _CONTENT: dict[str, tuple[tuple[str, re.Pattern[str]], ...]] = {
         ("r", re.compile("")),
     ),
     ".cls": (
-        ("tex", re.compile(r"^\s*(?:%|\\)", re.M)),
+        ("tex", re.compile(r"^[ \t]*(?:%|\\)", re.M)),
         ("visual-basic", re.compile("")),
     ),
     ".d": (
@@ -234,15 +238,15 @@ _CONTENT: dict[str, tuple[tuple[str, re.Pattern[str]], ...]] = {
         ("d", re.compile("")),
     ),
     ".fs": (
-        ("glsl", re.compile(r"^\s*(?:#version\b|precision\s+\w+|uniform\s|varying\s)", re.M)),
+        ("glsl", re.compile(r"^[ \t]*(?:#version\b|precision\s+\w+|uniform\s|varying\s)", re.M)),
         ("fsharp", re.compile("")),
     ),
     ".t": (
-        ("perl", re.compile(r"^\s*(?:use\s+[\w:]+|my\s+[$@%]|package\s)", re.M)),
+        ("perl", re.compile(r"^[ \t]*(?:use\s+[\w:]+|my\s+[$@%]|package\s)", re.M)),
         ("text", re.compile("")),
     ),
     ".mod": (
-        ("gomod", re.compile(r"^\s*(?:module|go|require)\s", re.M)),
+        ("gomod", re.compile(r"^[ \t]*(?:module|go|require)\s", re.M)),
         ("text", re.compile("")),
     ),
     ".pp": (
@@ -253,7 +257,7 @@ _CONTENT: dict[str, tuple[tuple[str, re.Pattern[str]], ...]] = {
 """Suffix -> (language, pattern of the content), tried in order; the last always fits."""
 
 BY_NAME = {language.name: language for language in LANGUAGES}
-_BY_SUFFIX = {suffix: language for language in reversed(LANGUAGES) for suffix in language.suffixes}
+BY_SUFFIX = {suffix: language for language in reversed(LANGUAGES) for suffix in language.suffixes}
 _BY_FILE = {name: language for language in LANGUAGES for name in language.names}
 _BY_PROGRAM = {word: language for language in LANGUAGES for word in (*language.programs, language.name)}
 
@@ -276,13 +280,13 @@ def language_of(path: str, text: str) -> Language | None:
         shared = [row for row in LANGUAGES if suffix in row.suffixes]
         return declared if declared in shared else _by_content(suffix, text)
     header = BY_NAME["cpp"] if not suffix and _HEADER.search(text) else None
-    return _BY_SUFFIX.get(suffix) or declared or header
+    return BY_SUFFIX.get(suffix) or declared or header
 
 
 def is_known_suffix(path: str) -> bool:
     """Whether the name alone tells a language."""
     name = path.rsplit("/", 1)[-1]
-    return name in _BY_FILE or ("." in name and name[name.rindex(".") :].lower() in _BY_SUFFIX)
+    return name in _BY_FILE or ("." in name and name[name.rindex(".") :].lower() in BY_SUFFIX)
 
 
 def _by_content(suffix: str, text: str) -> Language:

@@ -12,16 +12,19 @@ can. How the records of a source fall into blocks depends on the files alone, so
 from __future__ import annotations
 
 import contextlib
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import IO
 
 from puyu.documents.repositories import Tree, files_on_disk, trees
 from puyu.documents.sources import BOOKS, PAGES, Member, ReadReport, SourceConfig, members
 from puyu.documents.tables import row_groups
 from puyu.documents.warc import MAX_RECORD, Record, records
-from puyu.files import BadRecord, Quarantine, open_bytes, torn_errors
+from puyu.files import BadRecord, Quarantine, archive_errors, open_bytes
 
 STRETCH = 8_000_000
 """Bytes of a text file that are parsed at a time."""
@@ -36,9 +39,9 @@ class Raw:
 
     member: Member
     number: int
-    """1-based: the line, the record, the row group; for a stretch of a text its first line."""
+    """1-based: the line, the record; for a stretch of a text its first line, for a row group its first row."""
     offset: int
-    """Byte where it begins, in the unpacked file."""
+    """Byte where it begins, in the unpacked file; of a row group its place among those of the file, from 0 on."""
     size: int
     payload: bytes | Record | None = None
     ends: bool = True
@@ -94,15 +97,15 @@ def walk(source: SourceConfig, member: Member, quarantine: Quarantine) -> Iterat
             yield from _archive(member, quarantine)
         elif source.kind == "parquet":
             with open_packed(member) as stream:
-                for group, offset, size in row_groups(stream, member.label, quarantine):
-                    yield Raw(member, group, offset, size)
+                for first, group, size in row_groups(stream, member.label, quarantine):
+                    yield Raw(member, first, group, size)
         elif source.kind in ("jsonl", "wanjuan") or member.suffix in (".jsonl", ".ndjson"):
             yield from _lines(member, quarantine)
         elif whole:
             yield Raw(member, 1, 0, member.size)
         else:
             yield from _stretches(member, quarantine)
-    except damaged() as error:
+    except archive_errors() as error:
         quarantine(BadRecord(member.label, 0, 0, f"archive: {error}", ""))
 
 
@@ -128,11 +131,33 @@ def open_packed(member: Member) -> Iterator[IO[bytes]]:
 def open_member(member: Member) -> Iterator[IO[bytes]]:
     """The member's bytes, unpacked."""
     if member.inside:
-        with zipfile.ZipFile(member.path) as archive, archive.open(member.inside) as stream:
+        about = member.path.stat()
+        archive = _archive_of(member.path, (about.st_ino, about.st_size, about.st_mtime_ns), os.getpid())
+        with _bzip2_errors(), archive.open(member.inside) as stream:
             yield stream
     else:
         with open_bytes(member.path) as stream:
             yield stream
+
+
+@lru_cache(maxsize=1)
+def _archive_of(path: Path, stamp: tuple[int, int, int], process: int) -> zipfile.ZipFile:
+    """The archive that was opened last: to read its list for every member is quadratic.
+
+    `stamp` changes with the file. A process that was forked opens its own: two would move the place in one file.
+    """
+    return zipfile.ZipFile(path)
+
+
+@contextlib.contextmanager
+def _bzip2_errors() -> Iterator[None]:
+    """Damaged bzip2 raises an OSError, and no other one lacks a number."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise zipfile.BadZipFile(str(error)) from error
+        raise
 
 
 def bytes_of(member: Member, quarantine: Quarantine) -> bytes | None:
@@ -141,18 +166,13 @@ def bytes_of(member: Member, quarantine: Quarantine) -> bytes | None:
     try:
         with open_member(member) as stream:
             data = stream.read(limit + 1)
-    except damaged() as error:
+    except archive_errors() as error:
         quarantine(BadRecord(member.label, 0, 0, f"archive: {error}", ""))
         return None
     if len(data) > limit:
         quarantine(BadRecord(member.label, 0, 0, f"record: a file of more than {limit} bytes", ""))
         return None
     return data
-
-
-def damaged() -> tuple[type[Exception], ...]:
-    """What a damaged archive raises."""
-    return (zipfile.BadZipFile, *torn_errors())
 
 
 # ---- cutting
@@ -177,7 +197,7 @@ def _lines(member: Member, quarantine: Quarantine) -> Iterator[Raw]:
                     quarantine(BadRecord(member.label, number, start, problem, _head(line)))
                 elif not line.isspace():
                     yield Raw(member, number, start, len(line), line)
-    except damaged() as error:
+    except archive_errors() as error:
         quarantine(BadRecord(member.label, number + 1, offset, f"archive: {error}", ""))
 
 
@@ -207,7 +227,7 @@ def _stretches(member: Member, quarantine: Quarantine) -> Iterator[Raw]:
                 if not more:
                     return
                 line, offset, data = line + data.count(b"\n", 0, cut), offset + cut, data[cut:] + more
-    except damaged() as error:
+    except archive_errors() as error:
         quarantine(BadRecord(member.label, line, offset, f"archive: {error}", ""))
 
 

@@ -12,21 +12,22 @@ It filters nothing: what is unwanted is for the rules to say.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from puyu.documents.books import Unreadable, book_text
-from puyu.documents.document import Document, make_document, normalize
+from puyu.documents.document import Document, is_writable, make_document, normalize
 from puyu.documents.extract import decode_html, page
 from puyu.documents.interleaved import CONTENT, UNLINKED, deal_images, keep_links, problem, record_metadata, unlinked
 from puyu.documents.killable import Failed
 from puyu.documents.pdf import pdf_text
+from puyu.documents.programming import BY_SUFFIX
 from puyu.documents.raw import Raw, blocks, bytes_of, open_packed
 from puyu.documents.repositories import Tree, repository_documents
-from puyu.documents.sources import BOOKS, PROGRAMMING, Member, ReadReport, SourceConfig, input_files
+from puyu.documents.sources import BOOKS, CODE, Member, ReadReport, SourceConfig, input_files
 from puyu.documents.split import split
 from puyu.documents.tables import METADATA, table_rows
 from puyu.documents.warc import Answer, Damaged, Record, http_answer
@@ -111,7 +112,8 @@ def _read_code(source: SourceConfig, data: bytes, member: Member, quarantine: Qu
     except UnicodeDecodeError as error:
         quarantine(_bad_bytes(member.label, data, error))
         return
-    metadata = {"path": member.origin, "programming_language": PROGRAMMING.get(member.suffix, "")}
+    language = BY_SUFFIX[member.suffix].name if member.suffix in CODE else ""
+    metadata = {"path": member.origin, "programming_language": language}
     yield from _documents(source, normalize(text, code=True), metadata)
 
 
@@ -132,7 +134,7 @@ def _parse_rows(source: SourceConfig, raw: Raw, quarantine: Quarantine) -> Itera
     with open_packed(raw.member) as stream:
         rows = table_rows(stream, label, group=raw.offset, first=raw.number, text_field=field, quarantine=quarantine)
         for number, row in rows:
-            if problem := text_problem(row, source.text_field):
+            if problem := text_problem(row, source.text_field, METADATA):
                 quarantine(BadRecord(label, number, 0, problem, ""))
             else:
                 yield from _record(source, row, label, quarantine)
@@ -225,12 +227,9 @@ def _parse_line(
     value: Any = None
     try:
         value = json.loads(line.decode("utf-8"))
-        wrong = text_problem(value, CONTENT if wanjuan else source.text_field)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        wrong = _wanjuan_problem(value) if wanjuan else text_problem(value, source.text_field, METADATA)
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
         wrong = f"{'encoding' if isinstance(error, UnicodeDecodeError) else 'json'}: {error}"
-    if wanjuan and not wrong:
-        value[CONTENT] = normalize(value[CONTENT])
-        wrong = problem(value)
     place: Quarantine = partial(_quarantine_at, quarantine, raw.number, raw.offset)
     if wrong:
         place(BadRecord(raw.member.label, 0, 0, wrong, line[:80].decode("utf-8", "replace")))
@@ -240,6 +239,14 @@ def _parse_line(
         yield from _record(source, value, raw.member.label, place)
 
 
+def _wanjuan_problem(value: Any) -> str:
+    """What is wrong with a record; its text is normalized, so that its links are looked for as they are kept."""
+    if wrong := text_problem(value, CONTENT):
+        return wrong
+    value[CONTENT] = normalize(value[CONTENT])
+    return problem(value)
+
+
 def _read_wanjuan(source: SourceConfig, value: dict[str, Any], report: ReadReport) -> Iterator[Document]:
     metadata = record_metadata(value)
     if lost := len(unlinked(value[CONTENT], metadata.get("images", ()))):
@@ -247,18 +254,17 @@ def _read_wanjuan(source: SourceConfig, value: dict[str, Any], report: ReadRepor
     yield from _documents(source, value[CONTENT], metadata)
 
 
-def text_problem(value: Any, text_field: str) -> str:
-    """Why a row has no text in a field; empty where it has one."""
+def text_problem(value: Any, text_field: str, others: Sequence[str] = ()) -> str:
+    """Why a row has no text in a field, or none that can be written there or in the others; empty where it has."""
     if not isinstance(value, dict):
         return "record: not an object"
     text = value.get(text_field)
     if not isinstance(text, str):
         return f"record: no text in field {text_field!r}"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
+    if not is_writable(text):
         return "encoding: a lone surrogate in the text"
-    return ""
+    wrong = (name for name in others if isinstance(value.get(name), str) and not is_writable(value[name]))
+    return next((f"encoding: a lone surrogate in field {name!r}" for name in wrong), "")
 
 
 def _record(source: SourceConfig, value: dict[str, Any], label: str, quarantine: Quarantine) -> Iterator[Document]:

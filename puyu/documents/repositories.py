@@ -7,9 +7,10 @@
 
 A folder that holds only folders and archives, and no `.git`, is a folder of repositories; any other folder is one.
 Archives are .tar, .tar.gz, .tgz, .tar.zst and .zip; the single folder at their top is not part of the paths.
-What is vendored, built, generated, minified, binary, hidden, a link, a lock file, too large or of no known language is
-not selected, and counted by that word. A file that is no UTF-8 (nor UTF-16 with its mark) goes to quarantine with its
-path and the offset of the bad byte; a torn archive too, and the files before the tear are read.
+What is vendored, built, generated, minified, binary, hidden, a link, a lock file, too large, of no known language, or
+repeated (of a path that an archive has twice the last file stays) is not selected, and counted by that word. A file
+that is no UTF-8 (nor UTF-16 with its mark) goes to quarantine with its path and the offset of the bad byte; a torn
+archive too, and the files before the tear are read.
 It cuts no file and judges no quality. One repository is in memory at a time.
 """
 
@@ -28,10 +29,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from puyu.documents.document import Document, make_document, normalize
+from puyu.documents.document import Document, is_writable, make_document, normalize
 from puyu.documents.programming import Language, is_known_suffix, language_of
 from puyu.errors import InputError
-from puyu.files import BadRecord, Quarantine, open_bytes, torn_errors
+from puyu.files import BadRecord, Quarantine, archive_errors, open_bytes
 
 MAX_BYTES = 1_000_000
 """Larger files are data or generated (the bound of The Stack, Kocetkov et al. 2022)."""
@@ -95,13 +96,20 @@ def trees(patterns: str | Sequence[str], source: str) -> list[Tree]:
     units = [
         unit for pattern in ([patterns] if isinstance(patterns, str) else patterns) for unit in _units(pattern, source)
     ]
-    taken: Counter[str] = Counter()
-    found = []
-    for unit in units:
-        name = _tree_name(unit)
-        taken[name] += 1
-        found.append(Tree(name if taken[name] == 1 else f"{name}-{taken[name]}", unit))
-    return found
+    names = [_tree_name(unit) for unit in units]
+    return [Tree(name, unit) for name, unit in zip(_distinct(names), units, strict=True)]
+
+
+def _distinct(names: Sequence[str]) -> Iterator[str]:
+    """The names; a repeated one with the next number behind it that gives no name of the others."""
+    taken, seen = set(names), Counter[str]()
+    for name in names:
+        seen[name] += 1
+        own = name
+        while seen[name] > 1 and (own := f"{name}-{seen[name]}") in taken:
+            seen[name] += 1
+        taken.add(own)
+        yield own
 
 
 def _units(pattern: str, source: str) -> list[Path]:
@@ -212,16 +220,14 @@ def _files(tree: Tree, skipped: Counter[str], quarantine: Quarantine) -> list[Fi
     try:
         for member in read(tree.path, skipped):
             found.append(member)
-    except _damaged() as error:
+    except archive_errors() as error:
         quarantine(BadRecord(tree.path.as_posix(), 0, 0, f"archive: {error}", ""))
-    top = _common_top([name for name, _ in found])
-    kept = sorted((name.removeprefix(top), name, data) for name, data in found)
+    last = dict(found)  # as unpacking does: of two files of one path the later one stays
+    if repeated := len(found) - len(last):
+        skipped["repeated path"] += repeated
+    top = _common_top(list(last))
+    kept = sorted((name.removeprefix(top), name, data) for name, data in last.items())
     return list(_select(tree, kept, skipped))
-
-
-def _damaged() -> tuple[type[Exception], ...]:
-    """What a damaged archive raises; a password and an unknown compression of a .zip too."""
-    return (zipfile.BadZipFile, tarfile.TarError, RuntimeError, *torn_errors())
 
 
 def _select(tree: Tree, members: list[tuple[str, str, bytes]], skipped: Counter[str]) -> Iterator[File]:
@@ -263,7 +269,7 @@ def _is_surely_skipped(name: str) -> bool:
 
 
 def _unsafe(name: str) -> bool:
-    return name.startswith("/") or ".." in name.split("/")
+    return name.startswith("/") or ".." in name.split("/") or not is_writable(name)
 
 
 def _read_zip(path: Path, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:

@@ -22,16 +22,15 @@ from puyu.documents.extract import Extract
 from puyu.documents.killable import Limits
 from puyu.documents.repositories import files_on_disk, trees
 from puyu.errors import InputError
-from puyu.files import BadRecord, Quarantine
+from puyu.files import BadRecord, Quarantine, archive_errors
 
 Kind = Literal["html", "text", "jsonl", "code", "warc", "parquet", "files", "wanjuan", "repository"]
 
-PROGRAMMING = {
-    ".c": "c", ".h": "c", ".cc": "cpp", ".cpp": "cpp", ".hpp": "cpp", ".cu": "cuda", ".cs": "csharp", ".go": "go",
-    ".java": "java", ".js": "javascript", ".ts": "typescript", ".kt": "kotlin", ".lua": "lua", ".php": "php",
-    ".py": "python", ".pyi": "python", ".r": "r", ".rb": "ruby", ".rs": "rust", ".scala": "scala", ".sh": "shell",
-    ".sql": "sql", ".swift": "swift", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml",
-}  # fmt: skip
+CODE = frozenset({
+    ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cs", ".go", ".java", ".js", ".ts", ".kt", ".lua", ".php", ".py", ".pyi",
+    ".r", ".rb", ".rs", ".scala", ".sh", ".sql", ".swift", ".toml", ".yaml", ".yml",
+})  # fmt: skip
+"""What `kind: code` takes from a folder; `puyu.documents.programming` names their languages."""
 TEXT = frozenset({".txt", ".md", ".rst", ".text", ".tex"})
 PAGES = frozenset({".html", ".htm", ".xhtml"})
 BOOKS = frozenset({".pdf", ".docx", ".epub"})
@@ -39,7 +38,7 @@ _SUFFIXES: dict[Kind, frozenset[str]] = {
     "html": PAGES | {".jsonl"},
     "text": TEXT,
     "jsonl": frozenset({".jsonl", ".ndjson"}),
-    "code": frozenset(PROGRAMMING),
+    "code": CODE,
     "warc": frozenset({".warc", ".wet", ".arc"}),
     "parquet": frozenset({".parquet"}),
     "files": TEXT | PAGES | BOOKS,
@@ -105,6 +104,8 @@ class Member:
     path: Path
     origin: str
     inside: str = ""
+    stored: int = 0
+    """Bytes of a member of an archive, unpacked."""
 
     @property
     def label(self) -> str:
@@ -116,8 +117,8 @@ class Member:
 
     @property
     def size(self) -> int:
-        """Bytes as it is stored; of a member of an archive, those of the archive."""
-        return self.path.stat().st_size
+        """Bytes on the disk; of a member of an archive its own, unpacked."""
+        return self.stored if self.inside else self.path.stat().st_size
 
 
 def input_files(source: SourceConfig) -> list[Path]:
@@ -177,12 +178,12 @@ def _plain_suffix(name: str) -> str:
 def _zip_members(source: SourceConfig, path: Path, report: ReadReport, quarantine: Quarantine) -> Iterator[Member]:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = sorted(info.filename for info in archive.infolist() if not info.is_dir())
-    except zipfile.BadZipFile as error:
+            sizes = {info.filename: info.file_size for info in archive.infolist() if not info.is_dir()}
+    except archive_errors() as error:
         quarantine(BadRecord(path.as_posix(), 0, 0, f"archive: {error}", ""))
         return
-    for inside in names:
+    for inside, size in sorted(sizes.items()):
         if _plain_suffix(inside) in _SUFFIXES[source.kind]:
-            yield Member(path, inside, inside)
+            yield Member(path, inside, inside, size)
         else:
             report.not_selected.append(f"{path.as_posix()}!{inside}")

@@ -2,8 +2,8 @@
 
     for first, group, size in row_groups(stream, "part.parquet", quarantine=print): ...
 
-Only the text and the columns that become metadata are read. A row group that is damaged costs its rows, which are
-counted in what is quarantined; a file whose footer is torn costs the file.
+Only the text and the columns that become metadata are read. A text that is no UTF-8 costs its row, a row group that is
+damaged its rows, which are counted in what is quarantined; a file whose footer is torn costs the file.
 """
 
 from __future__ import annotations
@@ -49,11 +49,26 @@ def table_rows(
     number, behind = first, first + file.metadata.row_group(group).num_rows
     try:
         for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
-            for row in batch.to_pylist():
-                yield number, row
+            for row in _rows(batch):
+                if isinstance(row, dict):
+                    yield number, row
+                else:
+                    quarantine(BadRecord(label, number, 0, f"encoding: {row.reason}", ""))
                 number += 1
     except damaged as error:
         quarantine(BadRecord(label, number, 0, f"archive: rows {number} to {behind - 1}: {error}", ""))
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """The rows of a batch; what is wrong with it in place of one whose text is no UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for at in range(batch.num_rows):
+            try:
+                yield from batch.slice(at, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield error
 
 
 def _parquet() -> tuple[Any, tuple[type[Exception], ...]]:

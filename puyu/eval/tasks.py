@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from puyu.configure import Config, dump
+from puyu.documents.contamination import item_id
 from puyu.errors import InputError
 from puyu.eval import scorers, solvers
 from puyu.eval.sample import Output, Sample, Score
@@ -82,7 +83,7 @@ def read_samples(path: Path, read: Callable[[Mapping[str, Any]], Sample]) -> tup
     samples = []
     for line, value in read_jsonl_lines(path):
         try:
-            samples.append(read({"id": str(line), **value}))
+            samples.append(read({**value, "id": item_id(value, line)}))
         except InputError as error:
             raise InputError(f"{path}, line {line}: {error.message}", remedy=error.remedy) from error
         except (KeyError, TypeError, ValueError) as error:

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from puyu.data.borderline import Rule, excerpt, nearest, sample
 from puyu.errors import ConfigError, InputError
-from puyu.files import read_jsonl, write_json, write_jsonl
+from puyu.files import read_jsonl, read_object, write_json, write_jsonl
 from tests.conftest import puyu
+from tests.data.looked import make, rows_of
 
 
 def row(id, score, **more):
@@ -55,12 +56,21 @@ def test_thresholds_are_those_of_the_rows_that_were_dropped(folder):
 def test_else_it_stands_in_the_ledger_or_must_be_given(folder):
     with pytest.raises(ConfigError, match="--threshold"):
         sample(folder, "x_min", count=1)
-    write_json(folder / "ledger.json", {"policies": {"words": {"x_min": 0.25, "z_max": None}}})
+    config = {"policies": {"words": {"x_min": 0.25, "z_max": None}}}
+    write_json(folder / "ledger.json", {"total": {"dropped": {"rules": {"x_min": 7}}}, "config": config})
     assert [s.id for s in sample(folder, "x_min", count=1)] == ["k2", "k3"]
     with pytest.raises(ConfigError, match="no rule"):
         sample(folder, "x", count=1)
     with pytest.raises(InputError, match="'w'"):
         sample(folder, "w_max", count=1, threshold=1)
+
+
+def test_counts_in_the_ledger_of_a_run_are_no_thresholds(tmp_path):
+    data = make(tmp_path)
+    [limit] = {row["threshold"] for row in rows_of(data, "dropped") if row["rule"] == "words_min"}
+    assert {s.threshold for s in sample(data, "words_min", count=3)} == {limit}
+    unused = read_object(data / "ledger.json")["config"]["policies"]["words"]["mean_word_max"]
+    assert {s.threshold for s in sample(data, "mean_word_max", count=3)} == {unused}
 
 
 def test_an_excerpt_shows_the_border():

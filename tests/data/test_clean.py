@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from puyu.configure import build, dump
 from puyu.data import clean, dedup, measure, segments
@@ -244,6 +246,39 @@ def test_why_names_rule_value_and_threshold(corpus, tmp_path):
         why(tmp_path / "out", "zzz")
     with pytest.raises(InputError, match="ambiguous"):
         why(tmp_path / "out", "")
+
+
+def test_no_record_stops_a_run(tmp_path):
+    half, url = "\\ud800", '"url": "http://[broken"'
+    lines = [
+        f'{{"text": "{half}"}}',
+        f'{{"text": "One.", "url": "http://a/{half}"}}',
+        '{"text": "One.", "n": ' + "9" * 5000 + "}",
+        f'{{"text": "Two.", {url}}}',
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.html").write_text(f'<meta charset="unicode_escape"><p>Three. {half}</p>')
+    sources = [
+        {"name": "rows", "path": str(tmp_path / "a.jsonl"), "kind": "jsonl", "rules": False, "language": "en"},
+        {"name": "page", "path": str(tmp_path / "b.html"), "kind": "html", "rules": False, "language": "en"},
+    ]
+    run(build(DataConfig, {"sources": sources, "dedup": {"url": True}}), out=tmp_path / "out")
+    reasons = [row["reason"].partition(":")[0] for row in rows_of(tmp_path / "out", "quarantined")]
+    assert reasons == ["encoding", "encoding", "json"]
+    kept = [row["text"] for row in rows_of(tmp_path / "out", "kept")]
+    assert kept == ["Two.", "Three. \\ud800"]
+
+
+def test_where_a_row_of_parquet_stood_is_its_row_group(tmp_path):
+    rows = {"text": [f"Row {number}." for number in range(30)]}
+    parquet.write_table(pa.table(rows), tmp_path / "a.parquet", row_group_size=10)
+    source = {"name": "p", "path": str(tmp_path / "a.parquet"), "kind": "parquet", "language": "en"}
+    other = {"name": "t", "path": str(tmp_path / "t.txt"), "rules": False, "language": "en"}
+    (tmp_path / "t.txt").write_text("Kept.")
+    run(build(DataConfig, {"sources": [source, other]}), out=tmp_path / "out")
+    row = next(row for row in rows_of(tmp_path / "out", "dropped") if row["head"] == "Row 25.")
+    assert (row["at"]["record"], row["at"]["offset"]) == (21, 2)
+    assert "a.parquet, row group 2, whose first row is 21" in why(tmp_path / "out", row["id"])
 
 
 def test_bad_configs_and_inputs_name_field_and_remedy(corpus, tmp_path):

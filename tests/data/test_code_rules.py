@@ -1,15 +1,27 @@
 """Rules, classes, and the whole way from repositories to windows, through the command too."""
 
+import io
+import re
 import tarfile
 from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from puyu.configure import build
 from puyu.data.clean import DataConfig
 from puyu.data.clean import run as clean
 from puyu.data.code.pipeline import CodeConfig, run
-from puyu.data.code.rules import CodeFilter, CodeRules, QualityClass, QualityPolicy, measure, rare_languages
+from puyu.data.code.rules import (
+    CodeFilter,
+    CodeRules,
+    QualityClass,
+    QualityPolicy,
+    measure,
+    rare_languages,
+    visible_text,
+)
 from puyu.documents.document import make_document
 from puyu.errors import ConfigError, InputError
 from puyu.files import read_json, read_jsonl
@@ -64,6 +76,21 @@ def test_a_rule_can_be_switched_off_and_the_lines_of_curator_on():
     assert rule_of("<p>word</p>", "html", visible_min=None) is None
     assert rule_of("x = word\n", lines_min=10) == "lines_min"
     assert rule_of("x = word\n", lines_min=10, low_resource=("python",)) is None
+
+
+TAG = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->|<[^>]*>", re.S | re.I | re.A)
+PARTS = ["<script", "</script", "<STYLE", "</style ", "<!--", "--", "<", ">", "</", "p", " ", "\n", "scripts"]
+
+
+@given(st.lists(st.sampled_from(PARTS)).map("".join))
+def test_what_is_visible_is_what_one_expression_leaves(html):
+    assert visible_text(html) == TAG.sub(" ", html)
+
+
+@pytest.mark.parametrize("part", ["<script>", "<style", "<!--", "<", "</script "])
+def test_tags_that_are_never_closed_are_read_at_once(part):
+    """With that expression this does not end."""
+    assert visible_text("a<b>c" + part * 300_000)[:3] == "a c"
 
 
 def test_rare_languages_are_spared():
@@ -161,6 +188,20 @@ def test_equal_inputs_give_equal_bytes_and_parts_are_noted(place):
     assert len(parts) > 2 and parts == [(n, len(parts)) for n in range(1, len(parts) + 1)]
 
 
+def test_a_path_that_an_archive_has_twice_is_read_once(place):
+    with tarfile.open(place / "twice.tar", "w") as archive:
+        for text in (b"value = 1\n", b"value = other\n"):
+            info = tarfile.TarInfo("a.py")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text))
+    source = {"name": "s", "path": str(place / "twice.tar"), "kind": "repository"}
+    numbers = run(config(place, sources=[source]), out=place / "a.jsonl")
+    total = numbers["ledger"]["total"]
+    assert (total["kept"], total["records_not_selected"]) == (1, {"repeated path": 1})
+    [row] = read_jsonl(place / "a.jsonl")
+    assert len(row["metadata"]["files"]) == 1 and "value = other" in row["text"]
+
+
 def test_a_window_is_learned_as_often_as_its_files_allow(place):
     quality = {"epochs": {"unscored": 3}}
     run(config(place, quality=quality), out=place / "a.jsonl")
@@ -185,6 +226,10 @@ def test_what_the_config_refuses(place):
             config(place, rules={"lines_min": 10_000, "low_resource": []}, quality={"epochs": {"unscored": 0}}),
             out=place / "a.jsonl",
         )
+    with pytest.raises(InputError, match=r"remedy: see why in .*none\.dropped\.jsonl"):
+        run(config(place, rules={"lines_min": 10_000}), out=place / "none.jsonl")
+    assert {row["rule"] for row in read_jsonl(place / "none.dropped.jsonl")} == {"lines_min"}
+    assert len(list(read_jsonl(place / "none.quarantined.jsonl"))) == 1
 
 
 def test_every_command_of_the_page_works(place):

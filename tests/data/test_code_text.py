@@ -39,6 +39,10 @@ from puyu.errors import ConfigError
         ("html", "<a><!-- b --></a>", "<a>          </a>"),
         ("markdown", "# a", "# a"),
         ("shell", "a=$# # b", "a=$#    "),
+        ("shell", "x=a#b; y=${v##*/} #c", "x=a#b; y=${v##*/}   "),
+        ("shell", "n=${#v}; m=$((16#ff))", "n=${#v}; m=$((16#ff))"),
+        ("shell", "#!/bin/sh\n(#a\nb);#c", "         \n(  \nb);  "),
+        ("shell", "a '#' \"#\" #b", "a ' ' \" \"   "),
     ],
 )
 def test_only_code_is_left(language, text, code):

@@ -173,6 +173,13 @@ def test_items_have_the_ids_of_the_evaluation(tmp_path):
     task = build_task(TaskRow(kind="multiple_choice", path=path), seed=0)
     assert list(read_items(path).items) == [sample.id for sample in task.samples] == ["1", "7"]
     assert read_items(path).items["1"] == "q one\nx\ny"
+    rows = [{"id": name, "question": "q", "choices": ["x"], "answer": 0} for name in (None, "a", None)]
+    write_jsonl(path, rows)
+    task = build_task(TaskRow(kind="multiple_choice", path=path), seed=0)
+    assert list(read_items(path).items) == [sample.id for sample in task.samples] == ["1", "a", "3"]
+    write_jsonl(path, [{"id": "2", "question": "q"}, {"question": "r"}])
+    with pytest.raises(InputError, match="line 2: a second item has the id '2'"):
+        read_items(path)
 
 
 def test_items_without_a_known_field_are_errors(tmp_path):

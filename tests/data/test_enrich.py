@@ -1,13 +1,15 @@
 """Look-alikes of seeds and the report of gaps, on texts whose kind is known."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from puyu.data.enrich import EnrichConfig, HashedTfIdf, by_classifier, by_embedding, host_of
+from puyu.data.enrich import EnrichConfig, HashedTfIdf, by_classifier, by_embedding
 from puyu.data.gaps import gaps, lines_of, profile
 from puyu.data.hashed import Shape
+from puyu.data.safety import host_of
 from puyu.documents.document import make_document
 from puyu.errors import ConfigError, InputError
 from puyu.files import read_json, read_jsonl, write_jsonl
@@ -31,7 +33,7 @@ def corpus(count=200):
 
 
 def kinds():
-    return {document.id: host_of(document) for document in corpus()}
+    return {document.id: host_of(document.metadata["url"]) for document in corpus()}
 
 
 def test_the_classifier_finds_what_is_like_the_seeds():
@@ -43,6 +45,12 @@ def test_the_classifier_finds_what_is_like_the_seeds():
     assert found.report["rich"] == {"shop.org": {"documents": 100, "taken": 30}}
     first, second = found.report["rounds"][:2]
     assert first["positives"] == 30 and second["positives"] == 30 + first["taken"] and first["known_before"] == 0.0
+
+
+def test_an_address_that_is_none_counts_for_its_source():
+    given = [replace(document, metadata={"url": "http://[broken"}) for document in corpus()]
+    found = by_classifier(SEEDS, lambda: iter(given), CONFIG)
+    assert found.report["rich"] == {"crawl": {"documents": 200, "taken": 30}}
 
 
 def test_every_document_is_counted_in_each_round():

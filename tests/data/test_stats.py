@@ -6,9 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from puyu.configure import build
+from puyu.data.clean import DataConfig, run
 from puyu.data.filters import Policies
-from puyu.data.scores import Amount, Labels
+from puyu.data.scores import Amount, Labels, open_scores
 from puyu.data.stats import lines_of, retention, score_bounds, stats, to_json
+from puyu.data.what_if import moved, what_if
 from puyu.files import read_object
 from tests.conftest import puyu
 from tests.data.looked import make, rows_of
@@ -72,6 +75,29 @@ def test_retention_by_hand():
         found[0].read == Amount(3, 7) and found[0].kept == Amount(2, 3) and found[0].dropped == {"near": Amount(1, 4)}
     )
     assert found[1].kept == Amount(1, 10) and found[1].dropped == {"rules": Amount(1, 20)}
+
+
+@pytest.fixture(scope="module")
+def listed(data, tmp_path_factory):
+    """The same with a stage between the rules and the copies."""
+    asked = read_object(data / "ledger.json")["config"]
+    words = tmp_path_factory.mktemp("words") / "words.txt"
+    words.write_text("script\nalert\n")
+    asked["safety"] = {"words": False, "more_words": {"any": str(words)}, "words_max": 0}
+    run(build(DataConfig, asked), out=words.parent / "data")
+    return words.parent / "data"
+
+
+def test_only_what_looks_for_copies_is_shown_as_duplicates(listed):
+    found, dropped = stats(listed), rows_of(listed, "dropped")
+    by_words = [row for row in dropped if row["stage"] == "words"]
+    copies = [row for row in dropped if row["stage"] in ("identical", "exact", "near")]
+    assert by_words and copies and list(found.duplicates) == ["identical", "exact", "near"]
+    assert sum(amount.documents for amount in found.duplicates.values()) == len(copies)
+    assert found.reached_duplicates == len(copies) + len(rows_of(listed, "kept"))
+    policies = moved(open_scores(listed), overrides=[("words.chars_min", 10_000_000)])
+    english = [row for row in copies if row["language"] == "en" and row["source"] != "gold"]
+    assert what_if(listed, policies).lost_copies == len(english)
 
 
 def test_the_command(data):

@@ -103,6 +103,23 @@ def test_word_headings_lists_tables_and_deleted_text() -> None:
     assert book.title == "A title"
 
 
+def test_no_text_of_a_word_document_stands_twice() -> None:
+    mc = 'xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"'
+    box = f"<w:txbxContent>{paragraph('in a box')}</w:txbxContent>"
+    both = (
+        f"<mc:AlternateContent {mc}><mc:Choice>{box}</mc:Choice><mc:Fallback>{box}</mc:Fallback></mc:AlternateContent>"
+    )
+    moved = "<w:moveFrom><w:r><w:t>here</w:t></w:r></w:moveFrom><w:moveTo><w:r><w:t>there</w:t></w:r></w:moveTo>"
+    body = f"<w:p><w:r>{both}</w:r></w:p><w:p>{moved}</w:p>"
+    inner = f"<w:tbl><w:tr><w:tc>{paragraph('deep')}</w:tc><w:tc>{paragraph('down')}</w:tc></w:tr></w:tbl>"
+    cells = f"<w:tc>{paragraph('left')}{inner}</w:tc><w:tc><w:p><w:r>{both}</w:r></w:p></w:tc>"
+    row = f"<w:sdt><w:sdtPr/><w:sdtContent><w:tr><w:tc>{paragraph('own')}</w:tc></w:tr></w:sdtContent></w:sdt>"
+    cell = f"<w:tr><w:sdt><w:sdtContent><w:tc>{paragraph('cell')}</w:tc></w:sdtContent></w:sdt></w:tr>"
+    body += f"<w:tbl><w:tr>{cells}</w:tr>{row}{cell}</w:tbl>"
+    text = book_text(word(body), ".docx").text
+    assert text == "in a box\n\nthere\n\nleft deep down | in a box\nown\ncell"
+
+
 def test_a_book_is_read_in_the_order_of_its_spine() -> None:
     book = book_text(epub(), ".epub")
     assert book.title == "Two Rivers" and book.text.split("\n\n") == ["One", "The first chapter.", "第二章。"]
@@ -163,6 +180,19 @@ def test_parquet_rows_and_rows_without_text(tmp_path: Path) -> None:
     assert [(record.line, record.reason) for record in bad] == [(8, "record: no text in field 'body'")]
     with pytest.raises(InputError, match="text_field"):
         read_all(tmp_path, kind="parquet")
+
+
+def test_a_string_that_is_no_utf8_costs_its_row(tmp_path: Path) -> None:
+    columns = {
+        "text": [f"row {n}".encode() if n != 300 else b"\xff\xfe" for n in range(600)],
+        "url": [b"u" if n != 5 else b"\xc3" for n in range(600)],
+    }
+    made = {name: pa.array(values, pa.binary()).cast(pa.binary()).view(pa.string()) for name, values in columns.items()}
+    parquet.write_table(pa.table(made), tmp_path / "a.parquet")
+    documents, bad = read_all(tmp_path, kind="parquet")
+    assert [record.line for record in bad] == [6, 301]
+    assert all(record.reason.startswith("encoding: ") for record in bad)
+    assert [document.text for document in documents] == [f"row {n}" for n in range(600) if n not in (5, 300)]
 
 
 def test_a_damaged_row_group_costs_its_rows(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 
-from puyu.documents.extract import _other_extractor, decode_html, page
+from puyu.documents import extract
+from puyu.documents.extract import _other_extractor, _resiliparse, decode_html, page
 from puyu.documents.interleaved import Image, write_interleaved
 from puyu.documents.readers import SourceConfig, read
 from puyu.errors import DependencyError
@@ -55,6 +57,29 @@ def test_encodings_that_are_not_declared():
         ("<p>" + "工作原理说明，这是一个没有声明编码的网页。" * 10 + "</p>").encode("gb18030")
     )
     assert decode_html(b'<meta charset="no-such-thing"><p>plain</p>').endswith("<p>plain</p>")
+
+
+@pytest.mark.parametrize(
+    "name", ["undefined", "idna", "punycode", "hex", "unicode_escape", "raw_unicode_escape", "utf-7", "u7", "no-such"]
+)
+@pytest.mark.parametrize("server", [False, True])
+def test_names_that_are_no_encodings_of_pages_say_nothing(name, server):
+    text = r"<p>é +2AA- \ud800</p>"
+    declared = "" if server else f'<meta charset="{name}">'
+    assert decode_html((declared + text).encode(), charset=name if server else "") == declared + text
+
+
+def test_a_declaration_that_can_be_read_does_not_stand_in_utf16():
+    for name in ("utf-16", "UTF-16LE", "utf-16be"):
+        assert decode_html(f'<meta charset="{name}"><p>é</p>'.encode()).endswith("<p>é</p>")
+    assert decode_html("<p>é</p>".encode("utf-16-le"), charset="utf-16le") == "<p>é</p>", "a server may say so"
+
+
+def test_a_guess_that_python_has_no_codec_for_is_a_refusal(monkeypatch):
+    guess = replace(_resiliparse(), detect_encoding=lambda data: "windows-874")
+    monkeypatch.setattr(extract, "_resiliparse", lambda: guess)
+    with pytest.raises(UnicodeDecodeError):
+        decode_html(b"<p>\xa1\xff</p>")
 
 
 def test_a_page_without_text_is_empty_not_an_error():

@@ -67,6 +67,24 @@ def test_a_link_gives_its_picture_back(caption, name):
     assert Image(found.url).link() == Image(image.url).link()
 
 
+def test_half_a_character_anywhere_in_a_record_is_refused(tmp_path):
+    half = json.loads('"\\ud800"')
+    records = [
+        {"id": half, "content": "One."},
+        {"id": "a", "content": f"One.{half}"},
+        {"id": "b", "img_list": [entry(URL, caption=half)], "content": "One."},
+        {"id": "c", "video_list": [{"url": f"https://a.org/{half}"}], "content": "One."},
+        {"id": "d", "img_list": [entry(URL, note={"more": [half]})], "content": "One."},
+        {"id": "e", "content": "Fine.", "unread": half},
+    ]
+    path = tmp_path / "half.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    bad: list[BadRecord] = []
+    source = SourceConfig(name="wanjuan", path=str(path), kind="wanjuan")
+    assert [document.text for document in read(source, bad.append)] == ["Fine."]
+    assert [(b.line, b.reason.partition(":")[0]) for b in bad] == [(n, "encoding") for n in range(1, 6)]
+
+
 def test_three_kinds_of_records(tmp_path):
     text = {"id": "t", "content": "One.\n\n![](nowhere.jpg)"}
     pictures = {"id": "i", "img_list": [entry(URL)], "content": f"![]({URL})\nTwo."}

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from puyu.documents import raw
+from puyu.documents.programming import BY_SUFFIX
 from puyu.documents.readers import ReadReport, SourceConfig, input_files, read
+from puyu.documents.sources import CODE
 from puyu.errors import InputError
+from puyu.files import BadRecord, read_jsonl
 
 
 def read_all(**values):
@@ -137,3 +141,88 @@ def test_ids_come_from_content_and_source_not_from_position(tmp_path):
     first, _, _ = read_all(path=str(tmp_path / "a.jsonl"), kind="jsonl")
     second, _, _ = read_all(path=str(tmp_path / "b.jsonl"), kind="jsonl")
     assert {d.id for d in first} == {d.id for d in second} and len({d.id for d in first}) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "x", "n": ' + b"9" * 5000 + b"}", "json"),
+        (b'{"text": ' + b"[" * 100_000, "json"),
+        (b'{"text": "x", "url": "http://a/\\ud800"}', "encoding: a lone surrogate in field 'url'"),
+        (b'{"text": "x", "date": "\\udfff"}', "encoding: a lone surrogate in field 'date'"),
+    ],
+    ids=["digits", "depth", "url", "date"],
+)
+def test_a_hostile_line_costs_itself_alone(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_bytes(line + b'\n{"text": "fine", "note": "\\ud800"}\n')
+    documents, bad, _ = read_all(path=str(tmp_path / "a.jsonl"), kind="jsonl")
+    assert [d.text for d in documents] == ["fine"]
+    assert [(b.line, b.reason.startswith(reason)) for b in bad] == [(1, True)]
+    found: list[BadRecord] = []
+    rows = list(read_jsonl(tmp_path / "a.jsonl", quarantine=found.append))
+    assert len(rows) + len(found) == 2 and len(found) == (reason == "json")
+
+
+def zipped(path, method=zipfile.ZIP_DEFLATED, **texts):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, text in texts.items():
+            archive.writestr(f"{name}.txt", text)
+    return path
+
+
+def edited(path, *, flags=0, method=None):
+    """The archive with other flags or another method in the headers of its first member."""
+    data = bytearray(path.read_bytes())
+    for head, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = data.index(head) + at
+        data[start] |= flags
+        if method is not None:
+            data[start + 2 : start + 4] = method.to_bytes(2, "little")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"flags": 1}, {"method": 97}, {"method": 12}, {"method": 14}], ids=["password", "97", "bzip2", "lzma"]
+)
+def test_a_member_that_cannot_be_unpacked_costs_itself_alone(tmp_path, changes):
+    edited(zipped(tmp_path / "a.zip", a="a secret", b="a plain text"), **changes)
+    documents, bad, _ = read_all(path=str(tmp_path / "a.zip"), kind="text")
+    assert [d.text for d in documents] == ["a plain text"]
+    assert [b.path.rsplit("!")[-1] for b in bad] == ["a.txt"] and bad[0].reason.startswith("archive: ")
+
+
+def test_names_that_are_no_utf8_cost_their_archive(tmp_path):
+    path = zipped(tmp_path / "a.zip", é="text")
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xff"))
+    documents, bad, _ = read_all(path=str(path), kind="text")
+    assert not documents and [b.reason.partition(":")[0] for b in bad] == ["archive"]
+
+
+def test_small_members_of_an_archive_fill_blocks_by_their_own_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(raw, "BLOCK_BYTES", 4000)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(40):
+            archive.writestr(f"{number:02}.html", f"<p>{number}</p>".ljust(200))
+    source = SourceConfig(name="s", path=str(tmp_path / "a.zip"), kind="html")
+    assert [len(block.raws) for block in raw.blocks(source, ReadReport())] == [20, 20]
+
+
+def test_an_archive_is_opened_once_for_its_members_and_anew_when_it_changed(tmp_path, monkeypatch):
+    opened, ZipFile = [], zipfile.ZipFile
+    path = zipped(tmp_path / "a.zip", a="one", b="two", c="three")
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *args: opened.append(args) or ZipFile(*args))
+    assert len(read_all(path=str(path), kind="text")[0]) == 3 and len(opened) == 2, "for its names, and for its texts"
+    monkeypatch.undo()
+    path.unlink()
+    zipped(path, a="another one", b="two")
+    assert [d.text for d in read_all(path=str(path), kind="text")[0]] == ["another one", "two"]
+
+
+def test_languages_of_code_are_those_of_the_one_table(tmp_path):
+    assert {BY_SUFFIX[suffix].kind for suffix in CODE} <= {"code", "data"}
+    names = {".h": "c", ".ts": "typescript", ".r": "r", ".sh": "shell", ".cu": "cuda", ".yml": "yaml", ".pyi": "python"}
+    assert {suffix: BY_SUFFIX[suffix].name for suffix in names} == names and set(names) < CODE
+    (tmp_path / "notes.xyz").write_text("x")
+    (tmp_path / "page.html").write_text("x")
+    documents, _, _ = read_all(path=[str(tmp_path / "notes.xyz"), str(tmp_path / "page.html")], kind="code")
+    assert [d.metadata["programming_language"] for d in documents] == ["", ""], "asked for by name"

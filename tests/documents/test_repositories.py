@@ -8,10 +8,12 @@ from collections import Counter
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from puyu.documents.programming import BY_NAME, LANGUAGES, language_of
 from puyu.documents.readers import ReadReport, SourceConfig, input_files, read
-from puyu.documents.repositories import name_reason
+from puyu.documents.repositories import _distinct, name_reason, trees
 from puyu.errors import InputError
 
 FILES = {
@@ -145,6 +147,44 @@ def test_two_repositories_of_one_name_stay_two(tmp_path):
     assert [d.metadata["repository"] for d in documents] == ["tool", "tool-2"]
 
 
+def test_no_two_repositories_are_given_one_name(tmp_path):
+    for place in ("a/x", "b/x", "c/x-2", "d/x", "e/x-2"):
+        write(tmp_path / place, {"a.py": place.encode()})
+    names = [tree.name for tree in trees([str(tmp_path / "*" / "x*")], "s")]
+    assert names == ["x", "x-3", "x-2", "x-4", "x-2-2"]
+
+
+@given(st.lists(st.sampled_from(["x", "x-2", "x-3", "x-2-2", "y"])))
+def test_names_are_distinct_and_the_first_keeps_its_own(names):
+    found = list(_distinct(names))
+    assert len(set(found)) == len(names) == len(found)
+    assert all(found[names.index(name)] == name for name in names)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_of_a_path_that_an_archive_has_twice_the_last_file_stays(tmp_path, kind):
+    place = packed(tmp_path, kind, {"a.py": b"old", "b.py": b"b"})
+    if kind == "zip":
+        with zipfile.ZipFile(place, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("demo-1.0/a.py", b"new")
+    else:
+        with tarfile.open(place, "a") as archive:
+            info = tarfile.TarInfo("demo-1.0/a.py")
+            info.size = 3
+            archive.addfile(info, io.BytesIO(b"new"))
+    documents, bad, report = read_all(place)
+    assert [(d.metadata["path"], d.text) for d in documents] == [("a.py", "new"), ("b.py", "b")]
+    assert report.records_not_selected == {"repeated path": 1} and not bad
+
+
+def test_names_in_an_archive_that_are_no_utf8_are_not_read(tmp_path):
+    with tarfile.open(tmp_path / "demo.tar", "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as archive:
+        for name in ("bad\udcff.py", "good.py"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+    documents, _, report = read_all(tmp_path / "demo.tar")
+    assert [d.metadata["path"] for d in documents] == ["good.py"] and report.records_not_selected == {"unsafe path": 1}
+
+
 def test_links_and_paths_that_leave_the_archive_are_not_followed(tmp_path):
     write(tmp_path / "demo", {"a.py": b"1"})
     (tmp_path / "demo" / "link.py").symlink_to(tmp_path / "demo" / "a.py")
@@ -221,6 +261,13 @@ def test_reasons_by_name(path, reason):
 def test_languages_by_name_and_content(path, text, language):
     found = language_of(path, text)
     assert found is not None and found.name == language
+
+
+@pytest.mark.parametrize("suffix", [".h", ".m", ".v", ".cls", ".fs", ".t", ".mod", ".pl"])
+def test_a_file_of_empty_lines_is_read_at_once(suffix):
+    """A million of them: with an expression that begins anew at each line this does not end."""
+    assert language_of(f"a{suffix}", "\n" * 1_000_000 + "x") is not None
+    assert language_of(f"a{suffix}", "\n\t template <class T>\n" + "a(\n" * 200_000) is not None
 
 
 def test_what_has_no_language():

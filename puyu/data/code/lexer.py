@@ -69,7 +69,8 @@ def _pattern(style: Comments) -> re.Pattern[str]:
         parts.append(f"(?P<block>{openers})")
     if style.line:
         openers = "|".join(re.escape(begin.rstrip("\n")) for begin in style.line)
-        parts.append(f"(?P<line>(?:{openers})[^\n]*)")
+        before = r"(?<![^\s;&|()])" if style.at_word else ""
+        parts.append(f"(?P<line>{before}(?:{openers})[^\n]*)")
     if style.strings:
         parts.append(f"(?P<string>{'|'.join(style.strings)})")
     return re.compile("|".join(parts))

@@ -95,14 +95,15 @@ def run(config: CodeConfig, *, out: Path) -> dict[str, Any]:
             ledger.keep(row.document.source, len(row.document.text))
     ledger.check()
     kept = [row for row in rows if row.drop is None]
-    if not kept:
-        raise InputError(f"no file was kept out of {ledger.total().read}", remedy="see the reasons with rules: null")
-    found = [_repository(group, config, length) for group in _by_repository(kept)]
     base = out.with_name(out.name.removesuffix(".jsonl"))
-    write_jsonl(out, (row for _, made, _ in found for row in made))
-    write_jsonl(base.with_name(f"{base.name}.dropped.jsonl"), (_dropped(row) for row in rows if row.drop))
+    dropped = base.with_name(f"{base.name}.dropped.jsonl")
+    write_jsonl(dropped, (_dropped(row) for row in rows if row.drop))
     write_jsonl(base.with_name(f"{base.name}.quarantined.jsonl"), bad)
-    numbers = _report(ledger, report, [(name, result) for name, _, result in found])
+    if not kept:
+        raise InputError(f"no file was kept out of {ledger.total().read}", remedy=f"see why in {dropped}")
+    found = [_repository(group, config, length) for group in _by_repository(kept)]
+    write_jsonl(out, (row for _, made, _ in found for row in made))
+    numbers = _report(ledger, [(name, result) for name, _, result in found])
     numbers["windows"] = sum(len(made) for _, made, _ in found)
     write_json(base.with_name(f"{base.name}.report.json"), {**numbers, "config": dump(config)})
     for line in funnel_lines(ledger):
@@ -184,6 +185,7 @@ def _by_repository(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
 def _repository(rows: Sequence[_Row], config: CodeConfig, length: Length) -> tuple[str, list[dict[str, Any]], Sorted]:
     """(name, its windows as rows, its order)."""
     metadata = {str(row.document.metadata["path"]): row.document for row in rows}
+    assert len(metadata) == len(rows), "a path is given to two files"
     name = str(rows[0].document.metadata["repository"])
     tree = Tree(name, (_source_file(document) for document in metadata.values()))
     ordered = sort(tree)
@@ -234,7 +236,7 @@ def _dropped(row: _Row) -> dict[str, Any]:
 # ---- the report
 
 
-def _report(ledger: Ledger, report: ReadReport, found: Sequence[tuple[str, Sorted]]) -> dict[str, Any]:
+def _report(ledger: Ledger, found: Sequence[tuple[str, Sorted]]) -> dict[str, Any]:
     by_language: dict[str, Counts] = defaultdict(Counts)
     for _, result in found:
         for language, counts in result.counts.items():

@@ -33,7 +33,13 @@ from puyu.documents.stages import Drop, Scores, Verdict
 Class = Literal["high", "moderate", "low", "unscored"]
 CLASSES: tuple[Class, ...] = ("high", "moderate", "low", "unscored")
 
-_TAG = re.compile(r"<(script|style)\b.*?</\1\s*>|<!--.*?-->|<[^>]*>", re.S | re.I)
+_OPENER = re.compile(r"<(?:(script|style)\b|(!--))?", re.A | re.I)
+_CLOSERS = {
+    "script": re.compile(r"</script\s*>", re.A | re.I),
+    "style": re.compile(r"</style\s*>", re.A | re.I),
+    "!--": re.compile("-->"),
+    "": re.compile(">"),
+}
 _ODD = re.compile(f"[{ODD}]")
 _XML = re.compile(r"<\?xml\s+version=", re.I)
 
@@ -113,11 +119,38 @@ def measure(text: str, language: str) -> dict[str, float]:
         scores["xml_header"] = float(_XML.search(text[:100]) is not None)
         scores |= _comments(text, language)
     if language == "html":
-        visible = len(" ".join(_TAG.sub(" ", text).split()))
+        visible = len(" ".join(visible_text(text).split()))
         scores |= {"visible": visible, "visible_share": _share(visible, size)}
     if language in ("json", "yaml"):
         scores["data_chars"] = size
     return {name: round(value, 4) for name, value in scores.items()}
+
+
+def visible_text(html: str) -> str:
+    """The text of a page, with a blank for each tag, comment, script and style sheet.
+
+    What is not closed is looked for once: no later one of its kind is closed either. So the time is linear.
+    """
+    closers, pieces, begin, at = dict(_CLOSERS), list[str](), 0, 0
+    while found := _OPENER.search(html, at):
+        kind = (found[1] or found[2] or "").lower()
+        ends = (_closed(html, where, name, closers) for name, where in ((kind, found.end()), ("", found.start() + 1)))
+        end = next(filter(None, ends), 0)
+        if end:
+            pieces.append(html[begin : found.start()])
+            begin = end
+        at = end or found.start() + 1
+    return " ".join([*pieces, html[begin:]])
+
+
+def _closed(html: str, at: int, kind: str, closers: dict[str, re.Pattern[str]]) -> int:
+    """Where what is open ends; 0 where it does not, and then its kind is asked for no more."""
+    if kind not in closers:
+        return 0
+    if found := closers[kind].search(html, at):
+        return found.end()
+    del closers[kind]
+    return 0
 
 
 def _comments(text: str, language: str) -> dict[str, float]:

@@ -11,7 +11,7 @@ the nearest folder around it that has. Every file stands in the order exactly on
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -132,8 +132,3 @@ def _with_the_rest(tree: Tree, ordered: Sequence[str]) -> list[str]:
             result += waiting.pop(folder, [])
         result.append(path)
     return [*waiting.pop("", []), *result] if not with_code else result + [p for rest in waiting.values() for p in rest]
-
-
-def languages(tree: Tree) -> Counter[str]:
-    """Files by language."""
-    return Counter(file.language for file in tree.files.values())
