@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from puyu.documents.repositories import Tree, files_on_disk, trees
 from puyu.documents.sources import BOOKS, PAGES, Member, ReadReport, SourceConfig, members
@@ -59,6 +59,15 @@ class Block:
     @property
     def size(self) -> int:
         return sum(raw.size for raw in self.raws)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Thousands of small objects go to another process: as tuples, which pickle writes and reads in C.
+        rows = [(raw.member, raw.number, raw.offset, raw.size, raw.payload, raw.ends) for raw in self.raws]
+        return _block_of, (self.number, rows, self.bad)
+
+
+def _block_of(number: int, rows: list[tuple[Any, ...]], bad: tuple[BadRecord, ...]) -> Block:
+    return Block(number, tuple(Raw(*row) for row in rows), bad)
 
 
 def blocks(source: SourceConfig, report: ReadReport) -> Iterator[Block]:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from puyu.documents import raw
 from puyu.documents.programming import BY_SUFFIX
-from puyu.documents.readers import ReadReport, SourceConfig, input_files, read
+from puyu.documents.readers import ReadReport, SourceConfig, input_files, json_of, read
 from puyu.documents.sources import CODE
 from puyu.errors import InputError
 from puyu.files import BadRecord, read_jsonl
@@ -226,3 +228,36 @@ def test_languages_of_code_are_those_of_the_one_table(tmp_path):
     (tmp_path / "page.html").write_text("x")
     documents, _, _ = read_all(path=[str(tmp_path / "notes.xyz"), str(tmp_path / "page.html")], kind="code")
     assert [d.metadata["programming_language"] for d in documents] == ["", ""], "asked for by name"
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+BREAKS = (
+    b"NaN",
+    b"\\ud800",
+    b"\xed\xa0\x80",
+    b"\xff",
+    b"1e999",
+    b"\x01",
+    b'"a":1,"a":2,',
+    b"\xef\xbb\xbf",
+    b"{",
+    b"9" * 5000,
+)
+
+
+@given(VALUES, st.booleans(), st.sampled_from(BREAKS), st.integers(0, 40), st.booleans())
+def test_a_line_is_read_as_json_reads_it(value, ascii, broken, at, breaks):
+    line = json.dumps(value, ensure_ascii=ascii).encode("utf-8", "surrogatepass")
+    if breaks:
+        line = line[:at] + broken + line[at:]
+    found = []
+    for read_line in (json_of, lambda line: json.loads(line.decode("utf-8"))):
+        try:
+            found.append(repr(read_line(line)))
+        except (ValueError, RecursionError) as error:
+            found.append(f"{type(error)} {error}")
+    assert found[0] == found[1]
