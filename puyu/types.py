@@ -65,7 +65,7 @@ class ToolSpec:
     @staticmethod
     def from_openai(value: Mapping[str, Any]) -> ToolSpec:
         function = value.get("function", value)
-        if "name" not in function:
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise InputError("a tool needs a name: {'type': 'function', 'function': {'name': ...}}")
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
         return ToolSpec(function["name"], function.get("description", ""), parameters)
@@ -112,10 +112,26 @@ class Message:
         return Message(
             role=role,
             content=_content_from_openai(value.get("content")),
-            tool_calls=tuple(_call_from_openai(call) for call in value.get("tool_calls") or ()),
+            tool_calls=tuple(_call_from_openai(call) for call in _mappings(value, "tool_calls")),
             tool_call_id=value.get("tool_call_id") or "",
             name=value.get("name") or "",
         )
+
+
+def _mappings(value: Mapping[str, Any], name: str) -> Sequence[Mapping[str, Any]]:
+    """A list of objects, or nothing."""
+    found = value.get(name) or ()
+    if not isinstance(found, list | tuple) or not all(isinstance(item, Mapping) for item in found):
+        raise InputError(f"field {name!r} must be a list of objects")
+    return found
+
+
+def metadata_of(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record says of itself."""
+    found = value.get("metadata") or {}
+    if not isinstance(found, Mapping):
+        raise InputError("field 'metadata' must be an object")
+    return dict(found)
 
 
 def _content_to_openai(content: str | tuple[Part, ...]) -> str | list[dict[str, Any]]:
@@ -185,8 +201,8 @@ class Conversation:
             raise InputError("a conversation needs the field 'messages', a list")
         return Conversation(
             messages=tuple(Message.from_openai(message) for message in value["messages"]),
-            tools=tuple(ToolSpec.from_openai(tool) for tool in value.get("tools") or ()),
-            metadata=dict(value.get("metadata") or {}),
+            tools=tuple(ToolSpec.from_openai(tool) for tool in _mappings(value, "tools")),
+            metadata=metadata_of(value),
         )
 
 

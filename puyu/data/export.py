@@ -10,10 +10,10 @@ reads back with `kind: parquet`. Memory holds a thousand documents; the file app
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from puyu.data.corpus import documents
 from puyu.documents.interleaved import write_interleaved
@@ -22,6 +22,7 @@ from puyu.files import Quarantine, atomic_write, read_jsonl, write_jsonl
 
 FORMS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 _ROWS = 1024
+T = TypeVar("T")
 
 
 def export(folder: Path, target: Path, **wanted: str) -> int:
@@ -32,10 +33,7 @@ def export(folder: Path, target: Path, **wanted: str) -> int:
     form = _form_of(target, FORMS)
     path = folder / "kept.jsonl" if folder.is_dir() else folder
     rows = (row for row in read_jsonl(path) if all(row.get(name) == value for name, value in wanted.items()))
-    first = next(rows, None)
-    if first is None:
-        raise InputError(f"{path} holds no document of {wanted or 'any kind'}")
-    found = chain([first], rows)
+    found = _some(rows, path, wanted)
     if form == ".parquet":
         return _write_parquet(target, found)
     return _write_text(target, found) if form == ".txt" else write_jsonl(target, found)
@@ -49,10 +47,15 @@ def export_wanjuan(folder: Path, target: Path, *, quarantine: Quarantine, **want
     _form_of(target, tuple(form for form in FORMS if form.startswith(".jsonl")))
     found = documents([folder], quarantine=quarantine)
     chosen = (one for one in found if all(getattr(one, name) == value for name, value in wanted.items()))
-    first = next(chosen, None)
+    return write_interleaved(target, _some(chosen, folder, wanted), quarantine=quarantine)
+
+
+def _some(rows: Iterator[T], path: Path, wanted: Mapping[str, str]) -> Iterator[T]:
+    """The same rows; InputError where there is none, before anything is written."""
+    first = next(rows, None)
     if first is None:
-        raise InputError(f"{folder} holds no document of {wanted or 'any kind'}")
-    return write_interleaved(target, chain([first], chosen), quarantine=quarantine)
+        raise InputError(f"{path} holds no document of {wanted or 'any kind'}")
+    return chain([first], rows)
 
 
 def _form_of(target: Path, forms: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from puyu.errors import ConfigError, InputError
-from puyu.types import Conversation, Message, ToolCall, ToolSpec
+from puyu.types import Conversation, Message, ToolCall, ToolSpec, metadata_of
 
 Record = Mapping[str, Any]
 
@@ -108,7 +108,7 @@ def _read_sharegpt(record: Record) -> Conversation:
             messages.append(Message("assistant", tool_calls=tuple(_calls(value, place))))
         else:
             messages.append(Message(role, value))  # type: ignore[arg-type]
-    return Conversation(tuple(messages), _tools(record.get("tools")), dict(record.get("metadata") or {}))
+    return Conversation(tuple(messages), _tools(record.get("tools")), metadata_of(record))
 
 
 def _calls(value: str, place: str) -> Iterator[ToolCall]:
@@ -190,7 +190,7 @@ def _paired(system: str, pairs: Sequence[Sequence[str]], record: Record) -> Conv
     messages = [Message("system", system)] if system else []
     for question, answer in pairs:
         messages += [Message("user", question), Message("assistant", answer)]
-    return Conversation(tuple(messages), metadata=dict(record.get("metadata") or {}))
+    return Conversation(tuple(messages), metadata=metadata_of(record))
 
 
 def _rows(conversation: Conversation, form: str) -> list[tuple[str, str]]:
@@ -259,7 +259,7 @@ def _write_xtuner(conversation: Conversation) -> dict[str, Any]:
 
 
 def _read_text(record: Record) -> Conversation:
-    return Conversation((Message("assistant", text_field(record, "text")),), (), dict(record.get("metadata") or {}))
+    return Conversation((Message("assistant", text_field(record, "text")),), (), metadata_of(record))
 
 
 def _write_text(conversation: Conversation) -> dict[str, Any]:

@@ -102,6 +102,16 @@ def pack_pieces(pieces: Sequence[Piece], *, extras: Mapping[str, Tensor] | None 
     )
 
 
+def piece_of(shard: TokenShard, stretch: Stretch) -> Piece:
+    """A stretch of a document with what stands behind it."""
+    ids, loss = shard.doc(stretch.doc)
+    cut = slice(stretch.begin, stretch.end)
+    if stretch.end == len(ids):
+        return Piece(ids[cut], None if loss is None else loss[cut])
+    follows = True if loss is None else bool(loss[stretch.end])
+    return Piece(ids[cut], None if loss is None else loss[cut], int(ids[stretch.end]), follows)
+
+
 def _flags(piece: Piece) -> np.ndarray:
     return np.ones(len(piece.ids), dtype=bool) if piece.loss is None else np.asarray(piece.loss, dtype=bool)
 
@@ -145,15 +155,7 @@ class PretrainSource:
                 "the sources of this phase are used up: each was seen as often as its epochs allow",
                 remedy="raise epochs, take fewer steps, or give weight to more sources",
             )
-        return pack_pieces([self._piece(stretch) for row in rows[rank::world] for stretch in row])
-
-    def _piece(self, stretch: Stretch) -> Piece:
-        ids, loss = self.shards[stretch.source].doc(stretch.doc)
-        cut = slice(stretch.begin, stretch.end)
-        if stretch.end == len(ids):
-            return Piece(ids[cut], None if loss is None else loss[cut])
-        follows = True if loss is None else bool(loss[stretch.end])
-        return Piece(ids[cut], None if loss is None else loss[cut], int(ids[stretch.end]), follows)
+        return pack_pieces([piece_of(self.shards[cut.source], cut) for row in rows[rank::world] for cut in row])
 
     def state(self) -> dict[str, Any]:
         return self._stream.state()

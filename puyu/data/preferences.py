@@ -28,7 +28,7 @@ from typing import Any
 from puyu.data.formats import Record, plain_text, refuse, text_field
 from puyu.data.formats import form_named as conversation_form
 from puyu.errors import ConfigError, InputError
-from puyu.types import Conversation, Message, Preference
+from puyu.types import Conversation, Message, Preference, Role, metadata_of
 
 ANSWERS = ("chosen", "rejected")
 _OPENAI = ("preferred_output", "non_preferred_output")
@@ -85,7 +85,7 @@ def _pair(prompt: Conversation, answers: Sequence[Message], record: Record) -> P
         if answer.role != "assistant":
             raise InputError(f"field {name!r} must be text or an assistant message, not the turn of the {answer.role}")
     domain = record.get("domain") or "default"
-    prompt = Conversation(prompt.messages, prompt.tools, dict(record.get("metadata") or {}))
+    prompt = Conversation(prompt.messages, prompt.tools, metadata_of(record))
     return Preference(prompt, answers[0], answers[1], str(domain))
 
 
@@ -110,12 +110,12 @@ def _with_tools(fields: dict[str, Any], pair: Preference) -> dict[str, Any]:
 
 def _messages(value: Any, name: str) -> list[Message]:
     """Text is one turn; else messages in OpenAI's form. A prompt is the user's, an answer the assistant's."""
-    role = "user" if name == "prompt" else "assistant"
-    what = "a list of messages" if name == "prompt" else "an assistant message"
-    found = [value] if isinstance(value, Mapping) and name != "prompt" else value
+    role: Role = "user" if name == "prompt" else "assistant"
     if isinstance(value, str):
-        return [Message("user" if name == "prompt" else "assistant", value)]
+        return [Message(role, value)]
+    found = [value] if isinstance(value, Mapping) and name != "prompt" else value
     if not isinstance(found, list) or not all(isinstance(turn, Mapping) for turn in found):
+        what = "a list of messages" if name == "prompt" else "an assistant message"
         raise InputError(f"field {name!r} must be text or {what}")
     if not found:
         raise InputError(f"field {name!r} must hold exactly one message, or the dialogue with it; here is none")

@@ -15,7 +15,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,12 @@ from puyu.errors import DependencyError
 from puyu.files import atomic_write, read_object, write_json
 from puyu.native import native_folder
 
+_MISSING, _REMEDY = "telling languages apart needs py3langid", "pip install 'puyu-llm[data]'"
 _HAN = re.compile(f"[{HAN}]")
 _KANA = re.compile(f"[{KANA}]")
 _HANGUL = re.compile("[\uac00-\ud7af]")
 _LATIN_WORD = re.compile(r"[A-Za-zÀ-ÿ]{2,}")
-# Enough to be sure, and bounded: the classifier walks every byte in Python.
+# Enough to be sure, and bounded.
 _SAMPLE = 1200
 HAN_SHARE = 0.15
 """Han characters over Han characters plus Latin words, from which on a text is Chinese."""
@@ -60,6 +61,8 @@ def detect_all(texts: Sequence[str]) -> list[Guess]:
     samples = [_sample(text) for text in texts]
     guesses = [_judge(*counts) for counts in library.scripts(Texts(samples)).tolist()]
     left = [at for at, guess in enumerate(guesses) if guess is None]
+    if not left:
+        return [guess for guess in guesses if guess is not None]
     tables, names, pairs = _tables()
     scores = library.languages(Texts([_encodable(samples[at]) for at in left]), tables)
     likely = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-np.inf))
@@ -113,9 +116,9 @@ def _encodable(sample: str) -> str:
 def _tables() -> tuple[Bayes, list[str], list[tuple[int, int]]]:
     """What the classifier knows, as the native library reads it; its languages; pairs that are one language.
 
-    Unpacking py3langid's model takes a second, so its tables are kept beside the library, and mapped.
+    Unpacking py3langid's model is slow, so its tables are kept beside the library, and mapped.
     """
-    folder = native_folder() / f"language-{_LAYOUT}-{version('py3langid')}"
+    folder = native_folder() / f"language-{_LAYOUT}-{_version()}"
     if not (folder / "names.json").is_file():
         found = _identifier()
         for name, values in zip(_ARRAYS, _arrays(found), strict=True):
@@ -143,12 +146,17 @@ def _arrays(found: Any) -> list[NDArray[Any]]:
     return [moves, weights, priors]
 
 
+def _version() -> str:
+    try:
+        return version("py3langid")
+    except PackageNotFoundError as error:
+        raise DependencyError(_MISSING, remedy=_REMEDY) from error
+
+
 @functools.lru_cache(maxsize=1)
 def _identifier() -> Any:
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
-        raise DependencyError(
-            "telling languages apart needs py3langid", remedy="pip install 'puyu-llm[data]'"
-        ) from error
+        raise DependencyError(_MISSING, remedy=_REMEDY) from error
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)

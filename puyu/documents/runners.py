@@ -1,6 +1,7 @@
 """Where work runs: in this process, or in a pool of processes. Results come in the order of the jobs.
 
-    for result in in_order(function, jobs, workers=2): ...
+    with open_engine(engine="local", workers=2) as run_jobs:
+        for result in run_jobs(function, jobs): ...
 
 A function and its jobs can be pickled; jobs are made while earlier ones run, a few ahead at most, so that memory stays
 bounded however many there are. What an exception or a killed worker leaves undone is for the caller's commits to know.
@@ -36,7 +37,8 @@ class RunJobs(Protocol):
 
 @contextlib.contextmanager
 def open_engine(*, engine: Engine, workers: int) -> Iterator[RunJobs]:
-    """What runs jobs: processes of this machine, which stay for all calls, Daft, or Daft on Ray."""
+    """What runs jobs: processes of this machine, which stay for all calls (with one worker this one), Daft, or Daft on
+    Ray. ResourceError when a worker is killed."""
     if engine == "local":
         with _processes(workers) as run_jobs:
             yield run_jobs
@@ -44,17 +46,6 @@ def open_engine(*, engine: Engine, workers: int) -> Iterator[RunJobs]:
         from puyu.documents.daft_runner import on_daft
 
         yield functools.partial(on_daft, ray=engine == "ray", cores=max(workers, num_cores()))
-
-
-def run_jobs(function: Callable[[J], R], jobs: Iterable[J], *, engine: Engine, workers: int) -> Iterator[R]:
-    """`function` of each job on an engine of its own."""
-    with open_engine(engine=engine, workers=workers) as run:
-        yield from run(function, jobs)
-
-
-def in_order(function: Callable[[J], R], jobs: Iterable[J], *, workers: int) -> Iterator[R]:
-    """`function` of each job; with one worker here, else in processes. ResourceError when a worker is killed."""
-    return run_jobs(function, jobs, engine="local", workers=workers)
 
 
 @contextlib.contextmanager

@@ -210,8 +210,11 @@ class KeptRows:
         """A row without what nobody asks for, such as its scores; whatever else a line holds as it is."""
         try:
             return (_SCORED_ROWS if self.classes else _ROWS).decode(line)
-        except MsgspecError:
-            return decode_json(line)
+        except MsgspecError as error:
+            value = decode_json(line)
+            if isinstance(value, dict):
+                raise ValueError(str(error)) from error
+            return value
 
     def check(self, counts: Mapping[str, int]) -> None:
         """InputError where a class of a domain has no document."""
@@ -244,19 +247,23 @@ def _hash(text: str) -> int:
 
 def choose_heldout(rows: KeptRows, share: float) -> tuple[set[int], Counter[str]]:
     """Numbers of the rows to hold out, and the rows of each source. No source is emptied; share 0 holds out nothing."""
-    seen: dict[str, list[tuple[int, str, int]]] = {}
-    counts = Counter[str]()
+    rows_of: dict[int, list[tuple[int, str]]] = {}
+    """Of each text the numbers and sources of its copies, which are held out together."""
+    languages: dict[str, set[int]] = {}
+    left = Counter[str]()
     for number, row in enumerate(rows):
-        seen.setdefault(row.language, []).append((_hash(row.text), row.source, number))
-        counts[row.source] += 1
-    if not counts:
+        value = _hash(row.text)
+        rows_of.setdefault(value, []).append((number, row.source))
+        languages.setdefault(row.language, set()).add(value)
+        left[row.source] += 1
+    if not left:
         raise InputError(f"{rows.path} holds no document", remedy="loosen the filters of the data stage")
-    hashes: set[int] = set()
-    left = counts.copy()
-    for found in seen.values():
-        for rank, (value, source, _) in enumerate(sorted(found)):
+    counts, chosen = left.copy(), set[int]()
+    for values in languages.values():
+        for rank, value in enumerate(sorted(values)):
+            copies = Counter(source for _, source in rows_of[value])
             wanted = value < share * 16**15 or (rank == 0 and share > 0)
-            if wanted and left[source] > 1:
-                hashes.add(value)
-                left[source] -= 1
-    return {number for found in seen.values() for value, _, number in found if value in hashes}, counts
+            if wanted and rows_of[value][0][0] not in chosen and all(left[name] > n for name, n in copies.items()):
+                chosen |= {number for number, _ in rows_of[value]}
+                left -= copies
+    return chosen, counts

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from pydantic import Field
 from puyu.configure import Config
 from puyu.data.classes import QualityClasses, epochs_by_source, weights_by_source
 from puyu.data.mix import Mixture, check_weights, expected_use
-from puyu.data.packing import Batch, Piece, PretrainSource, pack_pieces
-from puyu.data.rows import Packing
+from puyu.data.packing import PretrainSource, pack_pieces, piece_of
+from puyu.data.rows import Packing, Stretch
 from puyu.data.shards import TokenShard
 from puyu.device import pick_device
 from puyu.errors import ConfigError
@@ -172,11 +171,12 @@ class Phases:
     def _check_epochs(self, longest: Mapping[str, int]) -> None:
         """ConfigError when a phase asks for more tokens than the epochs of its sources leave.
 
-        Documents are drawn whole: where a phase ends, each source is up to its longest document ahead of its share.
+        Documents are drawn whole: where a phase ends, each source is up to its longest document ahead of its share, and
+        new weights begin new counts.
         """
         left = {name: size if name in longest else math.inf for name, size in self.sizes.items()}
         for number, phase in enumerate(self.phases, 1):
-            tokens, reserve = phase.steps * self.config.batch_tokens, sum(longest.values()) if number > 1 else 0
+            tokens, reserve = phase.steps * self.config.batch_tokens, (number - 1) * sum(longest.values())
             used = expected_use(left, self._weights(phase), tokens + reserve)
             if sum(used.values()) < tokens + reserve - 1:
                 raise ConfigError(
@@ -212,20 +212,13 @@ class Phases:
         self.source.set_shape(seq_len=phase.seq_len, rows=self._rows(phase))
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    doc: int
-    begin: int
-    end: int
-
-
 def validate(trainer: Trainer, corpus: Corpus, *, seq_len: int, batch_tokens: int) -> dict[str, dict[str, float]]:
     """Loss and bits per byte of each held-out language. Every rank must call it."""
     result = {}
     for language, shard in corpus.heldout.items():
         rank, size = trainer.world.rank, trainer.world.size
-        groups = _groups(shard, seq_len=seq_len, batch_tokens=batch_tokens)
-        sums = trainer.evaluate(_packed(shard, group[rank::size]) for group in groups)
+        groups = _groups(language, shard, seq_len=seq_len, batch_tokens=batch_tokens)
+        sums = trainer.evaluate(pack_pieces([piece_of(shard, cut) for cut in group[rank::size]]) for group in groups)
         result[language] = {
             "loss": sums["loss"] / sums["weight"],
             "bits_per_byte": sums["loss"] / math.log(2) / corpus.heldout_bytes[language],
@@ -235,27 +228,19 @@ def validate(trainer: Trainer, corpus: Corpus, *, seq_len: int, batch_tokens: in
     return result
 
 
-def _groups(shard: TokenShard, *, seq_len: int, batch_tokens: int) -> Iterator[list[_Cut]]:
+def _groups(source: str, shard: TokenShard, *, seq_len: int, batch_tokens: int) -> Iterator[list[Stretch]]:
     """Documents cut to `seq_len`, in groups of at most `batch_tokens`; every token is predicted once."""
-    group: list[_Cut] = []
+    group: list[Stretch] = []
     for doc in range(shard.num_docs):
         length = shard.length(doc)
         for begin in range(0, length, seq_len):
-            cut = _Cut(doc, begin, min(begin + seq_len, length))
+            cut = Stretch(source, doc, begin, min(begin + seq_len, length))
             if sum(c.end - c.begin for c in group) + cut.end - cut.begin > batch_tokens:
                 yield group
                 group = []
             group.append(cut)
     if group:
         yield group
-
-
-def _packed(shard: TokenShard, cuts: list[_Cut]) -> Batch:
-    pieces = []
-    for cut in cuts:
-        ids, _ = shard.doc(cut.doc)
-        pieces.append(Piece(ids[cut.begin : cut.end], None, int(ids[cut.end]) if cut.end < len(ids) else None))
-    return pack_pieces(pieces)
 
 
 def _headline(numbers: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from puyu.configure import build
 from puyu.data.clean import DataConfig, run
-from puyu.documents.runners import in_order, run_jobs
+from puyu.documents.runners import open_engine
 from puyu.errors import InputError, ResourceError
 from tests.data.test_clean import contents, essay
 
@@ -47,11 +47,12 @@ ON_RAY = """
 import sys
 from pathlib import Path
 from puyu.data.clean import DataConfig, run
-from puyu.documents.runners import run_jobs
+from puyu.documents.runners import open_engine
 from tests.data.test_engines import dying
 folder = Path(sys.argv[1])
 run(DataConfig.model_validate_json(sys.argv[2]), out=folder / "out")
-print(list(run_jobs(dying, [(folder / "died", number) for number in range(6)], engine="ray", workers=2)))
+with open_engine(engine="ray", workers=2) as run_jobs:
+    print(list(run_jobs(dying, [(folder / "died", number) for number in range(6)])))
 """
 
 
@@ -82,14 +83,17 @@ def refusing(number: int) -> int:
 
 @pytest.mark.parametrize("engine", ["local", "daft"])
 def test_errors_come_as_they_are(engine):
-    with pytest.raises(InputError, match="number 1 is bad") as error:
-        list(run_jobs(refusing, [1], engine=engine, workers=1))
+    with pytest.raises(InputError, match="number 1 is bad") as error, open_engine(engine=engine, workers=1) as run_jobs:
+        list(run_jobs(refusing, [1]))
     assert error.value.remedy == "give another"
 
 
 def test_a_killed_worker_of_the_pool_is_named(tmp_path):
-    with pytest.raises(ResourceError, match="worker process was killed"):
-        list(in_order(dying, [(tmp_path / "died", number) for number in range(6)], workers=2))
+    with (
+        pytest.raises(ResourceError, match="worker process was killed"),
+        open_engine(engine="local", workers=2) as run_jobs,
+    ):
+        list(run_jobs(dying, [(tmp_path / "died", number) for number in range(6)]))
 
 
 def test_jobs_are_made_as_they_are_needed():
@@ -100,6 +104,7 @@ def test_jobs_are_made_as_they_are_needed():
             made.append(number)
             yield number
 
-    results = in_order(abs, jobs(), workers=2)
-    assert next(results) == 0 and len(made) <= 8
-    assert list(results) == list(range(1, 40))
+    with open_engine(engine="local", workers=2) as run_jobs:
+        results = run_jobs(abs, jobs())
+        assert next(results) == 0 and len(made) <= 8
+        assert list(results) == list(range(1, 40))

@@ -98,6 +98,11 @@ def test_calls_in_sharegpt() -> None:
         ({"instruction": "a", "output": "x", "history": [["a"]]}, "history"),
         ({"conversation": [{"input": "a", "output": "b", "output_with_loss": False}]}, "output_with_loss"),
         ({"conversation": [{"input": "a", "output": "b"}, {"system": "s", "input": "", "output": ""}]}, "first turn"),
+        ({"text": "x", "metadata": "web"}, "'metadata' must be an object"),
+        ({"messages": [], "metadata": [1]}, "'metadata' must be an object"),
+        ({"messages": [], "tools": "[]"}, "'tools' must be a list of objects"),
+        ({"messages": [], "tools": [{"function": 3}]}, "a tool needs a name"),
+        ({"messages": [{"role": "assistant", "tool_calls": 3}]}, "'tool_calls' must be a list of objects"),
         ({"body": "x"}, "no known form has the fields body"),
     ],
 )

@@ -121,6 +121,53 @@ def test_more_tokens_than_the_epochs_hold_are_refused_before_the_first_step(inpu
         pretrain.run(config(inputs, phases=[*few, {"steps": 1, "seq_len": 64, "weights": {"wbe": 1}}]), out=tmp_path)
 
 
+def test_phases_that_change_their_weights_are_refused_or_come_to_their_end(inputs, tmp_path):
+    """Each change begins new counts, so that a source can run ahead once in each phase."""
+    corpus = open_corpus(inputs / "data", Tokenizer.load(inputs / "tokenizer"), tmp_path / "shards", heldout=0)
+    total = sum(shard.num_tokens for shard in corpus.train.values())
+    for number in (2, 5, 9):
+        waves = [{"steps": 2, "seq_len": 64, "weights": {"web": 2 + i % 2, "code": 2}} for i in range(number)]
+        accepted = 0
+        for steps in range(total // 128, 0, -1):
+            phases = [*waves, {"steps": steps, "seq_len": 64, "weights": {"web": 1}}]
+            given = config(inputs, epochs={"web": 1, "code": 1}, phases=phases)
+            try:
+                found = pretrain.Phases(given, corpus, toys.model())
+            except ConfigError:
+                continue
+            accepted = steps
+            break
+        assert accepted
+        for step in range(2 * number + accepted):
+            found.enter(step)
+            found.source.next_batch()
+
+
+def rows_file(folder, rows):
+    folder.mkdir()
+    (folder / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def test_copies_are_held_out_together_and_empty_no_source(inputs, tmp_path):
+    tokenizer = Tokenizer.load(inputs / "tokenizer")
+    texts = {"a": ["same", "other one", "third", "fourth"], "b": ["same"], "c": ["fifth", "fifth"]}
+    rows = [{"text": text, "domain": name, "language": "en"} for name, own in texts.items() for text in own]
+    corpus = open_corpus(rows_file(tmp_path / "data", rows), tokenizer, tmp_path / "s", heldout=1.0)
+    train = {name: [tokenizer.decode(s.doc(i)[0][1:-1]) for i in range(s.num_docs)] for name, s in corpus.train.items()}
+    assert train["b"] == ["same"] and train["c"] == ["fifth", "fifth"] and "same" in train["a"]
+    held = [tokenizer.decode(s.doc(i)[0][1:-1]) for s in corpus.heldout.values() for i in range(s.num_docs)]
+    assert len(held) == 3 and sorted(held + train["a"]) == sorted(texts["a"])
+
+
+def test_what_json_takes_and_others_do_not_is_named(inputs, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "kept.jsonl").write_text('{"text": "a", "x": NaN}\n')
+    with pytest.raises(InputError, match="line 1 .* is not valid JSON: .*invalid character"):
+        open_corpus(folder, Tokenizer.load(inputs / "tokenizer"), tmp_path / "s", heldout=0)
+
+
 def test_all_that_the_epochs_hold_can_be_used_to_the_last_token(inputs, tmp_path):
     tokenizer = Tokenizer.load(inputs / "tokenizer")
     corpus = open_corpus(inputs / "data", tokenizer, tmp_path / "shards", heldout=0.05)
