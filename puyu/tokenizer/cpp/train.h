@@ -175,6 +175,21 @@ class Trainer {
             }
     }
 
+    // Words lie anywhere in memory: what each one needs is fetched while those before it are worked on.
+    template <typename F>
+    void each(const std::vector<uint32_t>& words, F visit) const {
+        constexpr size_t kFar = 24, kNear = 12;
+        for (size_t n = 0; n < words.size(); ++n) {
+            if (n + kFar < words.size()) {
+                uint32_t word = words[n + kFar];
+                __builtin_prefetch(starts_ + word), __builtin_prefetch(counts_ + word);
+                __builtin_prefetch(sizes_.data() + word, 1);
+            }
+            if (n + kNear < words.size()) __builtin_prefetch(ids_ + starts_[words[n + kNear]], 1);
+            visit(words[n]);
+        }
+    }
+
     static void list(std::vector<uint32_t>& words, uint32_t word) {
         if (words.empty() || words.back() != word) words.push_back(word);
     }
@@ -190,8 +205,9 @@ class Trainer {
     void shrink(uint64_t pair, Pair& found) {
         if (found.count * 2 > found.since) return;
         std::vector<uint32_t> still;
-        for (uint32_t word : found.words)
+        each(found.words, [&](uint32_t word) {
             if (holds(word, int32_t(pair >> 32), int32_t(pair & kNone))) still.push_back(word);
+        });
         still.shrink_to_fit();
         found.words.swap(still);
         found.since = found.count;
@@ -199,7 +215,7 @@ class Trainer {
 
     void merge(uint32_t left, uint32_t right, const std::vector<uint32_t>& words) {
         events_.clear();
-        for (uint32_t word : words) merge_word(int32_t(left), int32_t(right), word);
+        each(words, [&](uint32_t word) { merge_word(int32_t(left), int32_t(right), word); });
         for (uint32_t token : lost_left_.seen) lose(key(token, left), lost_left_.sums[token], key(left, right));
         for (uint32_t token : lost_right_.seen) lose(key(right, token), lost_right_.sums[token], key(left, right));
         gain();
