@@ -151,19 +151,18 @@ class Trainer {
     static uint64_t key(uint64_t left, uint64_t right) { return left << 32 | right; }
 
     void first_pairs(int64_t words) {
-        std::unordered_map<uint64_t, int64_t> places;
         for (int64_t w = 0; w < words; ++w)
             for (int64_t i = starts_[w]; i + 1 < starts_[w + 1]; ++i) {
-                uint64_t pair = key(ids_[i], ids_[i + 1]);
-                pairs_[pair].count += counts_[w];
-                ++places[pair];
+                Pair& pair = pairs_[key(ids_[i], ids_[i + 1])];
+                pair.count += counts_[w];
+                ++pair.since;  // for now: its places
             }
         for (auto it = pairs_.begin(); it != pairs_.end();) {
             if (it->second.count < least_) {
                 it = pairs_.erase(it);
                 continue;
             }
-            it->second.words.reserve(places[it->first]);
+            it->second.words.reserve(it->second.since);
             it->second.since = it->second.count;
             heap_.push({it->second.count, it->first});
             ++it;
