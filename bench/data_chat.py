@@ -82,7 +82,8 @@ def make_conversation(rng: random.Random, words: list[str]) -> dict[str, Any]:
 
 def prepare(folder: Path, count: int) -> None:
     """Conversations, and a tokenizer of each family that has learned from some of them."""
-    from puyu.tokenizer.bpe import PATTERN, char_to_byte
+    from puyu.tokenizer.bpe import PATTERN
+    from puyu.tokenizer.encode import bytes_of, merge_pairs
     from puyu.tokenizer.template import CHAT_TEMPLATE
     from puyu.tokenizer.tokenizer import from_merges
     from tests.tokenizer.families import FAMILIES as THEIRS
@@ -93,10 +94,9 @@ def prepare(folder: Path, count: int) -> None:
     rows = [make_conversation(rng, words) for _ in range(count)]
     lines = tuple(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    learned = json.loads(vocabulary(PATTERN, VOCAB, lines[:500]))["model"]["merges"]
-    table = char_to_byte()
-    merges = [tuple(bytes(table[char] for char in side) for side in pair) for pair in learned]
-    from_merges(merges, chat_template=CHAT_TEMPLATE).save(folder / "internlm2")  # type: ignore[arg-type]
+    learned = merge_pairs(json.loads(vocabulary(PATTERN, VOCAB, lines[:500]))["model"])
+    merges = [(bytes_of(left), bytes_of(right)) for left, right in learned]
+    from_merges(merges, chat_template=CHAT_TEMPLATE).save(folder / "internlm2")
     for name in FAMILIES[1:]:
         assert name in THEIRS
         save_family(name, folder / name, size=VOCAB, lines=lines[:500])

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from puyu.files import read_jsonl
+
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = ROOT / "samples" / "corpus"
 CHAINS, STEPS = 2048, 600
@@ -24,8 +26,7 @@ JOINED = 0.02  # share of words that are written together with the next one
 def sample_texts(language: str) -> list[str]:
     """The documents of the samples in one language, `en` or `zh`."""
     names = {"en": ("wiki_en", "docs_en"), "zh": ("docs_zh",)}[language]
-    lines = [line for name in names for line in unpacked(CORPUS / f"{name}.jsonl.gz").split("\n") if line]
-    texts = [json.loads(line)["text"] for line in lines]
+    texts = [row["text"] for name in names for row in read_jsonl(CORPUS / f"{name}.jsonl.gz")]
     for path in sorted((CORPUS / f"novels_{language}").glob("*.txt.gz")):
         novel = unpacked(path)
         texts += [novel[start : start + 4000] for start in range(0, len(novel), 4000)]

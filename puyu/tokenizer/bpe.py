@@ -20,6 +20,8 @@ from itertools import pairwise
 
 from tokenizers import Regex, pre_tokenizers
 
+from puyu.errors import InputError
+
 # Where a token may never reach across. Numbers are cut after three digits, as in cl100k, which InternLM2 follows: a
 # model copies a short number as one token, where single digits that repeat would mislead it (docs/log.md). Each line
 # break stands alone, so that a chat turn has the same ids whether its header and its text are encoded together or not.
@@ -65,8 +67,12 @@ def base_tokens() -> tuple[bytes, ...]:
 
 
 def pre_tokenizer(pattern: str = PATTERN) -> pre_tokenizers.PreTokenizer:
-    """Cuts text at the borders of a pattern; every character is in exactly one piece."""
-    return pre_tokenizers.Split(Regex(pattern), "isolated")
+    """Cuts text at the borders of a pattern; every character is in exactly one piece. InputError for a torn pattern."""
+    try:
+        return pre_tokenizers.Split(Regex(pattern), "isolated")
+    except Exception as error:  # `tokenizers` raises bare Exception for what Oniguruma refuses
+        remedy = "give a regular expression that Oniguruma reads; mind brackets and backslashes"
+        raise InputError(f"the pattern {pattern!r} cannot be read: {error}", remedy=remedy) from error
 
 
 def count_pieces(texts: Iterable[str], pattern: str = PATTERN) -> Counter[bytes]:

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from puyu.configure import Config
 from puyu.errors import ConfigError
+from puyu.tokenizer.bpe import pre_tokenizer
 from puyu.tokenizer.ranks import PATTERNS, Merge, first_ranks, ranks_of, read_note, read_ranks
 from puyu.tokenizer.tokenizer import Tokenizer
 
@@ -54,4 +55,5 @@ def read_base(config: Extension) -> Base:
     if not pattern:
         remedy = "set extend.pattern to a regular expression or to one of: " + ", ".join(PATTERNS)
         raise ConfigError(f"{config.base} does not say where text is cut", remedy=remedy)
+    pre_tokenizer(pattern)  # a torn one is named before anything is counted
     return Base(pattern, first_ranks(ranks, config.keep))

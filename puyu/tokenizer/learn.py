@@ -4,8 +4,8 @@
     table.add(["low lower", "lowest"])
     learned = learn(table, num_tokens=300)             # learned.merges, learned.every
 
-The result depends on the texts alone, not on their order or on how they are handed over. Memory: a table of the
-different pre-tokens, then some 8 bytes for each byte of `most_bytes`. It refuses to know files and special tokens.
+The result depends on the texts alone, not on their order or on how they are handed over. Memory grows with
+the different pre-tokens, then with `most_bytes`. It refuses to know files and special tokens.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def learn(
     *,
     num_tokens: int,
     min_count: int = 2,
-    most_bytes: int = 1 << 28,
+    most_bytes: int = 1 << 27,
     kept: Sequence[Merge] = (),
     on_merge: Callable[[int], None] | None = None,
 ) -> Learned:

@@ -32,10 +32,12 @@ from puyu.tokenizer.pattern import Program
 SOURCE = Path(__file__).parent / "cpp" / "bpe.cpp"
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared"]
 
-LIBRARY = Library("bpe", SOURCE, FLAGS, without="texts are encoded by `tokenizers`, several times more slowly")
+LIBRARY = Library("bpe", SOURCE, FLAGS, without="texts are encoded by `tokenizers`, more slowly")
 
 MAX_ID, MAX_MERGES = (1 << 20) - 1, (1 << 24) - 1
 """What the tables hold; larger vocabularies are left to `tokenizers`."""
+MOST_CHARACTERS = 1 << 20
+"""The longest pre-token that the table of pieces holds: in four bytes each, well within one of its blocks."""
 _SHARE = 1 << 16  # bytes that are worth a thread
 I = TypeVar("I")
 _ROOM = 8  # ids that a cached piece may write past its end
@@ -108,6 +110,7 @@ class BpeLibrary:
 
     def pieces(self, program: Program, *, longest: int) -> Pieces:
         """An empty table of pre-tokens, none longer than so many characters."""
+        assert 1 <= longest <= MOST_CHARACTERS
         return Pieces(self, self.splitter(program), longest)
 
     def learn(

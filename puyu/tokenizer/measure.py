@@ -22,7 +22,7 @@ Row = dict[str, float]
 
 def compression(tokenizer: Tokenizer, groups: Mapping[str, Sequence[str]]) -> dict[str, Row]:
     """Texts, bytes, tokens, bytes per token and characters per token of each group that is not empty."""
-    return {name: _one(tokenizer, texts) for name, texts in sorted(groups.items()) if any(texts)}
+    return {name: _one(texts, _count(tokenizer, texts)) for name, texts in sorted(groups.items()) if any(texts)}
 
 
 def fertility(tokenizers: Mapping[str, Tokenizer], groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Row]]:
@@ -38,19 +38,27 @@ def fertility(tokenizers: Mapping[str, Tokenizer], groups: Mapping[str, Sequence
             continue
         rows = {name: _fertile(tokenizer, texts) for name, tokenizer in tokenizers.items()}
         first = next(iter(rows.values()))["tokens"]
-        found[group] = {name: row | {"against_first": round(row["tokens"] / first, 3)} for name, row in rows.items()}
+        found[group] = {name: row | {"against_first": _rate(row["tokens"], first)} for name, row in rows.items()}
     return found
 
 
-def _one(tokenizer: Tokenizer, texts: Sequence[str]) -> Row:
-    tokens = sum(map(len, tokenizer.encode_batch(texts)))
+def _count(tokenizer: Tokenizer, texts: Sequence[str]) -> int:
+    return sum(map(len, tokenizer.encode_batch(texts)))
+
+
+def _rate(count: float, of: float, digits: int = 3) -> float:
+    """0.0 of nothing: a normalizer may leave nothing of a text that is all blanks."""
+    return round(count / of, digits) if of else 0.0
+
+
+def _one(texts: Sequence[str], tokens: int) -> Row:
     size = sum(len(text.encode("utf-8")) for text in texts)
     return {
         "texts": len(texts),
         "bytes": size,
         "tokens": tokens,
-        "bytes_per_token": round(size / tokens, 3),
-        "chars_per_token": round(sum(map(len, texts)) / tokens, 3),
+        "bytes_per_token": _rate(size, tokens),
+        "chars_per_token": _rate(sum(map(len, texts)), tokens),
     }
 
 
@@ -59,11 +67,11 @@ def _fertile(tokenizer: Tokenizer, texts: Sequence[str]) -> Row:
     words = sum(len(_WORD.findall(text)) for text in texts)
     kinds = {id: _kind(tokenizer, id) for id in set(ids)}
     torn, unknown = (sum(kinds[id] == kind for id in ids) for kind in ("torn", "unknown"))
-    return _one(tokenizer, texts) | {
+    return _one(texts, len(ids)) | {
         "words": words,
-        "tokens_per_word": round(len(ids) / words, 3) if words else 0.0,
-        "torn_share": round(torn / len(ids), 5),
-        "unknown_share": round(unknown / len(ids), 5),
+        "tokens_per_word": _rate(len(ids), words),
+        "torn_share": _rate(torn, len(ids), 5),
+        "unknown_share": _rate(unknown, len(ids), 5),
     }
 
 

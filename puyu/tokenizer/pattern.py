@@ -149,7 +149,7 @@ class Parser:
         negated, found = self._take("^"), np.zeros(_SIZE, dtype=bool)
         while not self._take("]"):
             members, first = self._atom(inside=True)
-            if first is not None and self.pattern[self.at : self.at + 1] == "-" and self.pattern[self.at + 1] != "]":
+            if first is not None and re.match(r"-[^\]]", self.pattern[self.at :]):
                 self.at += 1
                 _, last = self._atom(inside=True)
                 if last is None or last < first:
@@ -220,8 +220,7 @@ def _expands(words: Sequence[str]) -> bool:
 
 @lru_cache(maxsize=32)
 def members_of(name: str) -> Set:
-    r"""The code points of `\p{..}` or `\s` in this version of `tokenizers`; kept on disk, for it takes a tenth of a
-    second to ask."""
+    r"""The code points of `\p{..}` or `\s` in this version of `tokenizers`, kept on disk."""
     key = f"{tokenizers.__version__}-{hash_bytes(name.encode())[:12]}"
     path = native_folder() / f"characters-of-{key}.bin"
     if path.is_file() and path.stat().st_size == _SIZE // 8:

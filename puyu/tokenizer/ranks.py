@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from puyu.errors import InputError
 from puyu.files import atomic_write, read_object, write_json
-from puyu.tokenizer.bpe import to_chars
+from puyu.tokenizer.bpe import pre_tokenizer, to_chars
 from puyu.tokenizer.encode import bytes_of, is_bytes, merge_pairs, pattern_of
 from puyu.tokenizer.pattern import GPT2
-from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.tokenizer.tokenizer import Tokenizer, refuse_spelled
 
 CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -37,6 +37,7 @@ CL100K = (
 )
 PATTERNS = {"gpt2": GPT2, "cl100k": CL100K}
 """Patterns that users may name instead of writing them."""
+_OTHERWISE = "export tokenizer.json instead"
 
 Ranks = dict[bytes, int]
 Merge = tuple[bytes, bytes]
@@ -71,10 +72,16 @@ def read_ranks(path: Path) -> Ranks:
         ranks[token] = rank
     if len(set(ranks.values())) != len(ranks):
         raise InputError(f"{path} gives one rank to several tokens")
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise InputError(f"{path} has no token for the byte {missing[0]:#04x}", remedy="it must hold all 256 bytes")
+    if min(ranks.values(), default=0) < 0:
+        raise InputError(f"{path} has a rank below 0", remedy="ranks are ids: number them from 0")
+    _check_bytes(ranks, str(path))
     return ranks
+
+
+def _check_bytes(ranks: Mapping[bytes, int], where: str) -> None:
+    missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
+    if missing is not None:
+        raise InputError(f"{where}: no token for the byte {missing:#04x}", remedy="all 256 bytes must be among them")
 
 
 def write_ranks(export: RanksExport, path: Path) -> None:
@@ -153,9 +160,7 @@ def first_ranks(ranks: Mapping[bytes, int], count: int) -> list[Merge]:
     if not 256 <= count <= len(ranks):
         raise InputError(f"cannot keep {count} of {len(ranks)} ranks", remedy="keep at least the 256 bytes")
     kept = dict(sorted(ranks.items(), key=lambda item: item[1])[:count])
-    missing = [byte for byte in range(256) if bytes([byte]) not in kept]
-    if missing:
-        raise InputError(f"the first {count} ranks lack the byte {missing[0]:#04x}", remedy="keep more ranks")
+    _check_bytes(kept, f"the first {count} ranks")
     return recover_merges(kept)
 
 
@@ -166,16 +171,18 @@ def from_ranks(
     special: Mapping[str, int] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
-    """A tokenizer whose ids are the ranks. InputError where a special token's id is taken or a token is not reached."""
+    """A tokenizer whose ids are the ranks. InputError where a special token's id is taken, a token is not reached or
+    spells a special one, or the pattern is torn."""
     special = dict(special or {})
     taken = set(ranks.values()) & set(special.values())
     if taken or len(set(special.values())) != len(special):
         raise InputError(f"special tokens need ids of their own; taken: {sorted(taken)[:5] or 'one is named twice'}")
     merges = [(to_chars(left), to_chars(right)) for left, right in recover_merges(ranks)]
-    vocab = {to_chars(token): rank for token, rank in ranks.items()} | special
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
+    vocab = {to_chars(token): rank for token, rank in ranks.items()}
+    refuse_spelled(vocab, special)
+    backend = tokenizers.Tokenizer(models.BPE(vocab | special, merges))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), to_bytes])
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer(pattern), to_bytes])
     backend.decoder = decoders.ByteLevel()
     names = sorted(special, key=special.__getitem__)
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
@@ -195,21 +202,24 @@ def to_ranks(tokenizer: Tokenizer) -> RanksExport:
     if len(ranks) != len(vocab):
         lost = next(token for token in vocab if token not in order)
         raise InputError(f"the token {lost!r} is made by no merge", remedy="tiktoken would find it in texts")
-    _check_order(ranks, order)
-    listed = {(bytes_of(left), bytes_of(right)) for left, right in merge_pairs(model)}
-    unlisted = next((pair for pair in recover_merges(ranks) if pair not in listed), None)
-    if unlisted is not None:
-        raise InputError(f"tiktoken would merge {unlisted}, which this tokenizer does not")
+    _check_order(ranks, [(bytes_of(left), bytes_of(right)) for left, right in merge_pairs(model)])
     return RanksExport(ranks, pattern, dict(special))
 
 
-def _check_order(ranks: Mapping[bytes, int], order: Mapping[bytes, int]) -> None:
-    made: Sequence[bytes] = [token for token in order if len(token) > 1]
-    for first, second in itertools.pairwise(made):
-        if ranks[first] > ranks[second]:
+def _check_order(ranks: Mapping[bytes, int], listed: Sequence[Merge]) -> None:
+    """The merges that tiktoken makes must be listed, in the order of the ids. It never comes to others: what stands
+    inside the borders of a token is put together as when the token is encoded alone."""
+    places = {pair: place for place, pair in enumerate(listed)}  # of a pair that is listed twice the last one counts
+    merges = recover_merges(ranks)
+    unlisted = next((pair for pair in merges if pair not in places), None)
+    if unlisted is not None:
+        raise InputError(f"tiktoken would merge {unlisted}, which this tokenizer does not", remedy=_OTHERWISE)
+    for first, second in itertools.pairwise(merges):
+        if places[first] > places[second]:
             raise InputError(
-                f"{second!r} is merged after {first!r} but has the lower id; ranks are both order and id",
-                remedy="export tokenizer.json instead",
+                f"{b''.join(first)!r} is merged after {b''.join(second)!r} but has the lower id; ranks are both order "
+                "and id",
+                remedy=_OTHERWISE,
             )
 
 
@@ -218,7 +228,7 @@ def parse_special(items: Iterable[str]) -> dict[str, int]:
     found = {}
     for item in items:
         name, _, id = item.rpartition("=")
-        if not name or not id.isdigit():
+        if not name or not id.isdecimal():
             raise InputError(f"{item!r} is not NAME=ID", remedy="for example '<|endoftext|>=100257'")
         found[name] = int(id)
     return found

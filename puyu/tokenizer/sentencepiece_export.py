@@ -17,7 +17,6 @@ from struct import pack
 from typing import Any
 
 from puyu.errors import InputError
-from puyu.tokenizer.bpe import char_to_byte
 from puyu.tokenizer.encode import bytes_of, is_bytes, merge_pairs
 from puyu.tokenizer.sentencepiece import BPE, SPACE, Kind, to_tokenizer_json
 from puyu.tokenizer.tokenizer import Tokenizer
@@ -53,7 +52,7 @@ def _why_not(content: Mapping[str, Any]) -> str:
 
 
 def _is_torn(name: str) -> bool:
-    data = bytes(char_to_byte()[char] for char in name)
+    data = bytes_of(name)
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
@@ -108,6 +107,9 @@ def _prove(content: Mapping[str, Any], data: bytes) -> None:
         different.append("merges (SentencePiece joins any two pieces that make a third, the better one first)")
     if (again.get("pre_tokenizer") or None) != (content.get("pre_tokenizer") or None):
         different.append("pre_tokenizer")
+    added, found = ({(t["id"], t["content"], t["special"]) for t in one["added_tokens"]} for one in (content, again))
+    if names_of := sorted({name for _, name, _ in added ^ found}):
+        different.append(f"added tokens {', '.join(map(repr, names_of))}")
     if different:
         raise InputError(f"a SentencePiece model cannot express its {', '.join(different)}", remedy=_REMEDY)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -70,8 +71,17 @@ CHAT_TEMPLATE = r"""
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}
 """.strip()
 
-_GUARD = "\ufdd0"  # a noncharacter put into a user's `<|im_end|>` until the template has run
-_CUT = "\ufdd1"  # the same for a marker that is not special: there the text is encoded in two parts
+_SIGNS = tuple(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters: of those that nobody wrote, two serve as signs
+
+
+@dataclass(frozen=True, slots=True)
+class _Guarded:
+    """A rendered text with signs in it: `guard` stands in a user's `<|im_end|>` until the template has run; `cut` is
+    the same for a marker that is not special: there the text is encoded in two parts."""
+
+    text: str
+    guard: str
+    cut: str
 
 
 def render_jinja(
@@ -85,50 +95,69 @@ def render_jinja(
 
     `options` are more variables of the template: documents, enable_thinking and the like.
     """
-    text = _guarded_text(conversation, tokenizer, add_generation_prompt, options or {})
-    if _GUARD not in text and _CUT not in text:
-        return tokenizer.encode(text, special=True)
+    found = _guarded(conversation, tokenizer, add_generation_prompt, options or {})
+    if found.guard not in found.text and found.cut not in found.text:
+        return tokenizer.encode(found.text, special=True)
     ids: list[int] = []
     names = tokenizer.special_tokens
-    for part in _special_pattern(tokenizer).split(text):
+    for part in _special(tokenizer).pattern.split(found.text):
         if part in names:
             ids.append(names[part])
             continue
-        for plain in part.replace(_GUARD, "").split(_CUT):
+        for plain in part.replace(found.guard, "").split(found.cut):
             ids += tokenizer.encode(plain) if plain else []
     return ids
 
 
-def jinja_text(
-    conversation: Conversation,
-    tokenizer: Tokenizer,
-    *,
-    add_generation_prompt: bool,
-    options: Mapping[str, Any] | None = None,
-) -> str:
+def jinja_text(conversation: Conversation, tokenizer: Tokenizer, *, add_generation_prompt: bool) -> str:
     """The folder's own template as text."""
-    return _guarded_text(conversation, tokenizer, add_generation_prompt, options or {}).translate(
-        {ord(_GUARD): None, ord(_CUT): None}
-    )
+    found = _guarded(conversation, tokenizer, add_generation_prompt, {})
+    return found.text.replace(found.guard, "").replace(found.cut, "")
 
 
-def _guarded_text(conversation: Conversation, tokenizer: Tokenizer, prompt: bool, options: Mapping[str, Any], /) -> str:
+def _guarded(conversation: Conversation, tokenizer: Tokenizer, prompt: bool, options: Mapping[str, Any], /) -> _Guarded:
     template = _template_of(tokenizer, with_tools=bool(conversation.tools))
-    special, written = _special_pattern(tokenizer), _written_pattern(tokenizer, template)
+    special, written = _special(tokenizer), _written(tokenizer, template)
+    messages = [_with_objects(message.to_openai()) for message in conversation.messages]
+    tools = [tool.to_openai() for tool in conversation.tools]
+    sign, cut = _free_signs([messages, tools, options, tokenizer.variables, template])
 
-    def guard(value: Any) -> Any:
-        return _guard(_guard(value, special, _GUARD), written, _CUT)
+    def guard(value: Any, *, assistant: bool = False) -> Any:
+        value = _guard(value, special, sign)
+        return value if assistant else _guard(value, written, cut)
 
-    messages = []
-    for message in conversation.messages:
-        value = message.to_openai()
-        messages.append(_with_objects(_guard(value, special, _GUARD) if message.role == "assistant" else guard(value)))
-    tools = guard([tool.to_openai() for tool in conversation.tools])
+    try:
+        messages = [guard(message, assistant=message["role"] == "assistant") for message in messages]
+        tools, more = guard(tools), {key: guard(value) for key, value in options.items()}
+    except RecursionError as error:
+        raise InputError("a message, a tool or an option is nested too deeply") from error
     variables = {"messages": messages, "tools": tools or None, "documents": None, "add_generation_prompt": prompt}
-    variables |= tokenizer.variables
-    variables |= {key: guard(value) for key, value in options.items()}
-    text: str = _sandbox().run(_compiled(template), variables)
-    return text
+    return _Guarded(_sandbox().run(_compiled(template), variables | tokenizer.variables | more), sign, cut)
+
+
+def _free_signs(said: Any) -> tuple[str, str]:
+    """Two of the signs that occur nowhere in what was said; so none of it is lost, and none of it is taken for one."""
+    text = "".join(_strings(said))
+    free = [sign for sign in _SIGNS if sign not in text]
+    if len(free) < 2:
+        raise InputError(
+            "the messages hold nearly all of the noncharacters U+FDD0 to U+FDEF",
+            remedy="leave them out: they stand for no text",
+        )
+    return free[0], free[1]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in a value, names of fields too."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left += (*value, *value.values())
+        elif isinstance(value, list | tuple):
+            left += value
 
 
 def _template_of(tokenizer: Tokenizer, *, with_tools: bool) -> str:
@@ -155,31 +184,49 @@ def _with_objects(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _guard(value: Any, pattern: re.Pattern[str], sign: str) -> Any:
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """How tokens are found in a text: whole, and what may be the beginning of one at the end of a part of a text."""
+
+    pattern: re.Pattern[str]
+    beginnings: tuple[str, ...]
+
+
+def _guard(value: Any, names: _Names, sign: str) -> Any:
     """Everything in a value that spells one of the names, with the sign behind its first character."""
     if isinstance(value, str):
-        return pattern.sub(lambda match: match[0][0] + sign + match[0][1:], value)
+        return names.pattern.sub(lambda match: match[0][0] + sign + match[0][1:], value)
     if isinstance(value, dict):
-        return {key: _guard(item, pattern, sign) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_guard(item, pattern, sign) for item in value]
+        return {_guard(key, names, sign): _guard(item, names, sign) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_guard(item, names, sign) for item in _parted(value, names, sign)]
     return value
 
 
+def _parted(items: Sequence[Any], names: _Names, sign: str) -> list[Any]:
+    """Parts of a text that a template may join: none begins a name that the next one ends."""
+
+    def is_open(item: Any) -> bool:
+        return isinstance(item, dict) and item.get("type") == "text" and item["text"].endswith(names.beginnings)
+
+    return [item | {"text": item["text"] + sign} if is_open(item) else item for item in items[:-1]] + [*items[-1:]]
+
+
 @lru_cache(maxsize=16)
-def _special_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+def _special(tokenizer: Tokenizer) -> _Names:
     return _any_of(tokenizer.special_tokens)
 
 
 @lru_cache(maxsize=16)
-def _written_pattern(tokenizer: Tokenizer, template: str) -> re.Pattern[str]:
+def _written(tokenizer: Tokenizer, template: str) -> _Names:
     """Tokens that are not special, and that the template writes as its markers. The assistant may write them too."""
     return _any_of(name for name in tokenizer.open_tokens if len(name) > 1 and name in template)
 
 
-def _any_of(found: Iterable[str]) -> re.Pattern[str]:
+def _any_of(found: Iterable[str]) -> _Names:
     names = sorted(found, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, names)) + ")" if names else r"(?!)()")
+    pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")" if names else r"(?!)()")
+    return _Names(pattern, tuple({name[:size] for name in names for size in range(1, len(name))}))
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,9 @@ def from_merges(
     """
     pieces = dict.fromkeys([*base_tokens(), *(left + right for left, right in merges)])
     specials = (*LEADING_SPECIALS, *(f"[UNUSED_TOKEN_{n}]" for n in range(spare)), *TRAILING_SPECIALS)
-    names = [*LEADING_SPECIALS, *map(to_chars, pieces), *specials[len(LEADING_SPECIALS) :]]
+    learned = list(map(to_chars, pieces))
+    refuse_spelled(learned, specials)
+    names = [*LEADING_SPECIALS, *learned, *specials[len(LEADING_SPECIALS) :]]
     ranked = [(to_chars(left), to_chars(right)) for left, right in merges]
     backend = tokenizers.Tokenizer(models.BPE({name: id for id, name in enumerate(names)}, ranked))
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -242,6 +244,15 @@ def from_merges(
     )
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
     return Tokenizer(backend.to_str(pretty=True), hf_config(chat_template))
+
+
+def refuse_spelled(words: Iterable[str], specials: Iterable[str]) -> None:
+    """InputError for special tokens whose names are words of the vocabulary: any text that says one would give it."""
+    if spelled := sorted(set(specials).intersection(words)):
+        raise InputError(
+            f"the vocabulary has words that spell special tokens: {', '.join(map(repr, spelled))}",
+            remedy="cut text with a pattern that cuts them, or give the special tokens other names",
+        )
 
 
 def hf_config(chat_template: str) -> dict[str, Any]:

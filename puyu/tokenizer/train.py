@@ -3,7 +3,7 @@
     puyu tokenizer --data runs/nano/data --out runs/nano/tokenizer
 
 The same config and documents give the same bytes, in whatever order the documents come. Texts are read as a stream:
-memory holds the different pre-tokens, not the corpus. It takes seconds to minutes, so a killed run simply starts again.
+memory holds the different pre-tokens, not the corpus. A killed run starts again from the beginning.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from puyu.files import hash_json, read_jsonl_lines, write_json
 from puyu.log import Progress
 from puyu.tokenizer.bpe import PATTERN
 from puyu.tokenizer.chat import plain_pieces
+from puyu.tokenizer.dialect.format import unicode_of
 from puyu.tokenizer.extend import Base, Extension, read_base
 from puyu.tokenizer.learn import LONGEST, Learned, add_all, learn, piece_table
+from puyu.tokenizer.library import MOST_CHARACTERS
 from puyu.tokenizer.measure import compression
 from puyu.tokenizer.template import CHAT_TEMPLATE
 from puyu.tokenizer.tokenizer import LEADING_SPECIALS, TRAILING_SPECIALS, Tokenizer, from_merges
@@ -57,10 +59,10 @@ class TokenizerConfig(Config):
     """A pair of tokens must occur this often to be merged."""
     max_bytes: int = Field(default=16_000_000, ge=1)
     """Learn from at most this many bytes of the corpus (documents drawn by seed)."""
-    longest_piece: int = Field(default=LONGEST, ge=8)
+    longest_piece: int = Field(default=LONGEST, ge=8, le=MOST_CHARACTERS)
     """Runs without a border are cut after so many characters while learning."""
-    max_piece_bytes: int = Field(default=1 << 28, ge=1 << 10)
-    """When the different pre-tokens hold more bytes than this, rare ones are sampled; memory is some 8 times that."""
+    max_piece_bytes: int = Field(default=1 << 27, ge=1 << 10)
+    """When the different pre-tokens hold more bytes than this, rare ones are sampled; memory grows with it."""
     report_bytes: int = Field(default=1_000_000, ge=1)
     """Measure compression on at most this many bytes of each language."""
     seed: int = 0
@@ -172,7 +174,7 @@ def _documents(config: TokenizerConfig) -> Iterator[tuple[str, str]]:
             raise InputError(f"{path}, line {line}: the field 'text' is missing or not text")
         group = "code" if row.get("domain") == "code" else str(row.get("language") or "other")
         if not config.languages or group in config.languages:
-            yield group, text
+            yield group, unicode_of(text, f"{path}, line {line}")
 
 
 def _drawn(config: TokenizerConfig) -> Iterator[tuple[str, str]]:

@@ -18,7 +18,7 @@ from puyu.errors import InputError
 from puyu.tokenizer import chat
 from puyu.tokenizer.dialect import ChatML, InternLM2, Llama3, Qwen
 from puyu.tokenizer.dialect.encode import encode_all
-from puyu.tokenizer.dialect.format import indented
+from puyu.tokenizer.dialect.format import indented, read_tools
 from puyu.tokenizer.dialect.internlm2 import INTERPRETER
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.types import Conversation, Message, Part, ToolCall, ToolSpec
@@ -181,9 +181,12 @@ def test_a_prompt_is_as_safe_as_a_training_text(family: str, families: dict[str,
     ours, _ = families[family]
     names = sorted({*ours.special_tokens, *chat.format_of(ours).markers} - {"</think>"})
     for name in names:
-        turns = [Message("system", f"a {name}"), Message("user", f"b{name}<{name}")]
+        signed = "".join(f"{name[0]}{chr(sign)}{name[1:]}" for sign in range(0xFDD0, 0xFDEE))
+        turns = [Message("system", f"a {name}"), Message("user", f"b{name}<{name}{signed}")]
+        escaped = json.dumps({name: name}).replace("<", "\\u003c")
+        turns += [Message("assistant", "", (ToolCall("f", escaped),))] if family in TOOLED and name[:2] == "<|" else []
         turns += [Message("tool", f"{name}.")] if family in TOOLED else []
-        tools = (ToolSpec("f", f"D {name}"),) if family in TOOLED else ()
+        tools = (ToolSpec("f", f"D {name}", {"type": "object", "properties": {name: {}}}),) if family in TOOLED else ()
         ids = chat.render_prompt(turns, tools, ours)
         whole = chat.render(Conversation(tuple(turns), tools), ours, add_generation_prompt=True)
         assert ids == list(whole.ids), name
@@ -348,6 +351,27 @@ def test_torn_ids_are_named(families: dict[str, tuple[Tokenizer, Any]]) -> None:
         ids = chat.render(Conversation((ASK,)), ours).ids
         with pytest.raises(InputError, match="a written conversation"):
             chat.parse_conversation([*ids, *ours.encode("x")][::-1], ours)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_whatever_is_missing_is_read_or_named(family: str, families: dict[str, tuple[Tokenizer, Any]]) -> None:
+    ours, _ = families[family]
+    talk = Conversation(CHAT, TOOLS) if family in TOOLED else Conversation((ASK, CHAT[-1]))
+    ids, named = chat.render(talk, ours).ids, set()
+    for torn in [*(ids[:n] for n in range(len(ids))), *(ids[:n] + ids[n + 1 :] for n in range(len(ids)))]:
+        try:
+            chat.parse_conversation(torn, ours)
+        except InputError as error:
+            named.add(error.message.partition(":")[0])
+    assert named
+    if family in ("internlm2", "qwen 2.5", "qwen 3"):
+        assert "a written conversation has a torn list of tools" in named
+
+
+@pytest.mark.parametrize("torn", ["", "null", "[1]", '{"a": 1}', '[{"name": "f"', "[" * 100_000, '[{"function": 1}]'])
+def test_what_is_no_list_of_tools_is_named(torn: str) -> None:
+    with pytest.raises(InputError, match="torn list of tools"):
+        read_tools(torn)
 
 
 # --- what a model writes -------------------------------------------------------------------------------------------

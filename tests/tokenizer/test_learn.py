@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puyu.tokenizer import bpe, learn
-from puyu.tokenizer.library import Pieces, load
+from puyu.tokenizer.library import MOST_CHARACTERS, Pieces, load
 
 Merges = list[tuple[bytes, bytes]]
 TEXTS = st.lists(st.text("ab c我你1é\n", max_size=40), min_size=1, max_size=6)
@@ -136,6 +136,14 @@ def test_long_runs_are_cut() -> None:
     table.add([run, "a" * 1_000_000])
     assert max(len(piece.decode()) for piece, _ in table.weighed(1).items()) == learn.LONGEST
     assert len(learn.learn(table, num_tokens=2000).merges) == 1744
+
+
+def test_pieces_longer_than_a_block_are_refused() -> None:
+    longest = learn.piece_table(longest=MOST_CHARACTERS)
+    longest.add(["我" * (MOST_CHARACTERS + 1)] * 2)
+    assert sorted(len(piece) // 3 for piece, _ in longest.weighed(1).items()) == [1, MOST_CHARACTERS]
+    with pytest.raises(AssertionError):
+        learn.piece_table(longest=MOST_CHARACTERS + 1)
 
 
 def test_without_the_library_the_same_is_learned(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

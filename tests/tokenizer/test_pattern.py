@@ -35,6 +35,7 @@ def test_the_patterns_of_published_models_are_read(name: str) -> None:
         r"a{,3}",
         r"(?i:a",
         r"[a",
+        r"[a-",
         "",
     ],
 )

@@ -77,6 +77,7 @@ def test_files_that_are_torn_are_named(tmp_path: Path) -> None:
         ([*good, good[0]], "named twice"),
         ([*good, b"YWI= 7"], "gives one rank to several"),
         (good[:-1], "no token for the byte 0xff"),
+        ([*good, b"YWI= -1"], "a rank below 0"),
     ):
         path.write_bytes(b"\n".join(lines))
         with pytest.raises(InputError, match=problem):
@@ -104,6 +105,39 @@ def test_what_ranks_cannot_say_is_refused(merges: Merges) -> None:
         ranks.to_ranks(Tokenizer(swapped, {}))
     with pytest.raises(InputError, match=r"taken: \[97\]"):
         ranks.from_ranks(BYTES, pattern=CL100K, special={"<x>": 97})
+    spells = BYTES | {b"<s": 256, b"<s>": 257}
+    with pytest.raises(InputError, match="words that spell special tokens: '<s>'"):
+        ranks.from_ranks(spells, pattern=r"\S+|\s+", special={"<s>": 300})
+    with pytest.raises(InputError, match=r"the pattern '\(' cannot be read"):
+        ranks.from_ranks(BYTES, pattern="(")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_list_of_merges_gives_equal_ids_or_is_refused(data: st.DataObject) -> None:
+    """Merges in any order, also of one token from several pairs, and twice."""
+    parts, merges = [b"a", b"b", b"c"], []
+    for _ in range(data.draw(st.integers(1, 7))):
+        merges.append((data.draw(st.sampled_from(parts)), data.draw(st.sampled_from(parts))))
+        parts.append(b"".join(merges[-1]))
+    for token in data.draw(st.lists(st.sampled_from(parts[3:]), max_size=4)):
+        cut = data.draw(st.integers(1, len(token) - 1))
+        if token[:cut] in parts and token[cut:] in parts:
+            merges.append((token[:cut], token[cut:]))
+    tokenizer = Tokenizer(backend(merges, r"[^\n]+|\n").to_str(), {})
+    try:
+        table = ranks.to_ranks(tokenizer).ranks
+    except InputError:
+        return
+    for text in data.draw(st.lists(st.text("abc", max_size=12), min_size=5, max_size=20)):
+        expected = [table[part] for part in ranks.merged(text.encode(), table, below=1 << 30)]
+        assert tokenizer.encode(text) == expected, text
+
+
+def test_a_token_that_is_made_late_and_in_two_ways_is_refused() -> None:
+    merges = [(b"b", b"c"), (b"a", b"b"), (b"ab", b"c"), (b"x", b"a"), (b"a", b"bc")]
+    with pytest.raises(InputError, match="b'abc' is merged after b'xa' but has the lower id"):
+        ranks.to_ranks(Tokenizer(backend(merges, r"[^\n]+|\n").to_str(), {}))
 
 
 def test_the_base_of_an_extension(merges: Merges, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -119,11 +153,15 @@ def test_the_base_of_an_extension(merges: Merges, tokenizer: Tokenizer, tmp_path
     assert read_base(Extension(base=path, keep=256, pattern="gpt2")).merges == []
     with pytest.raises(InputError, match=r"cannot keep 9999 of \d+ ranks"):
         read_base(Extension(base=path, keep=9999, pattern="gpt2"))
+    with pytest.raises(InputError, match=r"the pattern '\[a-' cannot be read: .*Oniguruma") as caught:
+        read_base(Extension(base=path, keep=256, pattern="[a-"))
+    assert "give a regular expression" in str(caught.value)
     with pytest.raises(ConfigError, match="keep"):
         build(Extension, {"base": str(path), "keep": 10})
 
 
 def test_special_names_on_the_command_line() -> None:
     assert ranks.parse_special(["<a=b>=12", "<c>=3"]) == {"<a=b>": 12, "<c>": 3}
-    with pytest.raises(InputError, match="is not NAME=ID"):
-        ranks.parse_special(["<a>"])
+    for item in ("<a>", "<a>=²", "=1"):
+        with pytest.raises(InputError, match="is not NAME=ID"):
+            ranks.parse_special([item])

@@ -48,6 +48,21 @@ def test_what_is_not_plain_is_refused(kind: str) -> None:
         to_sentencepiece(both(kind)[1])
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_that_the_model_would_lose_are_named(special: bool) -> None:
+    content = json.loads(both("LLaMA's")[1].json_text)
+    vocab = content["model"]["vocab"]
+    word = next(name for name in vocab if len(name) > 2 and name.isalpha())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for name, id in (("<think>", len(vocab)), (word, vocab[word])):
+        added = {"id": id, "content": name, "special": special, **flags}
+        changed = {**content, "added_tokens": [*content["added_tokens"], added]}
+        if special and name == word:
+            continue  # it is a control piece then
+        with pytest.raises(InputError, match=f"cannot express its added tokens '{name}'"):
+            to_sentencepiece(Tokenizer(json.dumps(changed), {}))
+
+
 def test_merges_that_sentencepiece_would_not_make_are_refused() -> None:
     content = json.loads(both("LLaMA's")[1].json_text)
     content["model"]["merges"] = content["model"]["merges"][:-1]

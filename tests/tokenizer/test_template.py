@@ -19,7 +19,7 @@ from puyu.tokenizer.bpe import base_tokens, to_chars
 from puyu.tokenizer.sandbox import compile_template, run
 from puyu.tokenizer.template import jinja_text, render_jinja
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.types import Conversation, Message, ToolCall, ToolSpec
+from puyu.types import Conversation, Message, Part, ToolCall, ToolSpec
 
 # the manner of Llama 3: headers, a date, tools in the first user turn, content trimmed
 LLAMA3 = r"""
@@ -218,11 +218,10 @@ def test_documents_and_switches_reach_the_template(tmp_path: Path) -> None:
     documents = [{"title": "T", "text": "x </s> y"}, {"title": "二", "text": "z"}, {"title": "left out", "text": ""}]
     ours = save_folder(tmp_path / "a", DOCUMENTS)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "a")
-    text = jinja_text(CHATS["one question"], ours, add_generation_prompt=True, options={"documents": documents})
-    assert text == theirs.apply_chat_template(
+    ids = chat.render_prompt((ASK,), (), ours, options={"documents": documents})
+    assert ours.decode(ids) == theirs.apply_chat_template(
         **arguments(CHATS["one question"]), documents=documents, tokenize=False, add_generation_prompt=True
     )
-    ids = chat.render_prompt((ASK,), (), ours, options={"documents": documents})
     assert ids.count(ours.eos_id) == 1, "a document cannot forge a marker"
     qwen = save_folder(tmp_path / "b", QWEN)
     quiet = chat.render_prompt((ASK,), (), qwen, options={"enable_thinking": False})
@@ -238,6 +237,35 @@ def test_a_template_for_tools_is_taken_when_there_are_any(tmp_path: Path) -> Non
     for name in ("one question", "tools on offer"):
         text = jinja_text(CHATS[name], ours, add_generation_prompt=False)
         assert text == theirs.apply_chat_template(**arguments(CHATS[name]), tokenize=False)
+
+
+PARTS = "{%- for m in messages %}{%- for p in m.content %}{{- p.text }}{%- endfor %}{{- eos_token }}{%- endfor %}"
+
+
+def test_parts_that_a_template_joins_forge_no_marker(tmp_path: Path) -> None:
+    ours = save_folder(tmp_path, PARTS)
+    for texts in (("a</", "s>b"), ("<", "/", "s", ">"), ("a<", "b"), ("</s", "")):
+        parts = tuple(Part("text", text) for text in texts)
+        ids = chat.render_prompt((Message("user", parts),), (), ours)
+        assert ids == [*ours.encode("".join(texts)), ours.eos_id]
+
+
+def test_every_character_of_a_text_is_kept(tmp_path: Path) -> None:
+    ours = save_folder(tmp_path, "{{ messages[0].content ~ eos_token }}")
+    signs = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    said = f"</s> {signs[:-2]}"
+    assert chat.render_prompt((Message("user", said),), (), ours) == [*ours.encode(said), ours.eos_id]
+    with pytest.raises(InputError, match="nearly all of the noncharacters"):
+        chat.render_prompt((Message("user", signs),), (), ours)
+
+
+def test_what_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    ours = save_folder(tmp_path, "{{ messages[0].content }}")
+    deep: Any = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    with pytest.raises(InputError, match="nested too deeply"):
+        chat.render_prompt((ASK,), (ToolSpec("f", "", deep),), ours)
 
 
 LOOPS = {

@@ -152,6 +152,33 @@ def test_compression_counts_bytes_and_tokens(tokenizer: Tokenizer) -> None:
     assert rows["zh"]["tokens"] == len(tokenizer.encode("我是浦语"))
 
 
+def test_a_group_that_has_no_tokens_has_no_rates() -> None:
+    """A normalizer may leave nothing of blanks."""
+    content = json.loads(from_merges([], chat_template="").json_text)
+    content["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    strips = Tokenizer(json.dumps(content), {})
+    row = compression(strips, {"en": ["  "]})["en"]
+    assert row == {"texts": 1, "bytes": 2, "tokens": 0, "bytes_per_token": 0.0, "chars_per_token": 0.0}
+    row = fertility({"a": strips}, {"en": ["  "]})["en"]["a"]
+    assert (row["tokens"], row["torn_share"], row["unknown_share"], row["against_first"]) == (0, 0.0, 0.0, 0.0)
+
+
+def test_texts_are_encoded_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, seen = tokenizer.encode_batch, []
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: seen.extend(texts) or encode(texts))
+    fertility({"a": tokenizer}, {"en": ["one", "two"]})
+    assert seen == ["one", "two"]
+
+
+def test_a_learned_token_that_spells_a_special_one_is_named(data: Path, tmp_path: Path) -> None:
+    run(TokenizerConfig(data=data, vocab_size=300), out=tmp_path / "base")
+    write_jsonl(data / "kept.jsonl", [{"text": "<s> old <s> price "}] * 50)
+    extend = Extension(base=tmp_path / "base", keep=256, pattern=r"\S+|\s+")
+    with pytest.raises(InputError, match="spell special tokens: '<s>'") as caught:
+        run(TokenizerConfig(data=data, vocab_size=290, extend=extend), out=tmp_path / "out")
+    assert "with a pattern that cuts them" in str(caught.value)
+
+
 def test_bad_input_is_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to learn from"):
         run(TokenizerConfig(), out=tmp_path / "out")
@@ -160,6 +187,11 @@ def test_bad_input_is_named(data: Path, tmp_path: Path) -> None:
     write_jsonl(data / "kept.jsonl", [{"text": "fine"}, {"txt": "not fine"}])
     with pytest.raises(InputError, match=r"kept\.jsonl, line 2: the field 'text'"):
         run(TokenizerConfig(data=data), out=tmp_path / "out")
+    (data / "kept.jsonl").write_text('{"text": "fine"}\n{"text": "no\\udc00pe"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=r"kept\.jsonl, line 2: half a surrogate pair at character 2"):
+        run(TokenizerConfig(data=data), out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="longest_piece"):
+        build(TokenizerConfig, {"longest_piece": 1 << 25})
     with pytest.raises(ConfigError, match="did you mean 'vocab_size'"):
         build(TokenizerConfig, {"vocab_sise": 300})
 

@@ -9,11 +9,6 @@ namespace puyu {
 
 constexpr uint8_t kForeign = 63;  // a kind that no pattern holds: such a text is left to `tokenizers`
 
-struct Text {
-    const uint8_t* begin;
-    const uint8_t* end;
-};
-
 inline uint32_t code_point(const uint8_t* at) {
     if (at[0] < 0x80) return at[0];
     if (at[0] < 0xE0) return (at[0] & 31u) << 6 | (at[1] & 63u);

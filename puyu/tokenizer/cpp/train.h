@@ -151,19 +151,18 @@ class Trainer {
     static uint64_t key(uint64_t left, uint64_t right) { return left << 32 | right; }
 
     void first_pairs(int64_t words) {
-        std::unordered_map<uint64_t, int64_t> places;
         for (int64_t w = 0; w < words; ++w)
             for (int64_t i = starts_[w]; i + 1 < starts_[w + 1]; ++i) {
-                uint64_t pair = key(ids_[i], ids_[i + 1]);
-                pairs_[pair].count += counts_[w];
-                ++places[pair];
+                Pair& pair = pairs_[key(ids_[i], ids_[i + 1])];
+                pair.count += counts_[w];
+                ++pair.since;  // for now: its places
             }
         for (auto it = pairs_.begin(); it != pairs_.end();) {
             if (it->second.count < least_) {
                 it = pairs_.erase(it);
                 continue;
             }
-            it->second.words.reserve(places[it->first]);
+            it->second.words.reserve(it->second.since);
             it->second.since = it->second.count;
             heap_.push({it->second.count, it->first});
             ++it;
@@ -173,6 +172,21 @@ class Trainer {
                 auto found = pairs_.find(key(ids_[i], ids_[i + 1]));
                 if (found != pairs_.end()) list(found->second.words, uint32_t(w));
             }
+    }
+
+    // Words lie anywhere in memory: what each one needs is fetched while those before it are worked on.
+    template <typename F>
+    void each(const std::vector<uint32_t>& words, F visit) const {
+        constexpr size_t kFar = 24, kNear = 12;
+        for (size_t n = 0; n < words.size(); ++n) {
+            if (n + kFar < words.size()) {
+                uint32_t word = words[n + kFar];
+                __builtin_prefetch(starts_ + word), __builtin_prefetch(counts_ + word);
+                __builtin_prefetch(sizes_.data() + word, 1);
+            }
+            if (n + kNear < words.size()) __builtin_prefetch(ids_ + starts_[words[n + kNear]], 1);
+            visit(words[n]);
+        }
     }
 
     static void list(std::vector<uint32_t>& words, uint32_t word) {
@@ -190,8 +204,9 @@ class Trainer {
     void shrink(uint64_t pair, Pair& found) {
         if (found.count * 2 > found.since) return;
         std::vector<uint32_t> still;
-        for (uint32_t word : found.words)
+        each(found.words, [&](uint32_t word) {
             if (holds(word, int32_t(pair >> 32), int32_t(pair & kNone))) still.push_back(word);
+        });
         still.shrink_to_fit();
         found.words.swap(still);
         found.since = found.count;
@@ -199,7 +214,7 @@ class Trainer {
 
     void merge(uint32_t left, uint32_t right, const std::vector<uint32_t>& words) {
         events_.clear();
-        for (uint32_t word : words) merge_word(int32_t(left), int32_t(right), word);
+        each(words, [&](uint32_t word) { merge_word(int32_t(left), int32_t(right), word); });
         for (uint32_t token : lost_left_.seen) lose(key(token, left), lost_left_.sums[token], key(left, right));
         for (uint32_t token : lost_right_.seen) lose(key(right, token), lost_right_.sums[token], key(left, right));
         gain();

@@ -1,5 +1,6 @@
-"""Ways to write a conversation as ids: one file for each, `recognize` to tell which one a tokenizer's folder speaks.
+"""Ways to write a conversation as ids: one file for each; `recognize.py` tells which one a tokenizer's folder speaks.
 
+>>> from puyu.tokenizer.dialect.recognize import recognize
 >>> recognize(Tokenizer.load(Path("Qwen3-0.6B")))
 Qwen(system=None, thinking=True, result_markers=True, opening="")
 """

@@ -110,7 +110,7 @@ def arguments_of(call: ToolCall, index: int) -> str:
 
 
 def indented(value: Any, gap: str = "\n") -> str:
-    """json.dumps(value, indent=4) with letters as they are, a few times as fast."""
+    """json.dumps(value, indent=4) with letters as they are."""
     inner = gap + "    "
     if isinstance(value, dict) and value:
         lines = [f"{to_json(str(key))}: {indented(item, inner)}" for key, item in value.items()]
@@ -140,6 +140,14 @@ def plain_call(call: ToolCall, index: int) -> ToolCall:
 def plain_tools(tools: Sequence[ToolSpec]) -> tuple[ToolSpec, ...]:
     """Tools as JSON keeps them; empty parameters become a schema of an object without fields."""
     return tuple(ToolSpec.from_openai(json.loads(json.dumps(tool.to_openai()))) for tool in tools)
+
+
+def read_tools(text: str) -> tuple[ToolSpec, ...]:
+    """The tools in a JSON list; InputError where it is torn or holds something else."""
+    try:
+        return tuple(ToolSpec.from_openai(value) for value in json.loads(text))
+    except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(f"a written conversation has a torn list of tools: {error}") from error
 
 
 def refuse_tools(conversation: Conversation, family: str) -> None:

@@ -25,7 +25,17 @@ from dataclasses import dataclass
 
 from puyu.errors import InputError
 from puyu.tokenizer.dialect.calls import read_call
-from puyu.tokenizer.dialect.format import ChatFormat, Piece, Reader, plain, plain_tools, text_of, to_json, unicode_of
+from puyu.tokenizer.dialect.format import (
+    ChatFormat,
+    Piece,
+    Reader,
+    plain,
+    plain_tools,
+    read_tools,
+    text_of,
+    to_json,
+    unicode_of,
+)
 from puyu.types import Conversation, Message, Role, ToolCall, ToolSpec
 
 INTERPRETER = "interpreter"  # the name of the tool that an <|interpreter|> block calls
@@ -87,7 +97,7 @@ class InternLM2(ChatFormat):
             turn = reader.until(_END.text)
             reader.text()
             if turn[:2] == [Piece("system name="), _PLUGIN]:
-                tools = tuple(ToolSpec.from_openai(value) for value in json.loads(turn[2].text))
+                tools = read_tools("".join(piece.text for piece in turn[2:]))
             else:
                 messages.append(_read_turn(turn))
         return Conversation(tuple(messages), tools)

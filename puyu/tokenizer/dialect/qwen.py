@@ -11,7 +11,6 @@ not what the assistant wrote. Source: the chat templates of Qwen2.5-Instruct and
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,6 +37,7 @@ from puyu.tokenizer.dialect.format import (
     plain,
     plain_call,
     plain_tools,
+    read_tools,
     text_of,
     to_json,
     unicode_of,
@@ -184,7 +184,8 @@ class Qwen(ChatFormat):
                 messages.append(self.answer([Piece(text), *body[1:]]))
             elif tuple(body[1:]) == _HOW_TO_CALL and text.endswith(_AFTER_TOOLS):
                 before, _, lines = text.removesuffix(_AFTER_TOOLS).rpartition(_BEFORE_TOOLS)
-                tools = tuple(ToolSpec.from_openai(json.loads(line)) for line in lines.split("\n")[1:])
+                listed = ",".join(lines.split("\n")[1:])
+                tools = read_tools(f"[{listed}]")
                 messages += [Message("system", before.removesuffix("\n\n"))] if before else []
             elif role == "user":
                 results = _marked_results(body) if self.result_markers else _plain_results(text)
