@@ -146,7 +146,7 @@ def read_tools(text: str) -> tuple[ToolSpec, ...]:
     """The tools in a JSON list; InputError where it is torn or holds something else."""
     try:
         return tuple(ToolSpec.from_openai(value) for value in json.loads(text))
-    except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
+    except (InputError, ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
         raise InputError(f"a written conversation has a torn list of tools: {error}") from error
 
 
