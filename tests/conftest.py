@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("puyu", deadline=None)  # the first example may load a model; a shared machine may pause
+# The first example may load a model, and a shared machine may pause: no deadline. The same examples in every run;
+# PUYU_EXPLORE=1 looks for others.
+settings.register_profile("puyu", deadline=None, derandomize=not os.environ.get("PUYU_EXPLORE"))
 settings.load_profile("puyu")
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -274,7 +274,7 @@ def test_internlm2_s_ids_are_those_of_its_template(families: dict[str, tuple[Tok
     @settings(max_examples=100, deadline=None)
     @given(conversations("internlm2"), st.booleans())
     def check(conversation: Conversation, prompt: bool) -> None:
-        if "\\ud800" in repr(conversation) or any(mark in repr(conversation) for mark in LOOKALIKES):
+        if "\\ud800" in repr(conversation) or "<|" in repr(conversation):
             return  # transformers cannot write the one, and takes the others for markers
         turns = [replace(m, tool_calls=tuple(spelled(call) for call in m.tool_calls)) for m in conversation.messages]
         conversation = replace(conversation, messages=tuple(turns))
