@@ -109,7 +109,7 @@ def explore(out: Path, *, samples: int = 4) -> Facts:
     """The facts about a data folder, with up to `samples` documents of each sort."""
     view = _view(out)
     histograms, borders = [], []
-    limits = {name: list(bounds(view.table.policies.of(name))) for name in view.languages}
+    limits = {name: list(bounds(view.table.policies.of_group(name))) for name in view.languages}
     for score in dict.fromkeys(score for rules in limits.values() for _, score, _, _ in rules):
         column = view.table.scores([score])[score]
         for name, rows in view.languages.items():
@@ -133,7 +133,8 @@ def explore(out: Path, *, samples: int = 4) -> Facts:
 
 @dataclass(frozen=True)
 class _View:
-    """The columns that every question needs. `languages`: the rows of the largest ones that were judged."""
+    """The columns that every question needs. `language`: apart where a domain has thresholds of its own; `languages`:
+    the rows of the largest ones that were judged."""
 
     table: ScoreTable
     language: Labels
@@ -146,10 +147,11 @@ class _View:
 
 def _view(out: Path) -> _View:
     table = open_scores(out)
-    language, domain, stage, rule = table.labels("language", "domain", "stage", "rule")
+    domain, stage, rule = table.labels("domain", "stage", "rule")
     judged = table.reached_rules(stage) & ~table.curated()
-    rows = {name: np.flatnonzero(judged & language.of([name])) for name in largest(language, judged)}
-    return _View(table, language, domain, stage, rule, judged, rows)
+    groups = table.groups(table.policies.domains)
+    rows = {name: np.flatnonzero(judged & groups.of([name])) for name in largest(groups, judged)}
+    return _View(table, groups, domain, stage, rule, judged, rows)
 
 
 # ---- histograms

@@ -159,7 +159,7 @@ class CodePolicy(Config):
 Policy = WordPolicy | ChinesePolicy | CodePolicy
 
 
-class Policies(Config):
+class LanguagePolicies(Config):
     """Thresholds per language; languages without an own policy use `words`."""
 
     words: WordPolicy = WordPolicy()
@@ -169,13 +169,48 @@ class Policies(Config):
     code: CodePolicy = CodePolicy()
     """Source code."""
 
-    def of(self, language: str) -> Policy:
-        found: Policy = getattr(self, policy_name(language))
+    def named(self, name: str) -> Policy:
+        """One of the fields."""
+        found: Policy = getattr(self, name)
         return found
 
 
+class Policies(LanguagePolicies):
+    """Thresholds per language, and those of single domains."""
+
+    domains: dict[str, LanguagePolicies] = {}
+    """Thresholds of single domains, instead of those above; what is left out has its default."""
+
+    def of_domain(self, domain: str) -> LanguagePolicies:
+        """Those of a domain, the general ones where it has none."""
+        return self.domains.get(domain, self)
+
+    def of(self, language: str, domain: str = "") -> Policy:
+        """The thresholds for a document."""
+        return self.of_domain(domain).named(policy_name(language))
+
+    def of_group(self, group: str) -> Policy:
+        """The thresholds for a group of documents (`group_of`)."""
+        return self.of(group, domain_of(group))
+
+
+_IN = " in "
+POLICY_NAMES = tuple(LanguagePolicies.model_fields)
+
+
+def group_of(language: str, domain: str) -> str:
+    """The name of documents of one language that one policy judges: `domain` is empty unless it has its own."""
+    return f"{language}{_IN}{domain}" if domain else language
+
+
+def domain_of(group: str) -> str:
+    """The domain of a group; empty unless it has thresholds of its own."""
+    return group.partition(_IN)[2]
+
+
 def policy_name(language: str) -> str:
-    """The field of `Policies` for a language."""
+    """The field of `LanguagePolicies` for a language, or for a group of that language."""
+    language = language.partition(_IN)[0]
     return language if language in ("zh", "code") else "words"
 
 
@@ -272,18 +307,24 @@ class RuleFilter:
     def __call__(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[Verdict]:
         table = measure_all([document.text for document in documents], [document.language for document in documents])
         broken, values = np.full(len(documents), -1), np.zeros(len(documents))
-        by_policy: dict[str, list[int]] = defaultdict(list)
-        for at, document in enumerate(documents):
-            by_policy[policy_name(document.language)].append(at)
+        by_policy: dict[tuple[str, str], list[int]] = defaultdict(list)
+        names = [self._name(document) for document in documents]
+        for at, name in enumerate(names):
+            by_policy[name].append(at)
+        policies = {(domain, name): self.policies.of_domain(domain).named(name) for domain, name in by_policy}
         for name, rows in by_policy.items():
-            broken[rows], values[rows] = judge_all(table[rows], getattr(self.policies, name))
-        rules = {name: list(bounds(getattr(self.policies, name))) for name in by_policy}
+            broken[rows], values[rows] = judge_all(table[rows], policies[name])
+        rules = {name: list(bounds(policy)) for name, policy in policies.items()}
+        judged = zip(broken.tolist(), values.tolist(), strict=True)
         return [
-            self._verdict(document, measured, rules[policy_name(document.language)], judged)
-            for document, measured, judged in zip(
-                documents, scores_of(table), zip(broken.tolist(), values.tolist(), strict=True), strict=True
-            )
+            self._verdict(document, measured, rules[name], verdict)
+            for document, measured, name, verdict in zip(documents, scores_of(table), names, judged, strict=True)
         ]
+
+    def _name(self, document: Document) -> tuple[str, str]:
+        """(domain, where it has thresholds of its own; name of the policy)."""
+        domain = document.domain if document.domain in self.policies.domains else ""
+        return domain, policy_name(document.language)
 
     def _verdict(
         self,

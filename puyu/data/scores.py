@@ -10,7 +10,7 @@ every count below 2**24 is exact. It decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 from puyu.configure import build
-from puyu.data.filters import Policies
+from puyu.data.filters import Policies, group_of
 from puyu.errors import InputError
 from puyu.files import read_object
 
@@ -76,6 +76,16 @@ class ScoreTable:
             return [Labels(np.empty(0, dtype=np.int64), ()) for _ in names]
         table = self._read(names)
         return [_labels(table[name]) for name in names]
+
+    def groups(self, domains: Collection[str]) -> Labels:
+        """Languages, and apart from them those of the domains that have thresholds of their own (`group_of`)."""
+        language, domain = self.labels("language", "domain")
+        own = np.array([name in domains for name in domain.names] or [False])[domain.codes]
+        codes = np.where(own, 1 + domain.codes, 0) * max(len(language.names), 1) + language.codes
+        there, codes = np.unique(codes, return_inverse=True)
+        pairs = [divmod(int(code), max(len(language.names), 1)) for code in there]
+        names = [group_of(language.names[at], domain.names[own - 1] if own else "") for own, at in pairs]
+        return Labels(codes.reshape(-1), tuple(names))
 
     def characters(self) -> NDArray[np.int64]:
         """Length of each text before masking -> [documents]."""

@@ -101,7 +101,7 @@ def stats(out: Path) -> Stats:
         dict(sorted(ledger.masked.items())),
         int(np.count_nonzero(reached & table.curated())),
         QUANTILES,
-        tuple(summaries(table, language, reached)),
+        tuple(summaries(table, reached)),
     )
 
 
@@ -141,9 +141,10 @@ def largest(language: Labels, reached: NDArray[np.bool_]) -> list[str]:
     return [name for count, name in names[:LARGEST] if count < 0]
 
 
-def summaries(table: ScoreTable, language: Labels, reached: NDArray[np.bool_]) -> Iterator[ScoreSummary]:
-    """Scores that the policy of a language bounds, in its order."""
-    rows_of = {name: np.flatnonzero(reached & language.of([name])) for name in largest(language, reached)}
+def summaries(table: ScoreTable, reached: NDArray[np.bool_]) -> Iterator[ScoreSummary]:
+    """Scores that the policy of a language bounds, in its order; apart those of domains with policies of their own."""
+    groups = table.groups(table.policies.domains)
+    rows_of = {name: np.flatnonzero(reached & groups.of([name])) for name in largest(groups, reached)}
     limits = {name: score_bounds(table.policies, name) for name in rows_of}
     stored = table.scores(sorted({score for scores in limits.values() for score in scores}))
     for name, rows in rows_of.items():
@@ -155,10 +156,10 @@ def summaries(table: ScoreTable, language: Labels, reached: NDArray[np.bool_]) -
                 yield ScoreSummary(name, score, len(values), tuple(quantiles), minimum, maximum)
 
 
-def score_bounds(policies: Policies, language: str) -> dict[str, tuple[float | None, float | None]]:
-    """Score -> (at least, at most) of the policy of a language, in its order."""
+def score_bounds(policies: Policies, group: str) -> dict[str, tuple[float | None, float | None]]:
+    """Score -> (at least, at most) of the policy of a group, in its order."""
     found: dict[str, tuple[float | None, float | None]] = {}
-    for _, score, is_minimum, threshold in bounds(policies.of(language)):
+    for _, score, is_minimum, threshold in bounds(policies.of_group(group)):
         low, high = found.get(score, (None, None))
         found[score] = (threshold, high) if is_minimum else (low, threshold)
     return found

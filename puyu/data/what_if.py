@@ -10,6 +10,7 @@ decisions, and so does each document of which old and new thresholds say the sam
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,17 @@ import yaml
 from numpy.typing import NDArray
 
 from puyu.configure import apply_overrides, build, dump, load_yaml
-from puyu.data.filters import Policies, Policy, bounds, judge_columns, policy_name
+from puyu.data.filters import (
+    POLICY_NAMES,
+    LanguagePolicies,
+    Policies,
+    Policy,
+    bounds,
+    domain_of,
+    group_of,
+    judge_columns,
+    policy_name,
+)
 from puyu.data.scores import Amount, Labels, ScoreTable, amount, amounts, exact, open_scores, share, text_table
 
 PASSES, UNKNOWN = -1, -2
@@ -68,44 +79,68 @@ def what_if(out: Path, policies: Policies, *, samples: int = 0) -> WhatIf:
     table = open_scores(out)
     language, domain, stage, rule = table.labels("language", "domain", "stage", "rule")
     characters, reached = table.characters(), table.reached_rules(stage)
-    old = recorded(language, stage, rule)
-    new = rejudge(table, policies, language=language, judged=reached & ~table.curated(), old=old)
+    judges = judges_of(table, policies)
+    old = recorded(judges, stage, rule)
+    new = rejudge(judges, table, judged=reached & ~table.curated(), old=old)
     before, after = reached & (old == PASSES), reached & (new == PASSES)
     sides = _Sides(reached, before, after, characters)
     gained, lost = ~before & after, before & ~after
     return WhatIf(
-        tuple(_thresholds(table.policies, policies)),
+        tuple(_thresholds(judges)),
         sides.change("all"),
         sides.changes(domain),
         sides.changes(language),
-        tuple(_by_rule(language, (old, new), reached, characters)),
+        tuple(_by_rule(judges, (old, new), reached, characters)),
         int(np.count_nonzero(lost & stage.of(table.copy_stages))),
         tuple(table.ids(np.flatnonzero(gained)[:samples].tolist())) if samples else (),
         tuple(table.ids(np.flatnonzero(lost)[:samples].tolist())) if samples else (),
     )
 
 
-def recorded(language: Labels, stage: Labels, rule: Labels) -> NDArray[np.int64]:
+@dataclass(frozen=True)
+class Judges:
+    """All policies, old and new, under one name each, and the number of the one that judges each document."""
+
+    names: tuple[str, ...]
+    old: tuple[Policy, ...]
+    new: tuple[Policy, ...]
+    of: NDArray[np.int64]
+
+
+def judges_of(table: ScoreTable, policies: Policies) -> Judges:
+    """The general policies, and those of each domain that has its own before or after."""
+    domains = sorted({*table.policies.domains, *policies.domains})
+    places = [(domain, name) for domain in ("", *domains) for name in POLICY_NAMES]
+    numbers = {group_of(name, domain): number for number, (domain, name) in enumerate(places)}
+    groups = table.groups(domains)
+    found = [numbers[group_of(policy_name(group), domain_of(group))] for group in groups.names]
+    old, new = (
+        tuple(every.of_domain(domain).named(name) for domain, name in places) for every in (table.policies, policies)
+    )
+    names = tuple(f"domains.{domain}.{name}" if domain else name for domain, name in places)
+    return Judges(names, old, new, np.array(found or [0])[groups.codes])
+
+
+def recorded(judges: Judges, stage: Labels, rule: Labels) -> NDArray[np.int64]:
     """What the data stage decided: the place of the rule among the fields of its policy, or PASSES -> [documents]."""
-    places = np.full((len(Policies.model_fields), max(len(rule.names), 1)), PASSES)
-    for number, policy in enumerate(_policies(Policies())):
+    places = np.full((len(judges.names), max(len(rule.names), 1)), PASSES)
+    for number, policy in enumerate(judges.old):
         fields = list(type(policy).model_fields)
         for code, name in enumerate(rule.names):
             places[number, code] = fields.index(name) if name in fields else UNKNOWN
-    return np.where(stage.of(["rules"]), places[policy_codes(language), rule.codes], PASSES)
+    return np.where(stage.of(["rules"]), places[judges.of, rule.codes], PASSES)
 
 
 def rejudge(
-    table: ScoreTable, policies: Policies, *, language: Labels, judged: NDArray[np.bool_], old: NDArray[np.int64]
+    judges: Judges, table: ScoreTable, *, judged: NDArray[np.bool_], old: NDArray[np.int64]
 ) -> NDArray[np.int64]:
     """`recorded`, had the rules been these."""
-    result, policy_of = old.copy(), policy_codes(language)
-    pairs = list(zip(_policies(table.policies), _policies(policies), strict=True))
+    result, pairs = old.copy(), list(zip(judges.old, judges.new, strict=True))
     changed = [number for number, (was, now) in enumerate(pairs) if was != now]
     names = {score for number in changed for policy in pairs[number] for _, score, _, _ in bounds(policy)}
     stored = table.scores(sorted(names))
     for number in changed:
-        rows = np.flatnonzero(judged & (policy_of == number))
+        rows = np.flatnonzero(judged & (judges.of == number))
         was, now = pairs[number]
         wanted = {score for policy in (was, now) for _, score, _, _ in bounds(policy)}
         columns = {score: exact(stored[score][rows]) for score in wanted}
@@ -113,16 +148,6 @@ def rejudge(
         # What both say alike stays as it was recorded, also where float32 cannot tell a value from its threshold.
         result[rows] = np.where(first == second, old[rows], second)
     return result
-
-
-def policy_codes(language: Labels) -> NDArray[np.int64]:
-    """The number of the policy that judges each document, in the order of the fields of `Policies`."""
-    fields = list(Policies.model_fields)
-    return np.array([fields.index(policy_name(name)) for name in language.names] or [0])[language.codes]
-
-
-def _policies(policies: Policies) -> list[Policy]:
-    return [getattr(policies, name) for name in Policies.model_fields]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,25 +176,23 @@ class _Sides:
 
 
 def _by_rule(
-    language: Labels,
+    judges: Judges,
     verdicts: tuple[NDArray[np.int64], NDArray[np.int64]],
     reached: NDArray[np.bool_],
     characters: NDArray[np.int64],
 ) -> list[tuple[str, Amount, Amount]]:
     """(policy.rule, dropped before, dropped after), in the order of the policies."""
-    found, policy_of = [], policy_codes(language)
-    for number, policy in enumerate(_policies(Policies())):
-        fields, mine = list(type(policy).model_fields), reached & (policy_of == number)
+    found = []
+    for number, (name, policy) in enumerate(zip(judges.names, judges.old, strict=True)):
+        fields, mine = list(type(policy).model_fields), reached & (judges.of == number)
         sides = [amounts(verdict, characters, groups=len(fields), mask=mine & (verdict >= 0)) for verdict in verdicts]
-        name = list(Policies.model_fields)[number]
         rows = [(f"{name}.{rule}", was, now) for rule, was, now in zip(fields, *sides, strict=True)]
         found += [row for row in rows if row[1].documents or row[2].documents]
     return found
 
 
-def _thresholds(old: Policies, new: Policies) -> Iterable[tuple[str, float | None, float | None]]:
-    for name in Policies.model_fields:
-        was, now = getattr(old, name), getattr(new, name)
+def _thresholds(judges: Judges) -> Iterable[tuple[str, float | None, float | None]]:
+    for name, was, now in zip(judges.names, judges.old, judges.new, strict=True):
         for rule in type(was).model_fields:
             if getattr(was, rule) != getattr(now, rule):
                 yield f"{name}.{rule}", getattr(was, rule), getattr(now, rule)
@@ -240,13 +263,23 @@ def policy_text(policies: Policies) -> str:
     """A policy file: every rule with its threshold, what it bounds and where it is from, as comments."""
     lines = ["# A policy: thresholds of the rules of `puyu data`. NAME_min and NAME_max bound the score NAME;"]
     lines += ["# the first rule that fails is the reason; null switches a rule off; what is left out has its default."]
-    for name, info in Policies.model_fields.items():
-        policy: Policy = getattr(policies, name)
-        lines += ["", f"{name}:  # {info.description}"]
+    lines += _policy_lines(policies, "")
+    if policies.domains:
+        lines += ["", f"domains:  # {Policies.model_fields['domains'].description}"]
+    for domain, own in policies.domains.items():
+        lines += ["", f"  {json.dumps(domain, ensure_ascii=False)}:", *_policy_lines(own, "    ")]
+    return "\n".join(lines) + "\n"
+
+
+def _policy_lines(policies: LanguagePolicies, indent: str) -> list[str]:
+    lines = []
+    for name in POLICY_NAMES:
+        policy = policies.named(name)
+        lines += ["", f"{indent}{name}:  # {LanguagePolicies.model_fields[name].description}"]
         rules = _entries(policy, dump(policy))
         width = max(len(entry) for entry, _ in rules)
-        lines += [f"  {entry:<{width}}  # {text}" for entry, text in rules]
-    return "\n".join(lines) + "\n"
+        lines += [f"{indent}  {entry:<{width}}  # {text}" for entry, text in rules]
+    return lines
 
 
 def _entries(policy: Policy, values: Mapping[str, Any]) -> list[tuple[str, str]]:

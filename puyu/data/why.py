@@ -109,7 +109,7 @@ def _text_again(source: SourceConfig, row: Mapping[str, Any]) -> str | None:
 
 
 def _passed(row: Mapping[str, Any], asked: DataConfig) -> str:
-    policy, scores = asked.policies.of(row["language"]), row["scores"]
+    policy, scores = asked.policies.of(row["language"], row["domain"]), row["scores"]
     limits = {rule: (scores[score], threshold) for rule, score, _, threshold in bounds(policy)}
     closest = sorted(margins(scores, policy).items(), key=lambda item: (item[1], item[0]))[:3]
     near = "; ".join(f"{rule} value {limits[rule][0]}, threshold {limits[rule][1]}" for rule, _ in closest)

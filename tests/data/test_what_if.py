@@ -6,11 +6,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from puyu.chain.explore import write_page
 from puyu.configure import build, dump, load_yaml
 from puyu.data.clean import DataConfig, run
+from puyu.data.explore import explore
 from puyu.data.filters import ChinesePolicy, CodePolicy, Policies, WordPolicy, bounds, judge, judge_columns
 from puyu.data.scores import amounts, exact, open_scores
-from puyu.data.what_if import PASSES, lines_of, moved, policy_text, recorded, rejudge, what_if
+from puyu.data.stats import stats
+from puyu.data.what_if import PASSES, judges_of, lines_of, moved, policy_text, recorded, rejudge, what_if
+from puyu.data.why import why
 from puyu.errors import ConfigError, InputError
 from puyu.files import read_object
 from tests.conftest import puyu
@@ -22,10 +26,11 @@ def data(tmp_path_factory):
     return make(tmp_path_factory.mktemp("looked"))
 
 
-def verdicts(folder):
+def verdicts(folder, **overrides):
     table = open_scores(folder)
-    language, stage, rule = table.labels("language", "stage", "rule")
-    return table, language, stage, recorded(language, stage, rule)
+    stage, rule = table.labels("stage", "rule")
+    judges = judges_of(table, moved(table, overrides=overrides.items()))
+    return table, judges, stage, recorded(judges, stage, rule)
 
 
 def test_unchanged_thresholds_change_nothing(data):
@@ -38,12 +43,11 @@ def test_unchanged_thresholds_change_nothing(data):
 
 def test_the_columns_alone_give_the_recorded_decisions(data):
     """Not by keeping what was recorded: every document is judged anew from its float32 scores."""
-    table, language, stage, old = verdicts(data)
+    table, judges, stage, old = verdicts(data)
     judged = table.reached_rules(stage) & ~table.curated()
     seen = 0
-    for code, name in enumerate(language.names):
-        rows = np.flatnonzero(judged & (language.codes == code))
-        policy = table.policies.of(name)
+    for number, policy in enumerate(judges.old):
+        rows = np.flatnonzero(judged & (judges.of == number))
         columns = {score: table.score(score)[rows] for _, score, _, _ in bounds(policy)}
         assert judge_columns(columns, policy, size=len(rows)).tolist() == old[rows].tolist()
         seen += len(rows)
@@ -55,15 +59,16 @@ MOVES = [
     ["words.chars_min=1200", "zh.chars_min=null", "zh.han_min=10"],
     ["words.words_min=null", "words.digits_max=0.05", "code.chars_min=200", "zh.sentence_marks_min=0.2"],
     ["words.mean_word_max=4.5"],
+    ["domains={web: {words: {chars_min: 1200}, zh: {chars_min: 10}}}", "words.words_min=20"],
 ]
 
 
 @pytest.mark.parametrize("moves", MOVES)
 def test_it_says_what_a_run_with_these_thresholds_says(data, tmp_path, moves):
-    table, language, stage, old = verdicts(data)
     pairs = [(key, yaml.safe_load(value)) for key, _, value in (move.partition("=") for move in moves)]
+    table, judges, stage, old = verdicts(data, **dict(pairs))
     policies = moved(table, overrides=pairs)
-    new = rejudge(table, policies, language=language, judged=table.reached_rules(stage) & ~table.curated(), old=old)
+    new = rejudge(judges, table, judged=table.reached_rules(stage) & ~table.curated(), old=old)
     config = build(DataConfig, read_object(data / "ledger.json")["config"])
     run(config.model_copy(update={"policies": policies}), out=tmp_path / "data")
     truth, _, _, fresh = verdicts(tmp_path / "data")
@@ -150,6 +155,28 @@ def test_a_policy_file_reads_as_the_data_stage_reads_it(data, tmp_path):
     off = build(Policies, {"words": {"mean_word_max": None}})
     (tmp_path / "off.yaml").write_text(policy_text(off))
     assert build(Policies, load_yaml(tmp_path / "off.yaml")) == off
+    own = build(Policies, {"domains": {"a: b": {"zh": {"han_min": 3}}, "web": {"words": {"chars_min": None}}}})
+    (tmp_path / "own.yaml").write_text(policy_text(own))
+    assert build(Policies, load_yaml(tmp_path / "own.yaml")) == own
+
+
+def test_a_domain_with_thresholds_of_its_own_is_looked_at_apart(data, tmp_path):
+    config = build(DataConfig, read_object(data / "ledger.json")["config"])
+    own = build(Policies, {"domains": {"web": {"words": {"chars_min": 1200}}}})
+    run(config.model_copy(update={"policies": own}), out=tmp_path / "data")
+    dropped = [row for row in rows_of(tmp_path / "data", "dropped") if row["rule"] == "chars_min"]
+    assert {row["threshold"] for row in dropped if row["domain"] == "web" and row["language"] == "en"} == {1200}
+    groups = {row.language: row for row in stats(tmp_path / "data").scores if row.score == "chars"}
+    assert groups["en in web"].minimum == 1200
+    drawn = {h.language: h for h in explore(tmp_path / "data").histograms if h.score == "chars"}
+    assert drawn["en in web"].minimum == 1200
+    assert "en in web" in write_page(tmp_path / "data", tmp_path / "page.html").read_text(encoding="utf-8")
+    kept = next(row for row in rows_of(tmp_path / "data", "kept") if row["domain"] == "web" and row["language"] == "en")
+    assert "threshold 1200" in why(tmp_path / "data", kept["id"])
+    table = open_scores(tmp_path / "data")
+    found = what_if(tmp_path / "data", moved(table, overrides=[("domains.web.words.chars_min", 200)]))
+    assert found.thresholds == (("domains.web.words.chars_min", 1200, 200),)
+    assert found.total.gained.documents > 0 and found.total.lost.documents == 0
 
 
 def test_wrong_input_is_named(data, tmp_path):
