@@ -81,7 +81,9 @@ def _check_growth(name: str, text: str, arguments: Sequence[Any]) -> None:
         size += text.count(texts[0]) * len(texts[1])
     elif name == "join":
         items = next((item for item in arguments if isinstance(item, list | tuple)), ())
-        size = size * len(items) + sum(map(_size, items))
+        size *= len(items)
+        if size <= LONGEST:  # else it is known, and there may be millions of items
+            size += sum(map(_size, items))
     elif name in ("indent", "expandtabs"):
         size += width * (text.count("\n") + text.count("\t") + 1)
     elif name in ("center", "ljust", "rjust", "zfill", "format"):
