@@ -43,8 +43,11 @@ Quarantine = Callable[[BadRecord], None]
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary sibling; on a clean exit fsync and rename it to `path`, else remove it."""
+def atomic_write(path: Path, mode: str = "w", *, durable: bool = True) -> Iterator[IO[Any]]:
+    """Open a temporary sibling; on a clean exit rename it to `path`, else remove it.
+
+    `durable`: it is on the disk before it has its name (fsync), for all that a run leaves behind.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     encoding = None if "b" in mode else "utf-8"
@@ -55,7 +58,8 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         ):
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -53,8 +53,8 @@ def _as_column(array: pa.Array) -> Column | Ragged:
 class ColumnWriter:
     """Appends tables of equal columns; as a context manager, so that what is torn has no head."""
 
-    def __init__(self, folder: Path, *, about: Mapping[str, Any] | None = None) -> None:
-        self._folder, self._about = folder, dict(about or {})
+    def __init__(self, folder: Path, *, about: Mapping[str, Any] | None = None, durable: bool = True) -> None:
+        self._folder, self._about, self._durable = folder, dict(about or {}), durable
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _HEAD).unlink(missing_ok=True)
         self._stack = ExitStack()
@@ -80,7 +80,9 @@ class ColumnWriter:
         shape = values.dtype.str, values.shape[1] if values.ndim > 1 else 0
         assert self._shapes.setdefault(name, shape) == shape, f"column {name} changes its type"
         if name not in self._files:
-            self._files[name] = self._stack.enter_context(atomic_write(self._folder / f"{name}.bin", "wb"))
+            self._files[name] = self._stack.enter_context(
+                atomic_write(self._folder / f"{name}.bin", "wb", durable=self._durable)
+            )
         with disk_errors(self._folder):
             self._files[name].write(np.ascontiguousarray(values).data)
 

@@ -31,7 +31,7 @@ Rows = NDArray[np.int64]
 
 def gather(tables: Iterable[pa.Table], config: DedupConfig, folder: Path) -> tuple[Columns, int]:
     """(columns of all rows, how many of them are this run's)."""
-    with ColumnWriter(folder) as writer:
+    with ColumnWriter(folder, durable=False) as writer:  # made anew by every run
         for table in tables:
             if table.num_columns:
                 writer.append(table)
