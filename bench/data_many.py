@@ -25,10 +25,10 @@ import json, sys
 from pathlib import Path
 from puyu.configure import build
 from puyu.data.clean import DataConfig, run
-from puyu.data.filters import Policies
+from puyu.data.filters import LanguagePolicies
 if __name__ == "__main__":
     source, out = map(Path, sys.argv[1:])
-    off = {name: dict.fromkeys(type(policy).model_fields) for name, policy in Policies()}
+    off = {name: dict.fromkeys(type(policy).model_fields) for name, policy in LanguagePolicies()}
     sources = [{"name": "short", "path": str(source), "kind": "jsonl", "language": "en"}]
     numbers = run(build(DataConfig, {"sources": sources, "policies": off, "mask": []}), out=out / "data")
     print(json.dumps({"read": numbers["read"], "kept": numbers["kept"]}))

@@ -14,6 +14,7 @@ from pyarrow import parquet
 from puyu.configure import build, dump
 from puyu.data import clean, dedup, measure, segments
 from puyu.data.clean import DataConfig, run
+from puyu.data.filters import LanguagePolicies
 from puyu.data.why import why
 from puyu.documents import language, raw, texts
 from puyu.documents.ledger import Ledger
@@ -297,7 +298,7 @@ def test_bad_configs_and_inputs_name_field_and_remedy(corpus, tmp_path):
 
 
 def test_every_filter_off_keeps_everything(corpus, tmp_path):
-    off = {name: dict.fromkeys(type(policy).model_fields) for name, policy in corpus.policies}
+    off = {name: dict.fromkeys(type(policy).model_fields) for name, policy in LanguagePolicies()}
     values = {**dump(corpus), "policies": off, "languages": [], "dedup": {"exact": False, "near": None}, "mask": []}
     numbers = run(build(DataConfig, values), out=tmp_path / "out")
     assert numbers["dropped_by_rule"] == {"identical": 1} and numbers["masked"] == {}
