@@ -1,6 +1,6 @@
 """`puyu convert DIR OUT --to FORM`: InternLM, InternLM2, LLaMA and InternEvo's shards into one another, bit for bit.
 
-puyu convert runs/nano/sft shards --to internevo --tp 2 --pp 2
+puyu convert runs/nano/sft shards --to internevo --untie --pp 2
 puyu convert shards back --to internlm2 --allow-pickle
 """
 
@@ -20,6 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     options.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     options.add_argument("--to", choices=FORMS, required=True, help="the form to write")
     options.add_argument("--allow-pickle", action="store_true", help="read InternEvo's files, and pytorch_model.bin")
+    options.add_argument("--untie", action="store_true", help="write a tied embedding a second time, as the head")
     options.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer files, where the source has none")
     options.add_argument("--max-shard-gb", type=float, default=5.0, help="largest .safetensors file [5]")
     shards = options.add_argument_group("InternEvo")

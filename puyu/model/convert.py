@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +55,8 @@ class ConvertConfig(Config):
     """InternEvo: cut the embedding by tokens, not by hidden units (embed_split_hidden=False)."""
     allow_pickle: bool = False
     """Read pickles (InternEvo's files, pytorch_model.bin)."""
+    untie: bool = False
+    """Write a tied embedding a second time, as the head."""
     tokenizer: Path | None = None
     """Folder with the tokenizer's files, where the source has none."""
     max_positions: int | None = Field(None, ge=1)
@@ -197,6 +199,7 @@ def expressed(config: ModelConfig, to: str) -> ModelConfig:
     found = list(obstacles(config, to))
     if found:
         others = [name for name in FORMS if not any(obstacles(config, name))]
+        others += ["the same with --untie"] if found == ["tied embeddings"] else []
         remedy = f"it can be written as: {', '.join(others)}" if others else "no form here can express it"
         raise CheckpointError(f"a {to} checkpoint cannot express {'; '.join(found)}", remedy=remedy)
     family = to if to != "internevo" else "internlm" if config.family == "internlm" else "internlm2"
@@ -222,13 +225,17 @@ def open_source(order: ConvertConfig) -> Iterator[Source]:
         yield read_internevo(folder, max_positions=order.max_positions, interleaved=order.interleaved)
         return
     config = read_config(folder)
+    untied = config.with_(tie_embeddings=config.tie_embeddings and not order.untie)
     if is_scalar_checkpoint(folder):
         raise CheckpointError(
             f"{folder} is a reward model", remedy="language models are converted, scalar ones are not"
         )
-    expressed(config, order.to)  # before its tensors, which may be none of a plain decoder
+    expressed(untied, order.to)  # before its tensors, which may be none of a plain decoder
     with open_weights(folder, allow_pickle=order.allow_pickle) as stored:
-        yield Source(config, tuple(folder_units(config, stored)))
+        units = list(folder_units(config, stored))
+        if untied != config:
+            units.append(replace(units[0], slot=Slot(None, "head")))
+        yield Source(untied, tuple(units))
 
 
 def folder_units(config: ModelConfig, stored: Stored) -> Iterator[Unit]:
