@@ -25,8 +25,16 @@ from torch.nn import functional as F
 
 from puyu.configure import Config
 from puyu.errors import CheckpointError, ConfigError
-from puyu.files import clear_folder, disk_errors, read_object
-from puyu.model.checkpoint import copy_side_files, ignorable, is_scalar_checkpoint, read_config, write_config
+from puyu.files import clear_folder, disk_errors, hash_json, read_object
+from puyu.lineage import Lineage, code_version, input_of, machine, now, write_lineage
+from puyu.model.checkpoint import (
+    SIDE_FILES,
+    copy_side_files,
+    ignorable,
+    is_scalar_checkpoint,
+    read_config,
+    write_config,
+)
 from puyu.model.config import ModelConfig
 from puyu.model.families import fuse_qkv, split_qkv
 from puyu.model.internevo import CONFIG, Layout, check_layout, is_internevo, read_internevo, write_internevo
@@ -36,6 +44,8 @@ from puyu.model.units import Join, Slot, Source, Unit, checked, slots, tensor_na
 from puyu.model.weights import Stored, open_weights, shard_names, shards_of, write_index
 
 GENERATION = "generation_config.json"
+VERSION = 1
+"""Raised when the same order would give other files."""
 
 
 class ConvertConfig(Config):
@@ -106,6 +116,8 @@ def convert(order: ConvertConfig) -> Done:
     """Read, check, write; `order.out` is complete when this returns, and not there when it raises."""
     if order.out.is_file() or (order.out.is_dir() and any(order.out.iterdir())):
         raise ConfigError(f"{order.out} is there already", remedy="choose another folder, or remove it")
+    if order.tokenizer is not None and not any((order.tokenizer / name).is_file() for name in SIDE_FILES):
+        raise ConfigError(f"--tokenizer {order.tokenizer} has no tokenizer's files", remedy="give their folder")
     with open_source(order) as source:
         config = expressed(source.config, order.to)
         layout = _layout(order, source)
@@ -115,15 +127,25 @@ def convert(order: ConvertConfig) -> Done:
             how = layout if order.to == "internevo" else order.max_shard_bytes
             count, notes = _write(folder, config, source, how)
             _write_beside(folder, config, source, order)
-    weights = [path for path in order.out.glob("model*") if path.suffix in (".pt", ".safetensors")]
-    weights = [path for path in weights if path.name != CONFIG]
-    return Done(order.out, len(weights), count, sum(path.stat().st_size for path in weights), notes)
+            weights = [path for path in folder.glob("model*") if path.suffix in (".pt", ".safetensors")]
+            sizes = [path.stat().st_size for path in weights if path.name != CONFIG]
+            numbers = {"files": len(sizes), "tensors": count, "bytes": sum(sizes), "notes": list(notes)}
+            write_lineage(folder, _lineage(order, numbers))
+    return Done(order.out, len(sizes), count, sum(sizes), notes)
+
+
+def _lineage(order: ConvertConfig, numbers: dict[str, Any]) -> Lineage:
+    made_from = (input_of("source", order.source),)
+    values = order.model_dump(mode="json", exclude={"out", "source", "tokenizer"})
+    key = hash_json(["convert", VERSION, values, made_from[0].key])
+    about = {"finished": now(), "code": code_version(), "machine": machine()}
+    return Lineage("convert", key, VERSION, values, made_from, numbers, **about)
 
 
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name when all went well; what a kill left of one is removed."""
-    folder = out.absolute().with_name(out.absolute().name + ".partial")
+    folder = out.absolute().with_name(f".{out.absolute().name}.partial")
     with disk_errors(folder):
         clear_folder(folder)
         folder.mkdir(parents=True)

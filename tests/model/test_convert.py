@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from puyu.errors import CheckpointError, ConfigError
+from puyu.lineage import ancestors
 from puyu.model.checkpoint import load_model, read_config, save_model, scalar_from_language
 from puyu.model.convert import FORMS, expressed, obstacles
 from puyu.model.streams import _Writer
@@ -163,6 +164,17 @@ def test_tokenizer_and_ends_go_along(tmp_path: Path) -> None:
     (shards / "tokenizer.json").unlink()
     other = turned(shards, tmp_path / "other", "llama", tokenizer=native)
     assert (other / "tokenizer.json").is_file()
+    with pytest.raises(ConfigError, match="no tokenizer's files"):
+        done(shards, tmp_path / "more", "llama", tokenizer=tmp_path)
+
+
+def test_what_made_a_folder_can_be_traced(tmp_path: Path) -> None:
+    native = model_folder(tmp_path / "native")
+    there = turned(turned(native, tmp_path / "shards", "internevo", tp=2), tmp_path / "there", "llama")
+    node = ancestors(there)
+    assert [name for name, _ in node.parents] == ["source"] and node.lineage.config["to"] == "llama"
+    (_, shards), *_ = node.parents
+    assert shards.lineage.config["tp"] == 2 and shards.parents[0][1].path == native.resolve()
 
 
 def test_code_of_another_family_is_not_named(tmp_path: Path) -> None:
@@ -240,11 +252,11 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there already"):
         done(native, native, "llama")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out.partial").mkdir()
+    (tmp_path / ".out.partial").mkdir()
     (tmp_path / "out.partial" / "model-00001-of-00009.safetensors").write_text("what a kill left")
     folder = turned(native, tmp_path / "out", "llama")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors",
+        "config.json", "generation_config.json", "lineage.json", "model.safetensors",
     ]  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def test_dynamic_ntk_depends_on_the_length_alone(head_dim: int, order: tuple[int
         fresh, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, seq_len=length)
         theta = ours.stretched(length).rope_theta
         assert theta == ours.stretched(length).rope_theta and ours.rope_theta == 1e6
-        torch.testing.assert_close(1.0 / theta**exponents, fresh, rtol=1e-6, atol=0)
+        torch.testing.assert_close(1.0 / theta**exponents, fresh, rtol=1e-5, atol=0)
         module(torch.zeros(1), torch.arange(length)[None])
         stale.append(not torch.allclose(module.inv_freq, fresh, rtol=1e-3, atol=0))
     assert stale == [length < max(order[: i + 1]) for i, length in enumerate(order)]  # the trap, which is not ours
