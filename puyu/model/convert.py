@@ -138,7 +138,7 @@ def _lineage(order: ConvertConfig, numbers: dict[str, Any]) -> Lineage:
     made_from = (input_of("source", order.source),)
     values = order.model_dump(mode="json", exclude={"out", "source", "tokenizer"})
     key = hash_json(["convert", VERSION, values, made_from[0].key])
-    about = {"finished": now(), "code": code_version(), "machine": machine()}
+    about: dict[str, Any] = {"finished": now(), "code": code_version(), "machine": machine()}
     return Lineage("convert", key, VERSION, values, made_from, numbers, **about)
 
 

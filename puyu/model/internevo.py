@@ -379,7 +379,7 @@ def _config(
             f"{grid[0][0].path} has tensors of no known form: {found}", remedy="InternLM or InternLM2"
         )
     try:
-        fields = {
+        fields: dict[str, Any] = {
             "vocab_size": int(values["vocab_size"]),
             "hidden_size": int(values["hidden_size"]),
             "num_layers": int(values["num_layers"]),

@@ -62,7 +62,7 @@ class _Writer:
         name, outline = self._waiting.pop()
         fits = (tensor.shape, tensor.dtype) == (outline.shape, outline.dtype)
         assert fits, f"{name}: {tuple(tensor.shape)} {tensor.dtype} is not what was announced"
-        self._write(memoryview(tensor.detach().contiguous().view(torch.uint8).numpy()).cast("B"))
+        self._write(tensor.detach().contiguous().view(torch.uint8).numpy().data.cast("B"))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

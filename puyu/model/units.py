@@ -125,9 +125,8 @@ def checked(unit: Unit, config: ModelConfig, where: str) -> Unit:
         shapes = ", ".join(str(tuple(part.shape)) for part in unit.parts)
         raise CheckpointError(f"{where}: the parts of {unit.slot} do not fit each other: {shapes}") from error
     if shape != shape_of(config, unit.slot):
-        raise CheckpointError(
-            f"{where}: {unit.slot} has the shape {shape}, by its config {shape_of(config, unit.slot)}"
-        )
+        said = f"{shape} stored, {shape_of(config, unit.slot)} by its config"
+        raise CheckpointError(f"{where}: {unit.slot} has the wrong shape: {said}")
     return unit
 
 

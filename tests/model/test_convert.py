@@ -253,7 +253,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
         done(native, native, "llama")
     (tmp_path / "out").mkdir()
     (tmp_path / ".out.partial").mkdir()
-    (tmp_path / "out.partial" / "model-00001-of-00009.safetensors").write_text("what a kill left")
+    (tmp_path / ".out.partial" / "model-00001-of-00009.safetensors").write_text("what a kill left")
     folder = turned(native, tmp_path / "out", "llama")
     assert sorted(path.name for path in folder.iterdir()) == [
         "config.json", "generation_config.json", "lineage.json", "model.safetensors",
