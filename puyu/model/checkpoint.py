@@ -139,7 +139,7 @@ def _our_state(
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             # one that stands in the file alone is copied, since the file may change under its pages
             state[key] = tensor.to(kind, copy=len(parts) == 1).contiguous()
-    left = sorted(name for name in stored.unused if not _ignorable(name))
+    left = sorted(name for name in stored.unused if not ignorable(name))
     if left:
         raise CheckpointError(f"{folder}: {len(left)} tensors are not part of a {config.family} model: {left[:3]}")
     return state
@@ -152,7 +152,7 @@ def _codes(model: nn.Module) -> set[str]:
     return {f"{name}.{key}" for name, layer in layers for key in layer.state_dict() if key != "bias"}
 
 
-def _ignorable(name: str) -> bool:
+def ignorable(name: str) -> bool:
     """Old exports store rotary tables; tied models may store the head a second time."""
     return name.endswith("rotary_emb.inv_freq") or name in ("lm_head.weight", "output.weight")
 
@@ -210,14 +210,27 @@ def save_model(
         tensors |= quantized_tensors(
             model, form, pairs=pairs, split=lambda ours, rows, n: _split(ours, rows, n, config)
         )
-    scalar = isinstance(model, ScalarModel)
-    value = config.to_hf(architecture=config.row.reward_architecture if scalar else None)
-    value["torch_dtype"] = str(tensors[f"{config.row.norm}.weight"].dtype).removeprefix("torch.")
     save_weights(folder, tensors, max_shard_bytes=max_shard_bytes)
+    scalar = isinstance(model, ScalarModel)
+    write_config(folder, config, dtype=tensors[f"{config.row.norm}.weight"].dtype, scalar=scalar, extra=extra)
+
+
+def write_config(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    scalar: bool = False,
+    extra: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """config.json, and for a language model generation_config.json (`generation`: what else it says)."""
+    value = config.to_hf(architecture=config.row.reward_architecture if scalar else None)
+    value["torch_dtype"] = str(dtype).removeprefix("torch.")
     write_json(folder / "config.json", {**value, **(extra or {})})
     if not scalar:
         ids = {"bos_token_id": config.bos_id, "eos_token_id": value["eos_token_id"], "pad_token_id": config.pad_id}
-        write_json(folder / "generation_config.json", ids)
+        write_json(folder / "generation_config.json", {**(generation or {}), **ids})
 
 
 def copy_side_files(source: Path, folder: Path) -> None:

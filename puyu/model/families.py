@@ -8,7 +8,7 @@ quantized codes and their scales alike. docs/supported-models.md adds a family s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -277,7 +277,7 @@ def _mixture_pairs(names: Mixture, *, count: int, shared: bool) -> Pairs:
         yield "mlp.shared_gate", (names.shared_gate,)
 
 
-def fuse_qkv(parts: list[Tensor], *, num_kv_heads: int) -> Tensor:
+def fuse_qkv(parts: Sequence[Tensor], *, num_kv_heads: int) -> Tensor:
     """[q rows, k rows, v rows] -> rows in our order (kv group, g queries + key + value, head_dim)."""
     if len(parts) == 1:
         return parts[0]

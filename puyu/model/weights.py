@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Stored:
             raise CheckpointError(f"{self.folder}: tensor {name!r} cannot be read: {error}") from error
 
 
-class _Pickle:
+class PickleFile:
     """A pickled state dict with the two methods of an open safetensors file."""
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +75,7 @@ def open_weights(folder: Path, *, allow_pickle: bool = False) -> Iterator[Stored
     with contextlib.ExitStack() as stack:
         files: dict[str, Any] = {}
         for path in _weight_files(folder, allow_pickle=allow_pickle):
-            stream = _Pickle(path) if path.suffix == ".bin" else stack.enter_context(_open_safetensors(path))
+            stream = PickleFile(path) if path.suffix == ".bin" else stack.enter_context(_open_safetensors(path))
             files |= dict.fromkeys(stream.keys(), stream)
         yield Stored(folder, files)
 
@@ -114,24 +114,35 @@ def _open_safetensors(path: Path) -> Any:
 
 def save_weights(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_bytes: int | None = None) -> None:
     """Write model.safetensors, or shards of at most `max_shard_bytes` (one tensor at least) and their index."""
-    shards = _shards(tensors, max_shard_bytes)
+    shards = shards_of(tensors, max_shard_bytes)
     if len(shards) == 1:
         _save_file(folder / WEIGHTS, shards[0])
         stale = [folder / INDEX, *folder.glob("model-*-of-*.safetensors")]
     else:
-        names = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+        names = shard_names(len(shards))
         (folder / INDEX).unlink(missing_ok=True)
         for name, shard in zip(names, shards, strict=True):
             _save_file(folder / name, shard)
-        files = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
+        write_index(folder, shards)
         stale = [p for p in folder.glob("model*.safetensors") if p.name not in names]
     for path in stale:
         path.unlink(missing_ok=True)
 
 
-def _shards(tensors: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:
+def shard_names(count: int) -> list[str]:
+    """Files of so many shards; of one it is model.safetensors."""
+    several = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    return several if count > 1 else [WEIGHTS]
+
+
+def write_index(folder: Path, shards: Sequence[Mapping[str, Tensor]]) -> None:
+    """Which tensor stands in which file."""
+    files = {key: name for name, shard in zip(shard_names(len(shards)), shards, strict=True) for key in shard}
+    size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))})
+
+
+def shards_of(tensors: Mapping[str, Tensor], limit: int | None) -> list[dict[str, Tensor]]:
     """Tensors in their order, a new shard where the next one would not fit."""
     if limit is not None and limit < 1:
         raise ConfigError(f"max_shard_bytes must be at least 1, got {limit}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from puyu.model.checkpoint import load_model, save_model
 from puyu.model.rope import RopeScaling, rotation
@@ -69,6 +70,28 @@ def test_dynamic_ntk_is_transformers_at_the_length_it_was_fixed_for(length: int,
     again = load_model(tmp_path / "fixed")
     assert again.config.max_positions == length and again.config.scaling is None
     torch.testing.assert_close(our_logits(again, whole), our_logits(fixed, whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", [(65, 100, 256, 1000), (1000, 256, 100, 65)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_dynamic_ntk_depends_on_the_length_alone(head_dim: int, order: tuple[int, ...]) -> None:
+    """transformers' module keeps the base of the longest sequence that it has seen; its formula, and ours, do not."""
+    rope = {"rope_type": "dynamic", "factor": 2.5, "rope_theta": 1e6}
+    theirs = LlamaConfig(hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=64, rope_parameters=rope)
+    ours = small_config(
+        hidden_size=head_dim, num_heads=1, num_kv_heads=1, max_positions=64, rope_theta=1e6, rope_scaling=rope
+    )
+    module = LlamaRotaryEmbedding(theirs)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    stale = []
+    for length in order:
+        fresh, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, seq_len=length)
+        theta = ours.stretched(length).rope_theta
+        assert theta == ours.stretched(length).rope_theta and ours.rope_theta == 1e6
+        torch.testing.assert_close(1.0 / theta**exponents, fresh, rtol=1e-5, atol=0)
+        module(torch.zeros(1), torch.arange(length)[None])
+        stale.append(not torch.allclose(module.inv_freq, fresh, rtol=1e-3, atol=0))
+    assert stale == [length < max(order[: i + 1]) for i, length in enumerate(order)]  # the trap, which is not ours
 
 
 def test_a_shorter_context_changes_nothing() -> None:
