@@ -16,7 +16,6 @@ import argparse
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import corpus
 import harness
@@ -24,29 +23,12 @@ import harness
 from puyu.data.mix import Mixture
 from puyu.data.rows import Packing, Rows
 from puyu.files import read_jsonl
+from tests.data.lengths import Lengths
 
 ROWS = (256, 1024, 2048, 4096, 8192, 32_768)
 LOGNORMAL = {"short answers": (4.5, 1.0), "web pages": (6.2, 1.1), "all sizes": (7.0, 1.6), "long": (9.0, 1.2)}
 """Mean and standard deviation of the logarithm of tokens; medians of 90, 490, 1,100 and 8,100."""
 SAMPLES = ("wiki_en.jsonl.gz", "docs_en.jsonl.gz", "docs_zh.jsonl.gz", "oasst_zh.jsonl.gz")
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Documents of which nothing but their lengths is known."""
-
-    lengths: list[int]
-
-    @property
-    def num_docs(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
-
-    def length(self, index: int) -> int:
-        return self.lengths[index]
 
 
 def tokens(text: str) -> int:

@@ -181,17 +181,17 @@ class Policies(LanguagePolicies):
     domains: dict[str, LanguagePolicies] = {}
     """Thresholds of single domains, instead of those above; what is left out has its default."""
 
-    def of_domain(self, domain: str) -> LanguagePolicies:
-        """Those of a domain, the general ones where it has none."""
-        return self.domains.get(domain, self)
-
     def of(self, language: str, domain: str = "") -> Policy:
         """The thresholds for a document."""
-        return self.of_domain(domain).named(policy_name(language))
+        return self.domains.get(domain, self).named(policy_name(language))
 
     def of_group(self, group: str) -> Policy:
         """The thresholds for a group of documents (`group_of`)."""
         return self.of(group, domain_of(group))
+
+    def group(self, language: str, domain: str) -> str:
+        """The group of a document, by the name of its policy."""
+        return group_of(policy_name(language), domain if domain in self.domains else "")
 
 
 _IN = " in "
@@ -307,24 +307,19 @@ class RuleFilter:
     def __call__(self, documents: Sequence[Document], scores: Sequence[Scores]) -> list[Verdict]:
         table = measure_all([document.text for document in documents], [document.language for document in documents])
         broken, values = np.full(len(documents), -1), np.zeros(len(documents))
-        by_policy: dict[tuple[str, str], list[int]] = defaultdict(list)
-        names = [self._name(document) for document in documents]
-        for at, name in enumerate(names):
-            by_policy[name].append(at)
-        policies = {(domain, name): self.policies.of_domain(domain).named(name) for domain, name in by_policy}
-        for name, rows in by_policy.items():
-            broken[rows], values[rows] = judge_all(table[rows], policies[name])
-        rules = {name: list(bounds(policy)) for name, policy in policies.items()}
+        by_policy: dict[str, list[int]] = defaultdict(list)
+        groups = [self.policies.group(document.language, document.domain) for document in documents]
+        for at, group in enumerate(groups):
+            by_policy[group].append(at)
+        policies = {group: self.policies.of_group(group) for group in by_policy}
+        for group, rows in by_policy.items():
+            broken[rows], values[rows] = judge_all(table[rows], policies[group])
+        rules = {group: list(bounds(policy)) for group, policy in policies.items()}
         judged = zip(broken.tolist(), values.tolist(), strict=True)
         return [
-            self._verdict(document, measured, rules[name], verdict)
-            for document, measured, name, verdict in zip(documents, scores_of(table), names, judged, strict=True)
+            self._verdict(document, measured, rules[group], verdict)
+            for document, measured, group, verdict in zip(documents, scores_of(table), groups, judged, strict=True)
         ]
-
-    def _name(self, document: Document) -> tuple[str, str]:
-        """(domain, where it has thresholds of its own; name of the policy)."""
-        domain = document.domain if document.domain in self.policies.domains else ""
-        return domain, policy_name(document.language)
 
     def _verdict(
         self,

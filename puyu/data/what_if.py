@@ -114,9 +114,7 @@ def judges_of(table: ScoreTable, policies: Policies) -> Judges:
     numbers = {group_of(name, domain): number for number, (domain, name) in enumerate(places)}
     groups = table.groups(domains)
     found = [numbers[group_of(policy_name(group), domain_of(group))] for group in groups.names]
-    old, new = (
-        tuple(every.of_domain(domain).named(name) for domain, name in places) for every in (table.policies, policies)
-    )
+    old, new = (tuple(every.of(name, domain) for domain, name in places) for every in (table.policies, policies))
     names = tuple(f"domains.{domain}.{name}" if domain else name for domain, name in places)
     return Judges(names, old, new, np.array(found or [0])[groups.codes])
 

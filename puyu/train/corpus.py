@@ -108,7 +108,7 @@ def _write(rows: KeptRows, tokenizer: Tokenizer, folder: Path, *, heldout: float
     with ExitStack() as stack:
         writers: dict[tuple[str, str], ShardWriter] = {}
         for batch, encoded in _encoded(numbered, tokenizer):
-            found: dict[tuple[str, str], list[NDArray[np.int32]]] = {}
+            found: dict[tuple[str, str], list[Ids]] = {}
             for (number, row), ids in zip(batch, encoded, strict=True):
                 place = ("train", row.source)
                 if number in chosen:
@@ -134,26 +134,23 @@ def _write(rows: KeptRows, tokenizer: Tokenizer, folder: Path, *, heldout: float
 def _encoded(rows: Iterable[Numbered], tokenizer: Tokenizer) -> Iterator[tuple[list[Numbered], list[Ids]]]:
     """Batches with their ids; the next one is read while one is encoded."""
 
+    # A document as the model sees it: `<s>` ids `</s>`, as far as the tokenizer has them.
+    ends = ([] if id is None else [id] for id in (tokenizer.bos_id, tokenizer.eos_id))
+    before, after = (np.array(end, dtype=np.int32) for end in ends)
+
     def encode(batch: list[Numbered]) -> list[Ids]:
-        return [framed(ids, tokenizer) for ids in tokenizer.encode_arrays([row.text for _, row in batch])]
+        texts = [row.text for _, row in batch]
+        return [np.concatenate([before, ids, after]) for ids in tokenizer.encode_arrays(texts)]
 
     with ThreadPoolExecutor(1) as pool:
-        before: tuple[list[Numbered], Future[list[Ids]]] | None = None
+        last: tuple[list[Numbered], Future[list[Ids]]] | None = None
         for batch in _batches(rows):
             now = batch, pool.submit(encode, batch)
-            if before is not None:
-                yield before[0], before[1].result()
-            before = now
-        if before is not None:
-            yield before[0], before[1].result()
-
-
-def framed(ids: Ids, tokenizer: Tokenizer) -> Ids:
-    """A document as the model sees it: `<s>` ids `</s>`, as far as the tokenizer has them."""
-    before, after = (
-        np.array([] if id is None else [id], dtype=np.int32) for id in (tokenizer.bos_id, tokenizer.eos_id)
-    )
-    return np.concatenate([before, ids, after])
+            if last is not None:
+                yield last[0], last[1].result()
+            last = now
+        if last is not None:
+            yield last[0], last[1].result()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 
@@ -12,22 +11,7 @@ from hypothesis import strategies as st
 
 from puyu.data.mix import Mixture, expected_use, permuted
 from puyu.errors import CheckpointError, ConfigError
-
-
-@dataclass
-class Lengths:
-    lengths: list[int]
-
-    @property
-    def num_docs(self):
-        return len(self.lengths)
-
-    @property
-    def num_tokens(self):
-        return sum(self.lengths)
-
-    def length(self, index):
-        return self.lengths[index]
+from tests.data.lengths import Lengths
 
 
 def two(web=200, code=200):

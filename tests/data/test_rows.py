@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -12,24 +11,9 @@ from hypothesis import strategies as st
 
 from puyu.data.mix import Mixture
 from puyu.data.rows import WINDOW, Rows, Stretch, in_order, least_slack, one_alone, whole_first
+from tests.data.lengths import Lengths
 
 MODES = ("hard", "soft", "document")
-
-
-@dataclass
-class Lengths:
-    lengths: list[int]
-
-    @property
-    def num_docs(self):
-        return len(self.lengths)
-
-    @property
-    def num_tokens(self):
-        return sum(self.lengths)
-
-    def length(self, index):
-        return self.lengths[index]
 
 
 def rows_of(sources, packing, *, epochs=1.0, seed=0):

@@ -74,6 +74,7 @@ def test_ids_equal_tokenizers(kind: str, text: str) -> None:
 def test_hard_texts(kind: str) -> None:
     texts = [*HARD, *CORPUS, "<think>x</think>", "".join(HARD)]
     assert FAST[kind].encode_batch(texts) == [ids_of(MADE[kind], text) for text in texts]
+    assert [ids.tolist() for ids in FAST[kind].encode_arrays(texts)] == FAST[kind].encode_batch(texts)
 
 
 @pytest.mark.parametrize("kind", ["ours", "cl100k", "qwen2", "o200k"])
@@ -172,6 +173,7 @@ def test_without_the_library_tokenizers_does_the_work(monkeypatch: pytest.Monkey
     slow = Tokenizer(MADE["ours"].to_str(), {})
     texts = [*HARD, *CORPUS]
     assert slow.encode_batch(texts) == FAST["ours"].encode_batch(texts)
+    assert [ids.tolist() for ids in slow.encode_arrays(texts)] == slow.encode_batch(texts)
 
 
 def test_what_would_give_other_ids_is_left_to_tokenizers() -> None:
