@@ -43,6 +43,15 @@ def world(device: torch.device) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def current_world() -> World:
+    """This process among its peers, when a group has been joined; else alone."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    return World()
+
+
 def barrier() -> None:
     """Wait for all ranks; nothing in one process."""
     import torch.distributed as dist

@@ -12,31 +12,20 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-from torch import nn
-
 from puyu.errors import TrainingError
-from puyu.train.parallel import whole
+from puyu.train.layouts import Layout
 
 
-def check_finite(loss: float, norm: float, *, step: int, model: nn.Module, saved: str) -> None:
+def check_finite(loss: float, norm: float, *, step: int, layout: Layout, saved: str) -> None:
     """Raise TrainingError, naming the step and the first bad parameter, unless both are finite."""
     if math.isfinite(loss) and math.isfinite(norm):
         return
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm} (loss {loss:.4g})"
-    where = f", first in the gradient of {name}" if (name := _first_bad(model)) else ""
+    where = f", first in the gradient of {name}" if (name := layout.bad_gradient()) else ""
     raise TrainingError(
         f"step {step}: {what}{where}; the update was not made",
         remedy=f"lower optim.lr or raise optim.warmup, then run again in a new folder; last good state: {saved}",
     )
-
-
-def _first_bad(model: nn.Module) -> str:
-    """The first parameter whose gradient is not finite (all ranks walk the same names)."""
-    bad = ""
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(whole(parameter.grad).isfinite().all()):
-            bad = bad or name
-    return bad
 
 
 class StopSignal:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -38,11 +38,25 @@ class MuonAdamW(torch.optim.Optimizer):
             elif params:
                 self._adamw(params, group)
 
+    def allocate(self) -> None:
+        """Make the states that the first step would make."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._allocate(parameter, muon=group["momentum"] > 0)
+
+    def _allocate(self, parameter: Tensor, *, muon: bool) -> None:
+        if self.state[parameter]:
+            return
+        if muon:
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            return
+        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        self.state[parameter] = {"step": torch.zeros(()), **zeros}
+
     def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Matrices of one shape: their products run as one batch."""
         for parameter in params:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+            self._allocate(parameter, muon=True)
         grads = [parameter.grad for parameter in params if parameter.grad is not None]
         momenta = [self.state[parameter]["momentum"] for parameter in params]
         torch._foreach_mul_(momenta, group["momentum"])
@@ -55,9 +69,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in params:
-            if not self.state[parameter]:
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[parameter] = {"step": torch.zeros(()), **zeros}
+            self._allocate(parameter, muon=False)
         states = [self.state[parameter] for parameter in params]
         adamw(
             params,
@@ -90,9 +102,12 @@ def _orthogonal_like(updates: list[Tensor]) -> list[Tensor]:
     found = orthogonal(torch.stack(whole)).to(updates[0].dtype).unbind()
     if not isinstance(updates[0], DTensor):
         return list(found)
-    from puyu.train.parallel import like
+    return [_placed_as(factor, update) for factor, update in zip(found, updates, strict=True)]
 
-    return [like(factor, update) for factor, update in zip(found, updates, strict=True)]
+
+def _placed_as(whole: Tensor, other: Tensor) -> Tensor:
+    assert isinstance(other, DTensor)
+    return distribute_tensor(whole, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def orthogonal(matrices: Tensor, *, steps: int = 5) -> Tensor:

@@ -93,6 +93,19 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["scale"]
 
 
+def allocate(optimizer: torch.optim.Optimizer) -> None:
+    """Make the states that the first step would make, at zero; those that exist are left alone."""
+    if isinstance(optimizer, MuonAdamW):
+        optimizer.allocate()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": step, **zeros}
+
+
 def gradients(model: nn.Module) -> list[Tensor]:
     """The gradients there are."""
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -104,9 +117,6 @@ def global_norm(grads: list[Tensor]) -> float:
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-def average_and_clip(grads: list[Tensor], *, weight: float, norm: float, clip: float) -> None:
-    """Divide summed gradients by the global weight and clip to `clip`, in one pass. `norm` is that of the average."""
-    factor = 1.0 / weight
-    if clip > 0 and norm > clip:
-        factor *= clip / norm
-    torch._foreach_mul_(grads, factor)
+def clip_factor(norm: float, *, clip: float) -> float:
+    """What gradients of that norm are multiplied by, so that their norm is at most `clip` (0: any)."""
+    return clip / norm if 0 < clip < norm else 1.0

@@ -23,6 +23,7 @@ from puyu.data.packing import PretrainSource, pack_pieces, piece_of
 from puyu.data.rows import Packing, Stretch
 from puyu.data.shards import TokenShard
 from puyu.device import pick_device
+from puyu.dist import current_world
 from puyu.errors import ConfigError
 from puyu.log import say
 from puyu.model.config import ModelConfig
@@ -32,7 +33,7 @@ from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.corpus import Corpus, open_corpus
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.parallel import current_world, joined
+from puyu.train.parallel import joined
 from puyu.train.stage import TrainingConfig, count_parameters, finish, finished, identity_of, place, save
 from puyu.train.trainer import OnStep, Trainer
 
@@ -216,7 +217,7 @@ def validate(trainer: Trainer, corpus: Corpus, *, seq_len: int, batch_tokens: in
     """Loss and bits per byte of each held-out language. Every rank must call it."""
     result = {}
     for language, shard in corpus.heldout.items():
-        rank, size = trainer.world.rank, trainer.world.size
+        rank, size = trainer.reader.rank, trainer.reader.size
         groups = _groups(language, shard, seq_len=seq_len, batch_tokens=batch_tokens)
         sums = trainer.evaluate(pack_pieces([piece_of(shard, cut) for cut in group[rank::size]]) for group in groups)
         result[language] = {

@@ -144,7 +144,7 @@ def measure(
         chosen = [pair for pair in pairs if domain == "all" or pair.domain == number]
         if not chosen:
             continue
-        sums = trainer.evaluate(_batches(chosen, batch_tokens, trainer.world.rank, trainer.world.size))
+        sums = trainer.evaluate(_batches(chosen, batch_tokens, trainer.reader.rank, trainer.reader.size))
         accuracy = sums["accuracy"] / sums["weight"]
         error = math.sqrt(accuracy * (1 - accuracy) / len(chosen))
         margin = sums["margin"] / sums["weight"]

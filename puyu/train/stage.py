@@ -14,65 +14,40 @@ import torch
 
 from puyu.configure import Config, dump
 from puyu.device import pick_dtype
-from puyu.dist import barrier
+from puyu.dist import barrier, current_world
 from puyu.errors import CheckpointError, InputError
 from puyu.files import clear_folder, hash_json, read_json, write_json
 from puyu.lineage import input_of, without_paths
 from puyu.model.checkpoint import save_model
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.train.optim import OptimConfig
-from puyu.train.parallel import current_world
+from puyu.train.settings import FREE, RunSettings
 from puyu.train.state import FOLDER
 from puyu.train.trainer import Trainer, TrainerConfig
 
 _RESULT = "result.json"
-_FREE = {"device", "checkpoint_every", "tensorboard"}
-"""Fields that may change between a run and its continuation."""
-
 _PADDING = 1024
 """Models may have this many rows beyond the tokenizer (vocabularies are padded to round numbers)."""
 
 M = TypeVar("M", CausalLM, ScalarModel)
 
 
-class TrainingConfig(Config):
+class TrainingConfig(RunSettings):
     """The fields that every training stage has."""
 
-    optim: OptimConfig = OptimConfig()
-    """Optimizer and schedule."""
-    accumulate: int = 1
-    """Micro-batches that a step is split into (less memory)."""
-    seed: int = 0
-    """Seed of new weights and of the data order."""
-    dtype: str = "auto"
-    """Compute dtype: auto, bfloat16, float32, float64."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    checkpoint_every: int = 200
-    """Steps between saved states."""
-    tensorboard: bool = False
-    """Write TensorBoard files too."""
 
     def trainer(self, steps: int, *, name: str, identity: str) -> TrainerConfig:
         """What the Trainer reads of it."""
-        return TrainerConfig(
-            steps=steps,
-            optim=self.optim,
-            accumulate=self.accumulate,
-            checkpoint_every=self.checkpoint_every,
-            dtype=self.dtype,
-            seed=self.seed,
-            identity=identity,
-            name=name,
-            tensorboard=self.tensorboard,
-        )
+        shared = {field: getattr(self, field) for field in RunSettings.model_fields}
+        return TrainerConfig(steps=steps, name=name, identity=identity, **shared)
 
 
 def identity_of(config: Config) -> str:
     """A hash of the config and the content of its inputs, without the fields that change nothing."""
     keys = {str(path): input_of(name, path).key for name, path in config.inputs() if path.exists()}
-    values = {name: value for name, value in dump(config).items() if name not in _FREE}
+    values = {name: value for name, value in dump(config).items() if name not in FREE}
     return hash_json(without_paths(values, keys))
 
 

@@ -9,7 +9,7 @@ whole, so the state fits any number of processes. No pickle.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from puyu.dist import barrier
+from puyu.dist import barrier, current_world
 from puyu.errors import CheckpointError, InputError
 from puyu.files import clear_folder, disk_errors, hash_file, read_json, write_json
 from puyu.log import logger
-from puyu.train.parallel import current_world, like, whole, whole_state
+from puyu.train.layouts import Layout
+from puyu.train.pieces import Piece, gather_whole
 
 FOLDER = "train_state"
 _PARTS = ("model.safetensors", "optimizer.safetensors")
@@ -38,32 +39,16 @@ class Progress:
     source: Mapping[str, Any]
 
 
-def save_state(
-    out: Path,
-    progress: Progress,
-    *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    identity: str,
-    keep: int = 2,
-) -> Path:
+def save_state(out: Path, progress: Progress, *, layout: Layout, identity: str, keep: int = 2) -> Path:
     """Write one state; every rank must call it, rank 0 writes. Older ones beyond `keep` are removed."""
-    main = current_world().is_main
-    weights = {name: tensor for name, tensor in whole_state(model) if main}
-    moments = {name: tensor for name, tensor in _moments(model, optimizer) if main}
+    weights, moments = gather_whole(layout.pieces()), gather_whole(layout.moments())
     folder = out / FOLDER / f"step-{progress.step:08d}"
-    if main:
+    if current_world().is_main:
         _write(folder, (weights, moments), progress, identity)
         for old in sorted(folder.parent.glob("step-????????"))[:-keep]:
             clear_folder(old)
     barrier()
     return folder
-
-
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    for name, parameter in model.named_parameters():
-        for kind, value in optimizer.state.get(parameter, {}).items():
-            yield f"{kind}/{name}", whole(value)
 
 
 def _write(folder: Path, parts: tuple[dict[str, Tensor], ...], progress: Progress, identity: str) -> None:
@@ -117,7 +102,7 @@ def _problem(folder: Path) -> str:
     return ""
 
 
-def load_state(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, identity: str) -> Progress:
+def load_state(folder: Path, *, layout: Layout, identity: str) -> Progress:
     """Restore weights and moments in place; CheckpointError when the state is of another run."""
     value = read_json(folder / "state.json")
     if value["identity"] != identity:
@@ -125,15 +110,12 @@ def load_state(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimiz
             f"{folder} was saved by a run with another config or other inputs",
             remedy=f"choose another --out, or remove {folder.parent} to start over",
         )
-    weights, moments = (load_file(folder / name) for name in _PARTS)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(like(weights[name], parameter))
-            optimizer.state[parameter] = _restored(moments, name, parameter)
+    for name, pieces in zip(_PARTS, (layout.pieces(), layout.moments()), strict=True):
+        _fill(pieces, load_file(folder / name))
     return Progress(value["step"], value["tokens"], value["source"])
 
 
-def _restored(moments: dict[str, Tensor], name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """The optimizer's entries of one parameter; scalars (the step count) keep their own dtype."""
-    found = {key.removesuffix(f"/{name}"): value for key, value in moments.items() if key.endswith(f"/{name}")}
-    return {kind: like(value, parameter) if value.ndim else value.to(parameter.device) for kind, value in found.items()}
+@torch.no_grad()
+def _fill(pieces: Iterable[Piece], saved: Mapping[str, Tensor]) -> None:
+    for piece in pieces:
+        piece.tensor.copy_(saved[piece.name][piece.window])

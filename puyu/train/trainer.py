@@ -17,15 +17,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from puyu.configure import Config
 from puyu.data.mix import key_of
 from puyu.data.packing import Batch
+from puyu.dist import current_world
 from puyu.files import clear_folder, read_jsonl
 from puyu.log import MetricsWriter, Progress, say
 from puyu.train import health, optim, parallel, state
+from puyu.train.layouts import make_layout
 from puyu.train.memory import keep_freed_pages
-from puyu.train.objectives import LossOutput, Objective, Step
-from puyu.train.optim import OptimConfig
+from puyu.train.objectives import Objective
+from puyu.train.pieces import gather_whole
+from puyu.train.settings import RunSettings
 
 OnStep = Callable[[int, dict[str, float]], None]
 
@@ -40,31 +42,17 @@ class BatchSource(Protocol):
     def load(self, state: Mapping[str, Any], /) -> None: ...
 
 
-class TrainerConfig(Config):
+class TrainerConfig(RunSettings):
     """How long, how fast, and how often to save."""
 
     steps: int
     """Optimizer steps in all."""
-    optim: OptimConfig = OptimConfig()
-    """Optimizer and schedule."""
-    accumulate: int = 1
-    """Micro-batches per step."""
-    checkpoint_every: int = 200
-    """Steps between saved states; 0 saves only at the end and on SIGTERM."""
-    keep: int = 2
-    """Saved states to keep."""
-    dtype: str = "auto"
-    """Compute dtype; master weights are fp32 (fp64 when this is float64)."""
-    seed: int = 0
-    """Seed of every random stream of the run."""
     identity: str = ""
     """Names config and inputs; a saved state with another one is refused."""
     name: str = "train"
     """Shown in the progress line."""
     unit: str = "tok"
     """What the rate counts."""
-    tensorboard: bool = False
-    """Write TensorBoard files beside metrics.jsonl."""
 
 
 class Trainer:
@@ -75,11 +63,11 @@ class Trainer:
     ) -> None:
         self.model, self.source, self.config, self.out = model, source, config, out
         self.device = next(model.parameters()).device
-        self.world = parallel.current_world()
+        self.world = current_world()
         keep_freed_pages(self.device)
-        self.step_module = Step(model, objective)
-        parallel.shard(self.step_module, self.device)
-        self.optimizer = optim.make_optimizer(model, config.optim)
+        self.layout = make_layout(config.layout, model, objective, device=self.device)
+        self.layout.make_optimizer(config.optim)
+        self.reader = self.layout.reader
         self.done = self.tokens = 0
         self.before_step: Callable[[int], None] | None = None
         """Called with the 0-based step before its batch is drawn (phases)."""
@@ -89,7 +77,7 @@ class Trainer:
     def resume(self) -> int:
         """Load the newest good state, if there is one; returns the completed steps."""
         if folder := state.find_state(self.out):
-            found = state.load_state(folder, model=self.model, optimizer=self.optimizer, identity=self.config.identity)
+            found = state.load_state(folder, layout=self.layout, identity=self.config.identity)
             self.source.load(found.source)
             self.done, self.tokens = found.step, found.tokens
             if self.world.is_main:
@@ -99,14 +87,8 @@ class Trainer:
     def save(self) -> Path:
         """Save the state after the steps done so far."""
         progress = state.Progress(self.done, self.tokens, self.source.state())
-        return state.save_state(
-            self.out,
-            progress,
-            model=self.model,
-            optimizer=self.optimizer,
-            identity=self.config.identity,
-            keep=self.config.keep,
-        )
+        config = self.config
+        return state.save_state(self.out, progress, layout=self.layout, identity=config.identity, keep=config.keep)
 
     def fit(self) -> dict[str, Any]:
         """Run (or go on) to the last step; returns steps, tokens, first and last loss, tokens per second."""
@@ -156,62 +138,50 @@ class Trainer:
         began = time.perf_counter()
         if self.before_step:
             self.before_step(self.done)
-        torch.manual_seed(key_of(self.config.seed, self.done, self.world.rank) >> 1)
-        rate = self.config.optim.rate(self.done, self.config.steps)
-        optim.set_rate(self.optimizer, rate)
-        sums = self._backward()
+        torch.manual_seed(key_of(self.config.seed, self.done, self.reader.rank) >> 1)
+        batches = self._draw()
+        drawn = time.perf_counter()
+        sums = self.layout.backward(batches)
+        sums["tokens"] = float(sum(batch.num_tokens for batch in batches)) if self.layout.counts else 0.0
         sums["asked"] = float(stop.asked)
-        sums = dict(zip(sums, parallel.agree(list(sums.values()), self.device), strict=True))
+        sums = self._agreed(sums)
         weight, tokens, asked = max(sums.pop("weight"), 1e-30), int(sums.pop("tokens")), sums.pop("asked") > 0
         means = {name: value / weight for name, value in sums.items()}
-        norm = self._update(means["loss"], weight)
+        rate, norm = self._update(means["loss"], weight)
         self.tokens += tokens
         seconds = time.perf_counter() - began
         metrics = {**means, "lr": rate, "grad_norm": norm, "tokens": self.tokens, "step_tokens": tokens}
-        return metrics | {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 6)}, asked
+        metrics |= {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 6)}
+        return metrics | {"data_seconds": round(drawn - began, 6)}, asked
 
-    def _backward(self) -> dict[str, float]:
-        """Gradients of the summed loss over this rank's micro-batches; the sums by name, loss first."""
-        sums = {"loss": 0.0, "weight": 0.0, "tokens": 0.0}
-        for _ in range(self.config.accumulate):
-            batch = self.source.next_batch(rank=self.world.rank, world=self.world.size).to(self.device)
-            output: LossOutput = self.step_module(batch)
-            # FSDP averages gradients over ranks; times the world size, that is the sum.
-            torch.autograd.backward(output.loss_sum * self.world.size)
-            found = {"loss": output.loss_sum, "weight": output.weight_sum, **output.metrics}
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-            sums["tokens"] += batch.num_tokens
-        return sums
+    def _draw(self) -> list[Batch]:
+        """This process's micro-batches of the step."""
+        rank, size = self.reader.rank, self.reader.size
+        return [self.source.next_batch(rank=rank, world=size).to(self.device) for _ in range(self.config.accumulate)]
 
-    def _update(self, loss: float, weight: float) -> float:
-        """Check, average, clip, step; returns the norm of the averaged gradient."""
-        grads = optim.gradients(self.model)
-        norm = optim.global_norm(grads) / weight
+    def _agreed(self, sums: dict[str, float]) -> dict[str, float]:
+        return dict(zip(sums, parallel.agree(list(sums.values()), self.device), strict=True))
+
+    def _update(self, loss: float, weight: float) -> tuple[float, float]:
+        """Check, average, clip, step; returns the learning rate and the norm of the averaged gradient."""
+        rate = self.config.optim.rate(self.done, self.config.steps)
+        norm = self.layout.norm() / weight
         saved = str(self.out / state.FOLDER)
-        health.check_finite(loss, norm, step=self.done + 1, model=self.model, saved=saved)
-        optim.average_and_clip(grads, weight=weight, norm=norm, clip=self.config.optim.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        health.check_finite(loss, norm, step=self.done + 1, layout=self.layout, saved=saved)
+        self.layout.update(optim.clip_factor(norm, clip=self.config.optim.clip) / weight, rate=rate)
         self.done += 1
-        return norm
+        return rate, norm
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Sums (`loss`, `weight` and metrics) of this rank's share of some batches, over all ranks; no update.
+        """Sums (`loss`, `weight` and metrics) of this reader's share of some batches, over all ranks; no update.
 
         Every rank must bring the same number of batches.
         """
-        sums = {"loss": 0.0, "weight": 0.0}
-        for batch in batches:
-            output: LossOutput = self.step_module(batch.to(self.device))
-            for name, value in {"loss": output.loss_sum, "weight": output.weight_sum, **output.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-        return dict(zip(sums, parallel.agree(list(sums.values()), self.device), strict=True))
+        return self._agreed(self.layout.forward(batches))
 
     def full_weights(self) -> dict[str, Tensor]:
         """All weights, whole, for saving; every rank must call it, only rank 0 gets them."""
-        return {name: tensor for name, tensor in parallel.whole_state(self.model) if self.world.is_main}
+        return gather_whole(self.layout.pieces())
 
 
 def summarize(metrics: Path) -> dict[str, Any]:

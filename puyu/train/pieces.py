@@ -1,0 +1,102 @@
+"""What a process holds of a run's tensors: rectangles of whole tensors, by name. Checkpoints are made of nothing else.
+
+A layout says which rectangles of each weight and moment lie on this process; saving writes those that it owns, loading
+fills them, whichever layout wrote them. Knows no file and no optimizer.
+
+    weights = gather_whole(layout.pieces())     # rank 0: every tensor, whole, on the CPU
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from puyu.dist import World, current_world
+
+
+class Piece(NamedTuple):
+    """A rectangle of a tensor. `tensor` shares its memory with the parameter or moment, so loading copies into it.
+
+    Processes that hold the same rectangle agree on one `owner`, which writes it; together the owned rectangles cover
+    each tensor exactly once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    start: tuple[int, ...]
+    """Where the rectangle begins."""
+    tensor: Tensor
+    owner: bool = True
+
+    @property
+    def window(self) -> tuple[slice, ...]:
+        """The rectangle as an index into the whole tensor."""
+        return tuple(slice(a, a + n) for a, n in zip(self.start, self.tensor.shape, strict=True))
+
+
+def plain_piece(name: str, tensor: Tensor, *, owner: bool = True) -> Piece:
+    """A whole tensor as one piece."""
+    return Piece(name, tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach(), owner)
+
+
+def sharded_piece(name: str, tensor: DTensor) -> Piece:
+    """This process's piece of a DTensor that is sharded over at most one mesh dimension, replicated over the others.
+
+    Its owner is the first of its replicas. A piece may be empty.
+    """
+    shape, start, owner = tuple(tensor.shape), [0] * tensor.ndim, True
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "a tensor of a mesh that this process is not part of"
+    for at, (place, size) in zip(
+        coordinate, zip(tensor.placements, tensor.device_mesh.shape, strict=True), strict=True
+    ):
+        if isinstance(place, Shard):
+            chunk = -(-shape[place.dim] // size)
+            start[place.dim] = min(at * chunk, shape[place.dim])
+        else:
+            owner = owner and at == 0
+    return Piece(name, shape, tuple(start), tensor.to_local().detach(), owner)
+
+
+def gather_whole(pieces: Iterable[Piece]) -> dict[str, Tensor]:
+    """All tensors, whole, on rank 0's CPU; empty elsewhere. Every process must call it."""
+    owned = [piece for piece in pieces if piece.owner]
+    world = current_world()
+    whole: dict[str, Tensor] = {}
+    if world.size == 1:
+        for piece in owned:
+            _put(whole, piece)
+        return whole
+    catalogs: list[list[tuple]] = [[] for _ in range(world.size)]
+    rows = [(p.name, p.shape, p.start, tuple(p.tensor.shape), p.tensor.dtype) for p in owned]
+    dist.all_gather_object(catalogs, rows)
+    for rank, rows in enumerate(catalogs):
+        for piece in _sent(rank, rows, owned, world):
+            _put(whole, piece)
+    return whole
+
+
+def _sent(rank: int, rows: list[tuple], owned: list[Piece], world: World) -> Iterator[Piece]:
+    """The pieces of one rank as rank 0 gets them."""
+    for number, (name, shape, start, size, dtype) in enumerate(rows):
+        if rank == world.rank:
+            tensor = owned[number].tensor.contiguous().cpu()
+            if rank:
+                dist.send(tensor, 0)
+        elif world.is_main:
+            tensor = torch.empty(size, dtype=dtype)
+            dist.recv(tensor, rank)
+        if world.is_main:
+            yield Piece(name, shape, start, tensor)
+
+
+def _put(whole: dict[str, Tensor], piece: Piece) -> None:
+    if piece.name not in whole:
+        whole[piece.name] = torch.empty(piece.shape, dtype=piece.tensor.dtype)
+    whole[piece.name][piece.window] = piece.tensor.cpu()
