@@ -14,7 +14,14 @@ import yaml
 
 from tests.conftest import ROOT, puyu
 
-DOCS = ("docs/chain.md", "docs/quantization.md", "docs/supported-models.md", "docs/inference.md")
+DOCS = (
+    "docs/chain.md",
+    "docs/quantization.md",
+    "docs/supported-models.md",
+    "docs/inference.md",
+    "docs/pretraining.md",
+    "docs/scaling.md",
+)
 PAGES = ("README.md", "README.zh.md", *DOCS, "CONTRIBUTING.md")
 
 
