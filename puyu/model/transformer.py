@@ -49,12 +49,20 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, plan: Plan, embeds_TD: Tensor | None = None) -> Tensor:
         """Hidden states [T, D] after the final norm."""
-        x_TD = self.embedding(tokens_T) if embeds_TD is None else embeds_TD
-        x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
+        x_TD = self.embedded(tokens_T) if embeds_TD is None else embeds_TD.to(self.compute_dtype or embeds_TD.dtype)
+        return self.norm(self.through(x_TD, positions_T, plan, range(len(self.layers))))
+
+    def embedded(self, tokens_T: Tensor) -> Tensor:
+        """What the first block reads, [T, D]."""
+        x_TD: Tensor = self.embedding(tokens_T)
+        return x_TD.to(self.compute_dtype or x_TD.dtype)
+
+    def through(self, x_TD: Tensor, positions_T: Tensor, plan: Plan, layers: range) -> Tensor:
+        """Some blocks, in their order: [T, D] -> [T, D]."""
         turn = self.rotation(positions_T, x_TD.dtype)
-        for index, block in enumerate(self.layers):
-            x_TD = block(x_TD, turn, plan, index)
-        return self.norm(x_TD)
+        for index in layers:
+            x_TD = self.layers[index](x_TD, turn, plan, index)
+        return x_TD
 
     def rotation(self, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
         """The rotation of these positions, with the base and the stretching as they are now."""

@@ -45,13 +45,18 @@ class LossOutput(NamedTuple):
 Objective = Callable[[Any, Batch], LossOutput]
 
 
-def hidden_states(model: CausalLM | ScalarModel, batch: Batch) -> Tensor:
-    """Trunk over a packed batch -> hidden [T, D]."""
+def trunk_inputs(batch: Batch) -> tuple[Tensor, Tensor, PackedPlan]:
+    """What a trunk takes for a batch: tokens, positions and plan, perhaps padded behind the batch's tokens."""
     count, extra = batch.num_tokens, _missing(batch.num_tokens, batch.tokens_T.device)
     starts_S = (*batch.starts_S, count) if extra else batch.starts_S  # padding is a document of its own
     plan = PackedPlan.build(starts_S, count + extra, batch.tokens_T.device)
-    hidden_TD: Tensor = model.trunk(F.pad(batch.tokens_T, (0, extra)), F.pad(batch.positions_T, (0, extra)), plan)
-    return hidden_TD[:count]
+    return F.pad(batch.tokens_T, (0, extra)), F.pad(batch.positions_T, (0, extra)), plan
+
+
+def hidden_states(model: CausalLM | ScalarModel, batch: Batch) -> Tensor:
+    """Trunk over a packed batch -> hidden [T, D]."""
+    hidden_TD: Tensor = model.trunk(*trunk_inputs(batch))
+    return hidden_TD[: batch.num_tokens]
 
 
 def _missing(rows: int, device: torch.device) -> int:
@@ -61,13 +66,15 @@ def _missing(rows: int, device: torch.device) -> int:
 
 def lm_loss(model: CausalLM, batch: Batch) -> LossOutput:
     """Weighted next-token cross-entropy, summed (nats)."""
-    hidden_TD = hidden_states(model, batch)
+    return lm_loss_of(hidden_states(model, batch), head_weight(model), batch)
+
+
+def lm_loss_of(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch) -> LossOutput:
+    """The same from the trunk's hidden states, where another process has computed what is before them."""
     learned = batch.weights_T.nonzero().squeeze(-1)
     if learned.numel() < batch.num_tokens:
         hidden_TD = hidden_TD[learned]
-    loss_sum, _ = chunked_cross_entropy(
-        hidden_TD, head_weight(model), batch.targets_T[learned], batch.weights_T[learned]
-    )
+    loss_sum, _ = chunked_cross_entropy(hidden_TD, weight_VD, batch.targets_T[learned], batch.weights_T[learned])
     return LossOutput(loss_sum, batch.weights_T.sum(), {})
 
 

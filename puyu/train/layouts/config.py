@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from puyu.configure import Config
+from puyu.train.layouts.schedules import Schedule
 
 Extent = Literal["replica", "partial", "full"]
 """InternEvo's choice for each kind of state: whole on every process, sharded in groups of `shard_size`, or sharded over
@@ -24,7 +25,7 @@ class LayoutConfig(Config):
     """How attention crosses the parts of a sequence: heads are exchanged, or keys and values travel in a ring."""
     pipeline: int = Field(default=1, ge=1)
     """Processes that share the layers."""
-    schedule: Literal["gpipe", "1f1b", "interleaved", "zero-bubble"] = "1f1b"
+    schedule: Schedule = "1f1b"
     """Order of forward and backward passes in the pipeline; micro-batches are those of `accumulate`."""
     virtual: int = Field(default=2, ge=1)
     """Pieces of the model on each process of an interleaved pipeline."""
