@@ -6,6 +6,7 @@ Imports torch inside functions only where it must stay importable without it.
 from __future__ import annotations
 
 import os
+import time
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,3 +86,46 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in known:
         raise ConfigError(f"unknown dtype {name!r}", remedy=f"use auto, {', '.join(known)}")
     return known[name]
+
+
+_PEAKS: tuple[tuple[str, float], ...] = (
+    ("GB200", 2500e12), ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12),
+    ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("H800 PCIe", 756e12), ("H800", 989e12),
+    ("H20", 148e12), ("A100", 312e12), ("A800", 312e12), ("A30", 165e12), ("A40", 149.7e12), ("A10", 125e12),
+    ("A6000", 154.8e12), ("L40S", 362e12), ("L40", 181e12), ("L20", 119.5e12), ("L4", 121e12), ("6000 Ada", 364.2e12),
+    ("RTX 5090", 209.5e12), ("RTX 4090", 165.2e12), ("RTX 3090", 71e12), ("MI300X", 1307e12),
+)  # fmt: skip
+"""Words of a device's name, and its dense bf16 product rate with fp32 sums, from the makers' data sheets. Their larger
+numbers are with 2:4 sparsity, which training has not."""
+
+
+def table_peak(name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device by its name; None when the table has it not."""
+    words = set(name.replace("-", " ").split())
+    return next((flops for found, flops in _PEAKS if set(found.split()) <= words), None)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that this device can do at most, and where the number is from: the table, or a product measured now."""
+    import torch
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if flops := table_peak(name):
+            return flops, f"dense bf16 of {name}"
+        return measured_flops(device, dtype, 8192), f"{name} is not in the table: product of {dtype} measured"
+    return measured_flops(device, dtype, 1024), f"product of {str(dtype).removeprefix('torch.')} measured on this CPU"
+
+
+@cache
+def measured_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """The best of a few products of two square matrices, in FLOP/s."""
+    import torch
+
+    left, right = (torch.full((size, size), 0.5, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        began = time.perf_counter()
+        (left @ right)[0, 0].item()  # on a GPU, this waits for the product
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from puyu.errors import DependencyError
-from puyu.files import atomic_write, disk_errors, read_jsonl
+from puyu.files import atomic_write, disk_errors, hash_bytes, read_jsonl
 
 logger = logging.getLogger("puyu")
 
@@ -90,13 +91,13 @@ def _short(value: float) -> str:
 
 
 class MetricsWriter:
-    """Append-only `metrics.jsonl`, one object a step, flushed at once; TensorBoard beside it on request.
+    """Append-only `metrics.jsonl`, one object a step, flushed at once; TensorBoard and W&B beside it on request.
 
     Opening at `from_step` removes rows of that step and later (and a torn last line), so that a resumed run
     leaves one row per step.
     """
 
-    def __init__(self, path: Path, *, from_step: int = 0, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path, *, from_step: int = 0, tensorboard: bool = False, wandb: str = "") -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in self._rows() if row.get("step", 0) < from_step]
@@ -104,6 +105,7 @@ class MetricsWriter:
             stream.writelines(json.dumps(row) + "\n" for row in kept)
         self._stream = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._board = _summary_writer(path.parent / "tensorboard") if tensorboard else None
+        self._wandb = _wandb_run(path.parent, wandb) if wandb else None
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         if self.path.is_file():
@@ -120,11 +122,15 @@ class MetricsWriter:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
         self._stream.close()
         if self._board:
             self._board.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
 def _summary_writer(folder: Path) -> Any:
@@ -133,3 +139,14 @@ def _summary_writer(folder: Path) -> Any:
     except ImportError as error:
         raise DependencyError("tensorboard: true needs TensorBoard", remedy="pip install 'puyu-llm[train]'") from error
     return Writer(str(folder))
+
+
+def _wandb_run(folder: Path, project: str) -> Any:
+    """A W&B run in `folder`/wandb; the same folder is the same run again. No network unless WANDB_MODE asks for it."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise DependencyError(f"wandb: {project} needs Weights & Biases", remedy="pip install wandb") from error
+    name = hash_bytes(str(folder.resolve()).encode())[:16]
+    mode = os.environ.get("WANDB_MODE", "offline")
+    return wandb.init(project=project, dir=folder, name=folder.name, id=name, resume="allow", mode=mode)

@@ -32,7 +32,7 @@ class Batch:
     """Packed tokens. `targets_T` is the next token of the same document; `weights_T` 0 where nothing is learned.
 
     `starts_S` are the first tokens of the documents, the first is 0. `extras` holds named arrays per token (`_T`)
-    or per document (`_S`).
+    or per document (`_S`). Where the batch names `sources`, `extras["source_T"]` is the number of each token's source.
     """
 
     tokens_T: Tensor
@@ -41,6 +41,7 @@ class Batch:
     weights_T: Tensor
     starts_S: tuple[int, ...]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -112,6 +113,14 @@ def piece_of(shard: TokenShard, stretch: Stretch) -> Piece:
     return Piece(ids[cut], None if loss is None else loss[cut], int(ids[stretch.end]), follows)
 
 
+def named(batch: Batch, cuts: Sequence[Stretch], sources: Sequence[str]) -> Batch:
+    """The batch of these stretches, with the source of each token."""
+    numbers_S = np.array([sources.index(cut.source) for cut in cuts] or [0], dtype=np.int64)
+    lengths_S = [cut.end - cut.begin for cut in cuts] or [1]
+    source_T = torch.from_numpy(np.repeat(numbers_S, lengths_S))
+    return replace(batch, sources=tuple(sources), extras={**batch.extras, "source_T": source_T})
+
+
 def _flags(piece: Piece) -> np.ndarray:
     return np.ones(len(piece.ids), dtype=bool) if piece.loss is None else np.asarray(piece.loss, dtype=bool)
 
@@ -155,7 +164,8 @@ class PretrainSource:
                 "the sources of this phase are used up: each was seen as often as its epochs allow",
                 remedy="raise epochs, take fewer steps, or give weight to more sources",
             )
-        return pack_pieces([piece_of(self.shards[cut.source], cut) for row in rows[rank::world] for cut in row])
+        cuts = [cut for row in rows[rank::world] for cut in row]
+        return named(pack_pieces([piece_of(self.shards[cut.source], cut) for cut in cuts]), cuts, sorted(self.shards))
 
     def state(self) -> dict[str, Any]:
         return self._stream.state()

@@ -12,7 +12,7 @@ An objective may hold frozen models; it never steps, logs or knows a schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,11 @@ because its kernel is compiled, and packed conversations bring a new one with ev
 
 
 class LossOutput(NamedTuple):
-    """Sums over this rank's batch. Each metric is a sum too; the Trainer divides it by the global weight."""
+    """Sums over this rank's batch. Each metric is a sum too; the Trainer divides it by the global weight.
+
+    A metric KIND/NAME is divided by the metric weight/NAME where there is one (see `means`). All ranks give the same
+    names.
+    """
 
     loss_sum: Tensor
     weight_sum: Tensor
@@ -43,6 +47,17 @@ class LossOutput(NamedTuple):
 
 
 Objective = Callable[[Any, Batch], LossOutput]
+
+
+def means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Global sums -> means: KIND/NAME by weight/NAME, all others by `weight`. What has no weight is left out."""
+    found = {}
+    for name, value in sums.items():
+        kind, _, part = name.partition("/")
+        weight = sums.get(f"weight/{part}", sums["weight"]) if part else max(sums["weight"], 1e-30)
+        if kind != "weight" and weight > 0:
+            found[name] = value / weight
+    return found
 
 
 def trunk_inputs(batch: Batch) -> tuple[Tensor, Tensor, PackedPlan]:
@@ -74,8 +89,20 @@ def lm_loss_of(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch) -> LossOutput
     learned = batch.weights_T.nonzero().squeeze(-1)
     if learned.numel() < batch.num_tokens:
         hidden_TD = hidden_TD[learned]
-    loss_sum, _ = chunked_cross_entropy(hidden_TD, weight_VD, batch.targets_T[learned], batch.weights_T[learned])
-    return LossOutput(loss_sum, batch.weights_T.sum(), {})
+    loss_sum, losses_P = chunked_cross_entropy(hidden_TD, weight_VD, batch.targets_T[learned], batch.weights_T[learned])
+    return LossOutput(loss_sum, batch.weights_T.sum(), source_sums(batch, learned, losses_P))
+
+
+def source_sums(batch: Batch, learned_P: Tensor, losses_P: Tensor) -> dict[str, Tensor]:
+    """loss/NAME and weight/NAME of each source that the batch names, from the losses at its learned positions."""
+    if not batch.sources:
+        return {}
+    of_P = batch.extras["source_T"][learned_P]
+    zeros = losses_P.new_zeros(len(batch.sources), dtype=torch.float64)
+    sums = zeros.index_add(0, of_P, losses_P.double()).unbind()
+    weights = zeros.index_add(0, of_P, batch.weights_T[learned_P].double()).unbind()
+    found = {f"loss/{name}": value for name, value in zip(batch.sources, sums, strict=True)}
+    return found | {f"weight/{name}": value for name, value in zip(batch.sources, weights, strict=True)}
 
 
 def token_losses(model: CausalLM, batch: Batch) -> Tensor:

@@ -111,6 +111,18 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
+def part_of(name: str) -> str:
+    """Which part of a model a parameter belongs to, for numbers by part: one of `PARTS`."""
+    if "norm" in name:
+        return "norms"
+    if ".experts." in name:
+        return "experts"
+    return "blocks" if ".layers." in name else "embedding" if "embedding" in name else "head"
+
+
+PARTS = ("embedding", "blocks", "experts", "norms", "head")
+
+
 def global_norm(grads: list[Tensor]) -> float:
     """Euclidean norm over all gradients and all ranks."""
     norm = torch.nn.utils.get_total_norm(grads)

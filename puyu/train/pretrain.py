@@ -116,7 +116,13 @@ def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> 
         steps = sum(phase.steps for phase in config.phases)
         settings = config.trainer(steps, name="pretrain", identity=identity)
         trainer = Trainer(model, lm_loss, phases.source, settings, out=out)
-        trainer.before_step, trainer.on_step = phases.enter, on_step
+        trainer.on_step = on_step
+
+        def enter(step: int) -> None:
+            phases.enter(step)
+            trainer.meter.enter(phases.source.seq_len)
+
+        trainer.before_step = enter
         numbers = trainer.fit()
         phases.enter(numbers["steps"] - 1)
         validation = validate(trainer, corpus, seq_len=config.phases[-1].seq_len, batch_tokens=config.batch_tokens)

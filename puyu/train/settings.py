@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from puyu.configure import Config
 from puyu.train.layouts.config import LayoutConfig
+from puyu.train.monitor import MonitorSettings
 from puyu.train.optim import OptimConfig
 
 
-class RunSettings(Config):
+class RunSettings(MonitorSettings):
     """Optimizer, precision, layout, saved states, monitoring."""
 
     optim: OptimConfig = OptimConfig()
@@ -24,9 +24,7 @@ class RunSettings(Config):
     """Steps between saved states; 0 saves only at the end and on SIGTERM."""
     keep: int = 2
     """Saved states to keep."""
-    tensorboard: bool = False
-    """Write TensorBoard files beside metrics.jsonl."""
 
 
-FREE = {"device", "checkpoint_every", "keep", "tensorboard", "layout"}
+FREE = {"device", "checkpoint_every", "keep", "layout", *MonitorSettings.model_fields}
 """Fields that may change between a run and its continuation."""

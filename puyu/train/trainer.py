@@ -9,8 +9,8 @@ processes do not change the result. It knows nothing of languages, rewards or fi
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +20,16 @@ from torch import Tensor, nn
 from puyu.data.mix import key_of
 from puyu.data.packing import Batch
 from puyu.dist import current_world
-from puyu.files import clear_folder, read_jsonl
+from puyu.files import clear_folder, read_jsonl, write_json
 from puyu.log import MetricsWriter, Progress, say
+from puyu.model.heads import CausalLM
 from puyu.train import health, optim, parallel, state
+from puyu.train.evaluate import OnEvaluate, undisturbed
 from puyu.train.layouts import make_layout
 from puyu.train.memory import keep_freed_pages
-from puyu.train.objectives import Objective
+from puyu.train.meter import Meter
+from puyu.train.monitor import Tracer
+from puyu.train.objectives import Objective, means
 from puyu.train.pieces import gather_whole
 from puyu.train.settings import RunSettings
 
@@ -68,11 +72,17 @@ class Trainer:
         self.layout = make_layout(config.layout, model, objective, device=self.device)
         self.layout.make_optimizer(config.optim)
         self.reader = self.layout.reader
+        self.meter = Meter(model, self.device, peak_tflops=config.peak_tflops)
+        self.tracer = Tracer(config, out, device=self.device, rank=self.world.rank)
         self.done = self.tokens = 0
         self.before_step: Callable[[int], None] | None = None
         """Called with the 0-based step before its batch is drawn (phases)."""
         self.on_step: OnStep | None = None
         """Called on every rank with the completed steps and the metrics."""
+        self.evaluations: list[OnEvaluate] = []
+        """Called on every rank each `evaluate_every` steps; what they return stands in the row of that step."""
+        self.about: dict[str, Any] = {}
+        """More for run.json, which says what is being watched: config, phases."""
 
     def resume(self) -> int:
         """Load the newest good state, if there is one; returns the completed steps."""
@@ -95,6 +105,8 @@ class Trainer:
         self._sweep()
         self.resume()
         writer = self._writer() if self.world.is_main else None
+        if writer:
+            write_json(self.out / "run.json", self._description())
         try:
             with health.StopSignal() as stop:
                 self._loop(stop, writer)
@@ -105,7 +117,13 @@ class Trainer:
 
     def _writer(self) -> MetricsWriter:
         path = self.out / "metrics.jsonl"
-        return MetricsWriter(path, from_step=self.done + 1, tensorboard=self.config.tensorboard)
+        config = self.config
+        return MetricsWriter(path, from_step=self.done + 1, tensorboard=config.tensorboard, wandb=config.wandb)
+
+    def _description(self) -> dict[str, Any]:
+        config = self.config
+        named = {"name": config.name, "steps": config.steps, "unit": config.unit, "began_at": self.done}
+        return {**named, "processes": self.world.size, "device": str(self.device), **self.about}
 
     def _sweep(self) -> None:
         """Remove half-written states of a killed run."""
@@ -117,7 +135,11 @@ class Trainer:
         config, saved = self.config, self.done
         bar = Progress(config.name, config.steps, unit=config.unit, start=self.done) if writer else None
         while self.done < config.steps:
+            self.tracer.begin(self.done + 1)
             metrics, asked = self._step(stop)
+            self.tracer.end(self.done, last=asked or self.done == config.steps)
+            if config.evaluate_every and self.done % config.evaluate_every == 0:
+                metrics |= self._evaluated()
             if writer and bar:
                 writer.write(self.done, metrics)
                 bar.update(work=metrics["step_tokens"], loss=metrics["loss"], lr=metrics["lr"])
@@ -125,7 +147,8 @@ class Trainer:
                 self.on_step(self.done, metrics)
             due = config.checkpoint_every and self.done % config.checkpoint_every == 0
             if asked or due or self.done == config.steps:
-                self.save()
+                with self.meter.span("save"):
+                    self.save()
                 saved = self.done
             if asked and self.done < config.steps:
                 say(f"  {config.name}: stopped by SIGTERM after step {saved}, state saved; run again to go on")
@@ -135,24 +158,34 @@ class Trainer:
 
     def _step(self, stop: health.StopSignal) -> tuple[dict[str, float], bool]:
         """One update; returns its metrics, and whether any rank was asked to stop."""
-        began = time.perf_counter()
-        if self.before_step:
-            self.before_step(self.done)
-        torch.manual_seed(key_of(self.config.seed, self.done, self.reader.rank) >> 1)
-        batches = self._draw()
-        drawn = time.perf_counter()
-        sums = self.layout.backward(batches)
+        span = self.meter.begin()
+        with span("data"):
+            if self.before_step:
+                self.before_step(self.done)
+            torch.manual_seed(key_of(self.config.seed, self.done, self.reader.rank) >> 1)
+            batches = self._draw()
+        with span("backward"):
+            sums = self.layout.backward(batches)
         sums["tokens"] = float(sum(batch.num_tokens for batch in batches)) if self.layout.counts else 0.0
         sums["asked"] = float(stop.asked)
-        sums = self._agreed(sums)
-        weight, tokens, asked = max(sums.pop("weight"), 1e-30), int(sums.pop("tokens")), sums.pop("asked") > 0
-        means = {name: value / weight for name, value in sums.items()}
-        rate, norm = self._update(means["loss"], weight)
+        with span("reduce"):
+            sums = self._agreed(sums)
+        tokens, asked = int(sums.pop("tokens")), sums.pop("asked") > 0
+        metrics = means(sums)
+        with span("update"):
+            metrics |= self._update(metrics["loss"], max(sums["weight"], 1e-30))
         self.tokens += tokens
-        seconds = time.perf_counter() - began
-        metrics = {**means, "lr": rate, "grad_norm": norm, "tokens": self.tokens, "step_tokens": tokens}
-        metrics |= {"tokens_per_s": round(tokens / seconds, 1), "seconds": round(seconds, 6)}
-        return metrics | {"data_seconds": round(drawn - began, 6)}, asked
+        return {**metrics, "tokens": self.tokens, "step_tokens": tokens, **self.meter.row(tokens)}, asked
+
+    def _evaluated(self) -> dict[str, float]:
+        """What the callbacks say; they leave no trace in the run."""
+        found: dict[str, float] = {}
+        before = self.source.state()
+        with undisturbed(self.model, self.device), self.meter.span("evaluate"):
+            for evaluation in self.evaluations:
+                found |= evaluation(self.done, self)
+        assert self.source.state() == before, "an evaluation moved the data cursor"
+        return found | self.meter.spans()
 
     def _draw(self) -> list[Batch]:
         """This process's micro-batches of the step."""
@@ -162,15 +195,18 @@ class Trainer:
     def _agreed(self, sums: dict[str, float]) -> dict[str, float]:
         return dict(zip(sums, parallel.agree(list(sums.values()), self.device), strict=True))
 
-    def _update(self, loss: float, weight: float) -> tuple[float, float]:
-        """Check, average, clip, step; returns the learning rate and the norm of the averaged gradient."""
+    def _update(self, loss: float, weight: float) -> dict[str, float]:
+        """Check, average, clip, step; returns the learning rate and norms of the averaged gradient."""
         rate = self.config.optim.rate(self.done, self.config.steps)
         norm = self.layout.norm() / weight
         saved = str(self.out / state.FOLDER)
         health.check_finite(loss, norm, step=self.done + 1, layout=self.layout, saved=saved)
+        found = {"lr": rate, "grad_norm": norm}
+        if (every := self.config.group_norms_every) and self.done % every == 0:
+            found |= {f"grad_norm/{part}": value / weight for part, value in self.layout.part_norms().items()}
         self.layout.update(optim.clip_factor(norm, clip=self.config.optim.clip) / weight, rate=rate)
         self.done += 1
-        return rate, norm
+        return found
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Sums (`loss`, `weight` and metrics) of this reader's share of some batches, over all ranks; no update.
@@ -178,6 +214,27 @@ class Trainer:
         Every rank must bring the same number of batches.
         """
         return self._agreed(self.layout.forward(batches))
+
+    @contextmanager
+    def whole_model(self) -> Iterator[CausalLM | None]:
+        """The language model as one process sees it, on rank 0, for looking only; None elsewhere.
+
+        Every rank must enter it. It is the model itself where there is one process, else a copy.
+        """
+        model = self.model
+        assert isinstance(model, CausalLM)
+        if self.world.size == 1:
+            yield model
+            return
+        weights = self.full_weights()
+        if not self.world.is_main:
+            yield None
+            return
+        with torch.device(self.device):
+            copy = CausalLM(model.config)
+        copy.load_state_dict(weights, assign=False)
+        copy.set_compute_dtype(model.trunk.compute_dtype)
+        yield copy.eval()
 
     def full_weights(self) -> dict[str, Tensor]:
         """All weights, whole, for saving; every rank must call it, only rank 0 gets them."""

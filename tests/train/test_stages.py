@@ -251,6 +251,11 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path):
     for stage in ("pretrain", "sft", "reward"):
         assert toys.losses(tmp_path / stage) == pytest.approx(toys.losses(root / stage), abs=1e-10)
         assert toys.losses(tmp_path / stage) != []
+    ours, theirs = ((folder / "pretrain" / "metrics.jsonl").read_text().splitlines() for folder in (root, tmp_path))
+    for one, two in zip(map(json.loads, ours), map(json.loads, theirs), strict=True):
+        names = [name for name in one if name.startswith(("loss/", "grad_norm"))]
+        assert {"loss/code", "loss/web", "grad_norm"} <= set(names)
+        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], abs=1e-10)
     assert toys.losses(tmp_path / "handed") == pytest.approx(toys.losses(root / "pretrain"), abs=1e-10)
     first, second = (load_file(folder / "pretrain" / "model.safetensors") for folder in (root, tmp_path))
     for name, tensor in first.items():

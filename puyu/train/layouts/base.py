@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from puyu.data.packing import Batch
 from puyu.dist import World, current_world
-from puyu.train import optim
+from puyu.train import optim, parallel
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.objectives import LossOutput, Objective, Step
 from puyu.train.optim import OptimConfig
@@ -74,6 +74,18 @@ class Layout:
     def norm(self) -> float:
         """Euclidean norm of the summed gradients, over all processes."""
         return optim.global_norm(optim.gradients(self.model))
+
+    def part_norms(self) -> dict[str, float]:
+        """Such norms of the parts of the model (see `optim.part_of`); those without a gradient are left out."""
+        found: dict[str, tuple[Tensor, ...]] = dict.fromkeys(optim.PARTS, ())
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None and (piece := self.piece(name, parameter.grad)).owner:
+                part = optim.part_of(name)
+                found[part] = (*found[part], piece.tensor)
+        found = {part: torch._foreach_norm(grads) if grads else () for part, grads in found.items()}
+        squares = [float(torch.stack(norms).double().square().sum()) if norms else 0.0 for norms in found.values()]
+        total = parallel.agree(squares, self.device)
+        return {part: value**0.5 for part, value in zip(found, total, strict=True) if value}
 
     def bad_gradient(self) -> str:
         """The first parameter whose gradient is not finite, on any process; empty where all are finite."""

@@ -1,0 +1,63 @@
+"""Evaluation inside a run, which it must not change: random streams, modes and the data cursor stay as they were.
+
+A callback `(step, trainer) -> values for the row of that step` runs on every process. Text is made by a function that
+the caller hands in (the roof passes the engine), because this room knows no engine.
+
+    trainer.evaluations.append(lambda step, trainer: {"val_loss": ...})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from puyu.dist import barrier
+from puyu.errors import ConfigError
+from puyu.log import MetricsWriter
+from puyu.model.heads import CausalLM
+from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.monitor import MonitorSettings
+
+if TYPE_CHECKING:
+    from puyu.train.trainer import Trainer
+
+OnEvaluate = Callable[[int, "Trainer"], Mapping[str, float]]
+Continue = Callable[[CausalLM, Tokenizer, Sequence[str], int], list[str]]
+"""(model, tokenizer, prompts, most tokens) -> a continuation of each prompt."""
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Put random states and the modes of all modules back at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def writes_samples(settings: MonitorSettings, tokenizer: Tokenizer, go_on: Continue | None) -> OnEvaluate | None:
+    """The callback that continues the prompts of `samples`, into OUT/samples.jsonl; None where there are none."""
+    if not settings.samples:
+        return None
+    if go_on is None:
+        raise ConfigError("samples: this caller brings nothing that makes text", remedy="use `puyu pretrain` or `sft`")
+
+    def sample(step: int, trainer: Trainer) -> dict[str, float]:
+        with trainer.whole_model() as model:
+            if model is not None:
+                texts = go_on(model, tokenizer, settings.samples, settings.sample_tokens)
+                writer = MetricsWriter(trainer.out / "samples.jsonl", from_step=step)
+                for prompt, text in zip(settings.samples, texts, strict=True):
+                    writer.write(step, {"prompt": prompt, "text": text})
+                writer.close()
+        barrier()
+        return {}
+
+    return sample
