@@ -2,16 +2,17 @@
 
 Loshchilov and Hutter 2019; betas (0.9, 0.95), eps 1e-8, decay on matrices only, global norm clipped at 1.
 
-    optimizer = make_optimizer(model, OptimConfig(lr=1e-3))
+    optimizer = make_optimizer(model.named_parameters(), OptimConfig(lr=1e-3))
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from puyu.configure import Config
 from puyu.train.muon import MuonAdamW
@@ -66,10 +67,10 @@ class _Role(NamedTuple):
     momentum: float
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
     """AdamW, or Muon beside it, over the parameters that train; matrices alone have weight decay."""
     groups: dict[_Role, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if parameter.requires_grad:
             groups.setdefault(_role(name, parameter, config), []).append(parameter)
     rows = [{"params": p, "weight_decay": r.decay, "scale": r.scale, "momentum": r.momentum} for r, p in groups.items()]
@@ -106,11 +107,6 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
                 optimizer.state[parameter] = {"step": step, **zeros}
 
 
-def gradients(model: nn.Module) -> list[Tensor]:
-    """The gradients there are."""
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
 def part_of(name: str) -> str:
     """Which part of a model a parameter belongs to, for numbers by part: one of `PARTS`."""
     if "norm" in name:
@@ -121,12 +117,6 @@ def part_of(name: str) -> str:
 
 
 PARTS = ("embedding", "blocks", "experts", "norms", "head")
-
-
-def global_norm(grads: list[Tensor]) -> float:
-    """Euclidean norm over all gradients and all ranks."""
-    norm = torch.nn.utils.get_total_norm(grads)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def clip_factor(norm: float, *, clip: float) -> float:

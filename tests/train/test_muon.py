@@ -47,7 +47,9 @@ def test_a_muon_step_has_the_size_of_its_rate():
 def test_only_the_matrices_of_the_blocks_take_muon():
     from tests.engine.conftest import tiny_model
 
-    optimizer = make_optimizer(tiny_model(), OptimConfig(kind="muon", lr=1e-3, muon_lr=0.02, weight_decay=0.1))
+    optimizer = make_optimizer(
+        tiny_model().named_parameters(), OptimConfig(kind="muon", lr=1e-3, muon_lr=0.02, weight_decay=0.1)
+    )
     set_rate(optimizer, 5e-4)
     by_momentum = {group["momentum"]: group for group in optimizer.param_groups if group["weight_decay"] > 0}
     assert len(by_momentum[0.95]["params"]) == 2 * 4 and by_momentum[0.95]["lr"] == pytest.approx(0.01)

@@ -8,10 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from puyu.dist import current_world
 from puyu.train.layouts.base import Layout
 from puyu.train.layouts.config import LayoutConfig
-from puyu.train.layouts.sharded import ShardedLayout
 from puyu.train.objectives import Objective
 
 __all__ = ["Layout", "LayoutConfig", "make_layout"]
@@ -19,5 +17,4 @@ __all__ = ["Layout", "LayoutConfig", "make_layout"]
 
 def make_layout(config: LayoutConfig, model: nn.Module, objective: Objective, *, device: torch.device) -> Layout:
     """Spread the model, in place."""
-    kind = Layout if current_world().size == 1 else ShardedLayout
-    return kind(config, model, objective, device=device)
+    return Layout(config, model, objective, device=device)

@@ -1,7 +1,7 @@
-"""One process; and what the Trainer asks of every layout.
+"""A model, its objective and its optimizer on the processes of a mesh: what the Trainer asks, whatever the layout.
 
 Sums that `backward` and `forward` return are this process's share: added over all processes they are the global sums,
-so a process that computes what a peer computes too returns zeros.
+so a process that computes what a peer computes too returns zeros. One process is the mesh of size one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 from puyu.data.packing import Batch
 from puyu.dist import World, current_world
+from puyu.model.heads import CausalLM, ScalarModel
 from puyu.train import optim, parallel
+from puyu.train.layouts import place
 from puyu.train.layouts.config import LayoutConfig
+from puyu.train.layouts.mesh import Mesh
+from puyu.train.layouts.shares import Cut, Share
 from puyu.train.objectives import LossOutput, Objective, Step
 from puyu.train.optim import OptimConfig
-from puyu.train.pieces import Piece, plain_piece
+from puyu.train.pieces import Piece
 
 Sums = dict[str, float]
 """`loss`, `weight`, then the objective's metrics."""
@@ -29,99 +33,122 @@ class Layout:
 
     def __init__(self, config: LayoutConfig, model: nn.Module, objective: Objective, *, device: torch.device) -> None:
         self.config, self.model, self.device = config, model, device
+        self.mesh = Mesh.build(config, current_world(), device_type=device.type)
         self.step = Step(model, objective)
+        self.cuts: dict[str, Cut] = {}
+        self.shares: list[Share] = []
         self.optimizer: torch.optim.Optimizer
         self.place()
 
     @property
     def reader(self) -> World:
         """This process among those that read different batches."""
-        return World()
+        return self.mesh.reader
 
     @property
     def counts(self) -> bool:
         """Whether this process counts the tokens that it reads (one of those that read the same does)."""
-        return True
+        return self.mesh.is_first
+
+    @property
+    def tells(self) -> bool:
+        """Whether the sums of this process are its own, not a copy of a tensor peer's."""
+        return self.mesh.tensor_rank == 0
 
     def place(self) -> None:
         """Spread the model, in place."""
+        assert isinstance(self.model, CausalLM | ScalarModel)
+        self.mesh.check_model(self.model.config)
+        self.cuts |= place.cut(self.model, self.mesh, self.step.objective)
+        place.shard(self.step, self.mesh)
 
     def make_optimizer(self, config: OptimConfig) -> None:
         """Make the optimizer, once, before the first step."""
-        self.optimizer = optim.make_optimizer(self.model, config)
+        place.check_optimizer(self.mesh, config)
+        for name, parameter in self.model.named_parameters():
+            cut = self.cuts.get(name) or Cut.none(parameter)
+            spread = place.spread_of(name, parameter, self.mesh, sliced=name in self.cuts)
+            share = Share(name, parameter, cut, spread, whole_matrices=config.kind == "muon")
+            if share.spread.early:
+                parameter.register_post_accumulate_grad_hook(lambda _, share=share: share.reduce_early())
+            self.shares.append(share)
+        named = [(share.name, share.update) for share in self.shares if share.update.numel()]
+        self.optimizer = optim.make_optimizer(named, config)
 
     def backward(self, batches: Sequence[Batch], *, scale: float = 1.0) -> Sums:
-        """Add the gradients of `scale` times the summed loss over these micro-batches; nothing is divided."""
+        """Make the gradients of `scale` times the summed loss over these micro-batches, once an update; nothing is
+        divided."""
         sums: Sums = {"loss": 0.0, "weight": 0.0}
-        for batch in batches:
-            output: LossOutput = self.step(batch)
+        for number, batch in enumerate(batches, 1):
+            place.synchronize(self.step, self.mesh, last=number == len(batches))
+            output: LossOutput = self.step(self.part(batch))
             self.propagate(output.loss_sum * scale)
             add_sums(sums, output)
-        return sums
+        self.settle()
+        return sums if self.tells else dict.fromkeys(sums, 0.0)
+
+    def part(self, batch: Batch) -> Batch:
+        """What this process computes of a batch that its sequence and tensor peers read too."""
+        return place.part(batch, self.mesh)
 
     def propagate(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch, whose sum over processes is that of the loss."""
+        """Gradients of one micro-batch."""
         torch.autograd.backward(loss)
+
+    def settle(self) -> None:
+        """After the last micro-batch: gradients become sums over all processes."""
+        for share in self.shares:
+            share.settle()
 
     @torch.no_grad()
     def forward(self, batches: Iterable[Batch]) -> Sums:
         """Sums over some batches, without gradients. Every process must bring the same number of batches."""
         sums: Sums = {"loss": 0.0, "weight": 0.0}
         for batch in batches:
-            add_sums(sums, self.step(batch.to(self.device)))
-        return sums
+            add_sums(sums, self.step(self.part(batch.to(self.device))))
+        return sums if self.tells else dict.fromkeys(sums, 0.0)
 
     def norm(self) -> float:
-        """Euclidean norm of the summed gradients, over all processes."""
-        return optim.global_norm(optim.gradients(self.model))
+        """Euclidean norm of the summed gradients, over all processes; each number of each tensor counts once."""
+        return float(parallel.agree([squares(self.shares)], self.device)[0] ** 0.5)
 
     def part_norms(self) -> dict[str, float]:
         """Such norms of the parts of the model (see `optim.part_of`); those without a gradient are left out."""
-        found: dict[str, tuple[Tensor, ...]] = dict.fromkeys(optim.PARTS, ())
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and (piece := self.piece(name, parameter.grad)).owner:
-                part = optim.part_of(name)
-                found[part] = (*found[part], piece.tensor)
-        found = {part: torch._foreach_norm(grads) if grads else () for part, grads in found.items()}
-        squares = [float(torch.stack(norms).double().square().sum()) if norms else 0.0 for norms in found.values()]
-        total = parallel.agree(squares, self.device)
-        return {part: value**0.5 for part, value in zip(found, total, strict=True) if value}
+        found = [squares([s for s in self.shares if optim.part_of(s.name) == part]) for part in optim.PARTS]
+        total = parallel.agree(found, self.device)
+        return {part: value**0.5 for part, value in zip(optim.PARTS, total, strict=True) if value}
 
     def bad_gradient(self) -> str:
         """The first parameter whose gradient is not finite, on any process; empty where all are finite."""
-        found = ""
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None and not bool(local(parameter.grad).isfinite().all()):
-                found = name
-                break
-        return first_of(found)
+        grads = ((share.name, share.update.grad) for share in self.shares)
+        bad = (name for name, grad in grads if grad is not None and not bool(local(grad).isfinite().all()))
+        return first_of(next(bad, ""))
 
     def update(self, factor: float, *, rate: float) -> None:
         """Multiply the gradients by `factor`, take the optimizer's step at `rate`, forget the gradients."""
-        torch._foreach_mul_(optim.gradients(self.model), factor)
+        torch._foreach_mul_([local(s.update.grad) for s in self.shares if s.update.grad is not None], factor)
         optim.set_rate(self.optimizer, rate)
         self.optimizer.step()
+        for share in self.shares:
+            share.publish()
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
         """Forget the gradients, without an update."""
-        self.optimizer.zero_grad(set_to_none=True)
+        for share in self.shares:
+            share.drop_gradient()
 
     def pieces(self) -> Iterator[Piece]:
         """What this process holds of the weights."""
-        for name, parameter in self.model.named_parameters():
-            yield self.piece(name, parameter)
+        for share in self.shares:
+            yield from share.pieces()
 
     def moments(self) -> Iterator[Piece]:
         """What it holds of the optimizer's states, named KIND/PARAMETER; states not yet made are made, at zero."""
         optim.allocate(self.optimizer)
-        for name, parameter in self.model.named_parameters():
-            for kind, value in self.optimizer.state.get(parameter, {}).items():
-                yield self.piece(f"{kind}/{name}", value)
-
-    def piece(self, name: str, tensor: Tensor) -> Piece:
-        """What this process holds of one tensor."""
-        return plain_piece(name, tensor)
+        for share in self.shares:
+            for kind, value in self.optimizer.state.get(share.update, {}).items():
+                yield from share.state_pieces(kind, value)
 
 
 def add_sums(sums: Sums, output: LossOutput) -> None:
@@ -129,6 +156,13 @@ def add_sums(sums: Sums, output: LossOutput) -> None:
     found = {"loss": output.loss_sum, "weight": output.weight_sum, **output.metrics}
     for name, value in found.items():
         sums[name] = sums.get(name, 0.0) + float(value.detach())
+
+
+def squares(shares: Sequence[Share]) -> float:
+    """Sum of the squares of these gradients, as far as this process counts them."""
+    grads = [local(s.update.grad) for s in shares if s.owns_state and s.update.grad is not None]
+    norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
+    return float(torch.stack(norms).double().square().sum()) if norms else 0.0
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from puyu.dist import World
 from puyu.errors import ConfigError
 from puyu.model.config import ModelConfig
+from puyu.train.layouts.comm import size_of
 from puyu.train.layouts.config import LayoutConfig
+from puyu.train.layouts.shares import Dim
 
 _DEPTH = {"replica": 0, "partial": 1, "full": 2}
 
@@ -127,6 +129,13 @@ class Mesh:
 
     # groups ---------------------------------------------------------------------------------------------------------
 
+    def dim(self, name: str) -> Dim:
+        """This process along a dimension of the first view."""
+        rank = {"shard": self.peer % self.shard, "replicate": self.peer // self.shard, "tensor": self.tensor_rank}
+        rank |= {"holders": self.peer // self.config.expert}
+        group = self.group(name)
+        return Dim(rank[name], size_of(group), group)
+
     def submesh(self, *names: str) -> DeviceMesh:
         """These dimensions of one view, for torch's own wrappers."""
         for view in self.views:
@@ -174,7 +183,7 @@ class Mesh:
             heads, parts = shape.num_kv_heads // config.tensor, config.sequence
             if heads % parts and parts % heads:
                 raise ConfigError(
-                    f"layout.sequence={parts}: {heads} key heads of a process do not divide, and are not divided by, it",
+                    f"layout.sequence={parts}: does not divide the {heads} key heads of a process, nor they it",
                     remedy="choose another size, or layout.attention=ring",
                 )
         if config.pipeline > shape.num_layers:

@@ -1,0 +1,137 @@
+"""Collectives along one dimension: with gradients, for what passes between layers; by rows, for weights and gradients.
+
+Every function takes a process group, or None where the process is alone, and then costs nothing. T tokens of the whole
+row, t of this process; the group's processes hold the parts in the order of their ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+Group = dist.ProcessGroup | None
+
+
+def size_of(group: Group) -> int:
+    """Processes of a group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    """The equal parts of all processes end to end along the first dimension."""
+    if group is None:
+        return x
+    whole = x.new_empty(x.shape[0] * size_of(group), *x.shape[1:])
+    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    return whole
+
+
+def reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    """This process's equal part, along the first dimension, of the sum over processes."""
+    if group is None:
+        return x
+    part = x.new_empty(x.shape[0] // size_of(group), *x.shape[1:])
+    dist.reduce_scatter_tensor(part, x.contiguous(), group=group)
+    return part
+
+
+def all_reduce(x: Tensor, group: Group, *, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """The sum over processes, in place."""
+    if group is not None:
+        dist.all_reduce(x, op=op, group=group)
+    return x
+
+
+def all_to_all(x: Tensor, given: Sequence[int], taken: Sequence[int], group: Group) -> Tensor:
+    """Send `given[r]` rows to rank r, take `taken[r]` rows from it; rows stand in the order of ranks."""
+    if group is None:
+        return x
+    out = x.new_empty(sum(taken), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), list(taken), list(given), group=group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grad, ctx.group), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_gather(grad, ctx.group), None
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, given: Sequence[int], taken: Sequence[int], group: Group) -> Tensor:
+        ctx.given, ctx.taken, ctx.group = given, taken, group
+        return all_to_all(x, given, taken, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return all_to_all(grad, ctx.taken, ctx.given, ctx.group), None, None, None
+
+
+def gather_tokens(x_tD: Tensor, group: Group) -> Tensor:
+    """[t, D] -> [T, D]; what flows back is summed, because every process uses the whole for a part of the result."""
+    found: Tensor = _Gather.apply(x_tD, group)  # type: ignore[no-untyped-call]
+    return found
+
+
+def scatter_tokens(x_TD: Tensor, group: Group) -> Tensor:
+    """Partial sums [T, D] of every process -> this process's tokens [t, D] of the sum."""
+    found: Tensor = _Scatter.apply(x_TD, group)  # type: ignore[no-untyped-call]
+    return found
+
+
+def exchange(x: Tensor, given: Sequence[int], taken: Sequence[int], group: Group) -> Tensor:
+    """`all_to_all` with a gradient, which goes back the same way."""
+    found: Tensor = _Exchange.apply(x, given, taken, group)  # type: ignore[no-untyped-call]
+    return found
+
+
+def row_range(rows: int, rank: int, size: int) -> tuple[int, int]:
+    """First row and number of rows of a rank, as `torch.chunk` (and FSDP2) cuts: all but the last are equal."""
+    chunk = -(-rows // size)
+    first = min(rank * chunk, rows)
+    return first, min(chunk, rows - first)
+
+
+def sum_rows(x: Tensor, group: Group) -> Tensor:
+    """This process's rows (`row_range`) of the sum of x over processes."""
+    size = size_of(group)
+    chunk = -(-x.shape[0] // size)
+    part = reduce_scatter(_padded(x, chunk * size), group)
+    _, count = row_range(x.shape[0], dist.get_rank(group), size) if group is not None else (0, x.shape[0])
+    return part[:count]
+
+
+@torch.no_grad()
+def join_rows(x: Tensor, out: Tensor, group: Group) -> None:
+    """Fill `out` with the rows that the processes hold, each its `row_range`."""
+    size = size_of(group)
+    chunk = -(-out.shape[0] // size)
+    whole = all_gather(_padded(x, chunk), group)
+    out.copy_(whole[: out.shape[0]])
+
+
+def _padded(x: Tensor, rows: int) -> Tensor:
+    missing = rows - x.shape[0]
+    return F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing)) if missing else x

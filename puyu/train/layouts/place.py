@@ -1,0 +1,87 @@
+"""From a mesh to a placed model: slices first, then FSDP2 or plain replicas, then what each parameter's sums cross.
+
+Slices (tensor), experts and parts of a sequence have modules of their own; here is what they share. Weights that are
+sharded are FSDP2's (torch's `fully_shard`; a 2-D mesh shards in groups and replicates over them), with its division of
+gradients switched off: gradients are sums everywhere. All else is in shares.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from puyu.data.packing import Batch
+from puyu.errors import ConfigError
+from puyu.model.heads import CausalLM, ScalarModel
+from puyu.train.layouts.mesh import Mesh
+from puyu.train.layouts.shares import Cut, Spread
+from puyu.train.objectives import Objective, Step
+from puyu.train.optim import OptimConfig
+
+_COUNT = {"replica": 0, "partial": 1, "full": 2}
+
+
+def cut(model: CausalLM | ScalarModel, mesh: Mesh, objective: Objective) -> dict[str, Cut]:
+    """Leave only this process's slices in the model; returns them by name of parameter."""
+    return {}
+
+
+def part(batch: Batch, mesh: Mesh) -> Batch:
+    """What this process computes of a batch."""
+    return batch
+
+
+def shard(step: Step, mesh: Mesh) -> None:
+    """FSDP2, block by block, over the processes that hold the same slices; nothing where weights are replicas."""
+    if mesh.config.params == "replica" or mesh.peers == 1:
+        return
+    names = ("replicate", "shard") if mesh.replicate > 1 else ("shard",)
+    whole = mesh.submesh(*names)
+    trunk = step.model.trunk
+    assert isinstance(trunk, nn.Module) and isinstance(trunk.layers, nn.ModuleList)
+    for block in (*trunk.layers, step):
+        fully_shard(block, mesh=whole)
+    for module in _sharded(step):
+        # Sums, not means. The order matters: without forced sums a factor becomes an operation that gloo lacks.
+        module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+
+
+def synchronize(step: Step, mesh: Mesh, *, last: bool) -> None:
+    """Before a micro-batch: say what FSDP2 may put off until the last one."""
+    if isinstance(step, FSDPModule):
+        step.set_requires_gradient_sync(last or mesh.config.grads != "replica")
+        step.set_requires_all_reduce(last)
+        step.set_is_last_backward(last)
+
+
+def _sharded(step: Step) -> list[FSDPModule]:
+    return [module for module in step.modules() if isinstance(module, FSDPModule)]
+
+
+def spread_of(name: str, parameter: torch.Tensor, mesh: Mesh, *, sliced: bool) -> Spread:
+    """Which dimensions a parameter's gradient and states cross."""
+    config = mesh.config
+    tensor = None if sliced else mesh.group("tensor")
+    speaks = sliced or mesh.tensor_rank == 0
+    shards, replicas = mesh.dim("shard"), mesh.dim("replicate")
+    if config.params != "replica" and mesh.peers > 1:
+        return Spread(copies=(replicas,), rows=int(config.states != config.params), tensor=tensor, speaks=speaks)
+    rows, early = _COUNT[config.states], _COUNT[config.grads]
+    return Spread((shards, replicas), rows=rows, early=early, tensor=tensor, speaks=speaks)
+
+
+def check_optimizer(mesh: Mesh, config: OptimConfig) -> None:
+    """ConfigError where an optimizer cannot work on what lies on a process."""
+    if config.kind != "muon":
+        return
+    if mesh.config.tensor > 1:
+        raise ConfigError(
+            "optim.kind=muon needs whole matrices, layout.tensor slices them", remedy="use adamw, or layout.tensor=1"
+        )
+    if mesh.peers > 1 and mesh.config.params != mesh.config.states:
+        raise ConfigError(
+            f"optim.kind=muon needs whole matrices, layout.states={mesh.config.states} divides their rows",
+            remedy="set layout.params and layout.states alike",
+        )
