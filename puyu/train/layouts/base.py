@@ -161,7 +161,7 @@ def add_sums(sums: Sums, output: LossOutput) -> None:
 def squares(shares: Sequence[Share]) -> float:
     """Sum of the squares of these gradients, as far as this process counts them."""
     grads = [local(s.update.grad) for s in shares if s.owns_state and s.update.grad is not None]
-    norms = torch._foreach_norm([grad for grad in grads if grad.numel()])
+    norms = torch._foreach_norm(kept) if (kept := [grad for grad in grads if grad.numel()]) else ()
     return float(torch.stack(norms).double().square().sum()) if norms else 0.0
 
 
