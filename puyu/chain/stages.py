@@ -42,6 +42,12 @@ class Stage:
         return function(config, out=out, **self.extras())
 
 
+def _training_extras() -> dict[str, Any]:
+    from puyu.chain.sample import go_on
+
+    return {"go_on": go_on}
+
+
 def _eval_extras() -> dict[str, Any]:
     return {"open_model": open_local}
 
@@ -69,8 +75,14 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage("data", "raw files -> clean documents, with a ledger", "puyu.data.clean", "DataConfig", version=2),
         Stage("tokenizer", "train a byte-level BPE on documents", "puyu.tokenizer.train", "TokenizerConfig", version=2),
-        Stage("pretrain", "train a model from documents", "puyu.train.pretrain", "PretrainConfig"),
-        Stage("sft", "fine-tune on conversations", "puyu.train.sft", "SFTConfig"),
+        Stage(
+            "pretrain",
+            "train a model from documents",
+            "puyu.train.pretrain",
+            "PretrainConfig",
+            extras=_training_extras,
+        ),
+        Stage("sft", "fine-tune on conversations", "puyu.train.sft", "SFTConfig", extras=_training_extras),
         Stage("reward", "train a reward model on preference pairs", "puyu.train.reward", "RewardConfig"),
         Stage("ppo", "align a model with a reward (PPO)", "puyu.align.ppo", "PPOConfig"),
         Stage(

@@ -8,13 +8,14 @@ the caller hands in (the roof passes the engine), because this room knows no eng
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
+from puyu.data.packing import Doc, pack_documents
 from puyu.dist import barrier
 from puyu.errors import ConfigError
 from puyu.log import MetricsWriter
@@ -26,8 +27,14 @@ if TYPE_CHECKING:
     from puyu.train.trainer import Trainer
 
 OnEvaluate = Callable[[int, "Trainer"], Mapping[str, float]]
-Continue = Callable[[CausalLM, Tokenizer, Sequence[str], int], list[str]]
-"""(model, tokenizer, prompts, most tokens) -> a continuation of each prompt."""
+
+
+class GoOn(Protocol):
+    """Continues prompts by at most `max_tokens` tokens, or with `chat` answers them."""
+
+    def __call__(
+        self, model: CausalLM, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int, *, chat: bool = False
+    ) -> list[str]: ...
 
 
 @contextmanager
@@ -42,17 +49,19 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module.training = training
 
 
-def writes_samples(settings: MonitorSettings, tokenizer: Tokenizer, go_on: Continue | None) -> OnEvaluate | None:
-    """The callback that continues the prompts of `samples`, into OUT/samples.jsonl; None where there are none."""
+def sampling(
+    settings: MonitorSettings, tokenizer: Tokenizer, go_on: GoOn | None, *, chat: bool = False
+) -> list[OnEvaluate]:
+    """The callback that continues the prompts of `samples`, into OUT/samples.jsonl; none where there are none."""
     if not settings.samples:
-        return None
+        return []
     if go_on is None:
         raise ConfigError("samples: this caller brings nothing that makes text", remedy="use `puyu pretrain` or `sft`")
 
     def sample(step: int, trainer: Trainer) -> dict[str, float]:
         with trainer.whole_model() as model:
             if model is not None:
-                texts = go_on(model, tokenizer, settings.samples, settings.sample_tokens)
+                texts = go_on(model, tokenizer, settings.samples, settings.sample_tokens, chat=chat)
                 writer = MetricsWriter(trainer.out / "samples.jsonl", from_step=step)
                 for prompt, text in zip(settings.samples, texts, strict=True):
                     writer.write(step, {"prompt": prompt, "text": text})
@@ -60,4 +69,22 @@ def writes_samples(settings: MonitorSettings, tokenizer: Tokenizer, go_on: Conti
         barrier()
         return {}
 
-    return sample
+    return [sample]
+
+
+def mean_loss(trainer: Trainer, docs: Sequence[Doc], *, batch_tokens: int) -> float:
+    """Loss per learned token of some documents, in batches of whole ones. Every rank must call it."""
+    rank, size = trainer.reader.rank, trainer.reader.size
+    sums = trainer.evaluate(pack_documents(group[rank::size]) for group in _groups(docs, batch_tokens))
+    return sums["loss"] / max(sums["weight"], 1e-30)
+
+
+def _groups(docs: Iterable[Doc], batch_tokens: int) -> Iterator[list[Doc]]:
+    group: list[Doc] = []
+    for doc in docs:
+        if group and sum(len(ids) for ids, _ in group) + len(doc[0]) > batch_tokens:
+            yield group
+            group = []
+        group.append(doc)
+    if group:
+        yield group

@@ -136,13 +136,20 @@ class Meter:
     def formula(self, source: str) -> str:
         """What the MFU is made of, for the beginning of a run; `source` says where the peak is from."""
         assert self.work is not None
-        whole, half = (self.work.flops(self.seq_len, causal=causal) / 1e9 for causal in (False, True))
+        whole, half = (_scaled(self.work.flops(self.seq_len, causal=causal)) for causal in (False, True))
         layers, width = len(self.work.windows), self.work.width
         return (
             f"MFU = tokens/s x (6N + 12LdT) / peak, N {self.work.parameters:,} (products, output head included), "
-            f"L {layers}, d {width}, T {self.seq_len}: {whole:.4g} GFLOP/token ({half:.4g} causal); "
-            f"peak {self.peak / 1e12:.4g} TFLOP/s ({source})"
+            f"L {layers}, d {width}, T {self.seq_len}: {whole}FLOP/token ({half}FLOP causal); "
+            f"peak {_scaled(self.peak)}FLOP/s ({source})"
         )
+
+
+def _scaled(value: float) -> str:
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.4g} {letter}"
+    return f"{value / 1e3:.4g} k"
 
 
 def _between(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:

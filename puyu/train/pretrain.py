@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import Field
 
-from puyu.configure import Config
+from puyu.configure import Config, dump
 from puyu.data.classes import QualityClasses, epochs_by_source, weights_by_source
 from puyu.data.mix import Mixture, check_weights, expected_use
 from puyu.data.packing import PretrainSource, pack_pieces, piece_of
@@ -31,6 +31,7 @@ from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.corpus import Corpus, open_corpus
+from puyu.train.evaluate import GoOn, sampling
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
@@ -99,8 +100,10 @@ class PretrainConfig(TrainingConfig):
     """Share of the documents kept apart for the validation loss."""
 
 
-def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
-    """Train (or go on), validate, save; returns the key numbers."""
+def run(
+    config: PretrainConfig, *, out: Path, on_step: OnStep | None = None, go_on: GoOn | None = None
+) -> dict[str, Any]:
+    """Train (or go on), validate, save; returns the key numbers. `go_on` makes the text of `samples`."""
     device = pick_device(config.device)
     with joined(device):
         identity = identity_of(config)
@@ -117,12 +120,18 @@ def run(config: PretrainConfig, *, out: Path, on_step: OnStep | None = None) -> 
         settings = config.trainer(steps, name="pretrain", identity=identity)
         trainer = Trainer(model, lm_loss, phases.source, settings, out=out)
         trainer.on_step = on_step
+        trainer.about = {"config": dump(config), "phases": phases.bands()}
 
         def enter(step: int) -> None:
             phases.enter(step)
             trainer.meter.enter(phases.source.seq_len)
 
+        def heldout(step: int, trainer: Trainer) -> dict[str, float]:
+            seq_len = phases.source.seq_len
+            return in_row(validate(trainer, corpus, seq_len=seq_len, batch_tokens=config.batch_tokens))
+
         trainer.before_step = enter
+        trainer.evaluations = [heldout, *sampling(config, tokenizer, go_on)]
         numbers = trainer.fit()
         phases.enter(numbers["steps"] - 1)
         validation = validate(trainer, corpus, seq_len=config.phases[-1].seq_len, batch_tokens=config.batch_tokens)
@@ -208,6 +217,14 @@ class Phases:
             raise ConfigError(f"batch_tokens {self.config.batch_tokens} is not a multiple of {size}")
         return rows
 
+    def bands(self) -> list[dict[str, Any]]:
+        """Name, first and last step of each phase."""
+        rows: list[dict[str, Any]] = []
+        for phase in self.phases:
+            first = rows[-1]["last"] + 1 if rows else 1
+            rows.append({"name": f"context {phase.seq_len}", "first": first, "last": first + phase.steps - 1})
+        return rows
+
     def enter(self, step: int) -> None:
         """Set everything as the phase of the 0-based `step` wants it (nothing changes inside a phase)."""
         for phase in self.phases:
@@ -233,6 +250,16 @@ def validate(trainer: Trainer, corpus: Corpus, *, seq_len: int, batch_tokens: in
             "tokens": shard.num_tokens,
         }
     return result
+
+
+def in_row(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The same as fields of a row of metrics; `val_loss` is over all languages."""
+    weights = {name: row["tokens"] - row["documents"] for name, row in found.items()}
+    row = {f"val_loss/{name}": value["loss"] for name, value in found.items()}
+    row |= {f"val_bits_per_byte/{name}": value["bits_per_byte"] for name, value in found.items()}
+    if total := sum(weights.values()):
+        row["val_loss"] = sum(found[name]["loss"] * weight for name, weight in weights.items()) / total
+    return row
 
 
 def _groups(source: str, shard: TokenShard, *, seq_len: int, batch_tokens: int) -> Iterator[list[Stretch]]:

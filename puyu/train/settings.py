@@ -26,5 +26,5 @@ class RunSettings(MonitorSettings):
     """Saved states to keep."""
 
 
-FREE = {"device", "checkpoint_every", "keep", "layout", *MonitorSettings.model_fields}
+FREE = {"device", "checkpoint_every", "keep", "layout", "validation", *MonitorSettings.model_fields}
 """Fields that may change between a run and its continuation."""

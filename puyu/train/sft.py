@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from puyu.configure import Config
+from puyu.configure import Config, dump
 from puyu.data.chats import read_conversations
 from puyu.data.mix import key_of, permuted
 from puyu.data.packing import ConversationSource, Doc
@@ -23,6 +23,7 @@ from puyu.log import logger
 from puyu.model.checkpoint import load_model
 from puyu.tokenizer.chat import render_all
 from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.evaluate import GoOn, OnEvaluate, mean_loss, sampling
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
@@ -49,6 +50,8 @@ class SFTConfig(TrainingConfig):
     """Files of conversations."""
     epochs: float = 2.0
     """Passes over the data; used when steps is 0."""
+    validation: Path | None = None
+    """Conversations whose loss is taken every `evaluate_every` steps."""
     steps: int = 0
     """Optimizer steps; 0: by epochs."""
     batch_tokens: int = 8192
@@ -59,8 +62,8 @@ class SFTConfig(TrainingConfig):
     """Optimizer and schedule. The default suits models of a few million parameters; 7B wants 4e-5."""
 
 
-def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
-    """Train (or go on), save; returns the key numbers."""
+def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None, go_on: GoOn | None = None) -> dict[str, Any]:
+    """Train (or go on), save; returns the key numbers. `go_on` answers `samples`."""
     device = pick_device(config.device)
     with joined(device):
         identity = identity_of(config)
@@ -77,11 +80,25 @@ def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None) -> dict[
         steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
         model = place(loaded, dtype=config.dtype, device=device)
         trainer = Trainer(model, lm_loss, source, config.trainer(steps, name="sft", identity=identity), out=out)
-        trainer.on_step = on_step
+        trainer.on_step, trainer.about = on_step, {"config": dump(config)}
+        trainer.evaluations = [*_validation(config, tokenizer), *sampling(config, tokenizer, go_on, chat=True)]
+        lengths = [len(ids) for ids, _ in source.docs]
+        trainer.meter.enter(round(sum(n * n for n in lengths) / sum(lengths)))  # what a token's attention may see
         numbers = trainer.fit()
         save(trainer, out, tokenizer.save)
         numbers |= {"conversations": len(source.docs), "dropped": source.dropped, "quarantined": len(torn)}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
+
+
+def _validation(config: SFTConfig, tokenizer: Tokenizer) -> list[OnEvaluate]:
+    if config.validation is None:
+        return []
+    docs, _ = read_docs([ChatData(path=config.validation)], tokenizer, seed=config.seed)
+
+    def validate(step: int, trainer: Trainer) -> dict[str, float]:
+        return {"val_loss": mean_loss(trainer, docs, batch_tokens=config.batch_tokens)}
+
+    return [validate]
 
 
 def read_docs(data: Sequence[ChatData], tokenizer: Tokenizer, *, seed: int) -> tuple[list[Doc], list[BadRecord]]:

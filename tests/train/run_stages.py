@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from puyu.chain.sample import go_on
 from puyu.configure import build
 from puyu.dist import world
 
@@ -28,7 +29,8 @@ def run(plan: list) -> list:
     for item in plan:
         module = import_module(f"puyu.train.{item['stage']}")
         config = build(getattr(module, CONFIGS[item["stage"]]), item["config"])
-        numbers.append(module.run(config, out=Path(item["out"]), on_step=killer(item.get("kill_at"))))
+        extras = {"go_on": go_on} if item["config"].get("samples") else {}
+        numbers.append(module.run(config, out=Path(item["out"]), on_step=killer(item.get("kill_at")), **extras))
     return numbers
 
 

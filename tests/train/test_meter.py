@@ -72,7 +72,7 @@ def test_mfu_by_exact_arithmetic(capsys):
     assert found["mfu_causal"] == round(4000 * (6 * parameters + 6 * 2 * 16 * 64) / 1e9, 5)
     said = capsys.readouterr().err
     assert f"N {parameters:,} (products, output head included), L 2, d 16, T 64" in said
-    assert "peak 0.5 TFLOP/s (peak_tflops)" in said
+    assert "peak 500 GFLOP/s (peak_tflops)" in said
     meter.enter(64)
     assert capsys.readouterr().err == ""  # only what is new is said
 

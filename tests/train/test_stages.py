@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from puyu.chain.sample import go_on
 from puyu.configure import build
 from puyu.data.packing import pack_documents
 from puyu.errors import CheckpointError, ConfigError, InputError
@@ -47,11 +48,12 @@ def plan(root: Path) -> list[dict]:
         {"steps": 4, "seq_len": 128, "rope_theta": 50_000.0, "weights": {"web": 3, "code": 1}},
     ]
     base = {"data": str(root / "data"), "tokenizer": str(root / "tokenizer"), "model": toys.SHAPE, "phases": phases}
+    watched = {"evaluate_every": 4, "samples": ["the", "书生"], "sample_tokens": 6}
     chat = {"base": str(root / "pretrain"), "data": [{"path": str(root / "chats.jsonl"), "repeat": 1.5}], "epochs": 3.0}
     domains = {"default": "", "helpful": "Rate how much it helps."}
     rank = {"base": str(root / "pretrain"), "data": [str(root / "pairs.jsonl")], "domains": domains, "heldout": 0.2}
     return [
-        {"stage": "pretrain", "config": base | FAST | {"heldout": 0.1}},
+        {"stage": "pretrain", "config": base | FAST | watched | {"heldout": 0.1}},
         {"stage": "sft", "config": chat | FAST},
         {"stage": "reward", "config": rank | FAST},
     ]
@@ -245,7 +247,9 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        pretrain.run(build(pretrain.PretrainConfig, handed["config"]), out=Path(handed["out"]), on_step=stop)
+        pretrain.run(
+            build(pretrain.PretrainConfig, handed["config"]), out=Path(handed["out"]), on_step=stop, go_on=go_on
+        )
     done = launch([*plans, handed], tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     for stage in ("pretrain", "sft", "reward"):
@@ -253,9 +257,10 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path):
         assert toys.losses(tmp_path / stage) != []
     ours, theirs = ((folder / "pretrain" / "metrics.jsonl").read_text().splitlines() for folder in (root, tmp_path))
     for one, two in zip(map(json.loads, ours), map(json.loads, theirs), strict=True):
-        names = [name for name in one if name.startswith(("loss/", "grad_norm"))]
-        assert {"loss/code", "loss/web", "grad_norm"} <= set(names)
+        names = [name for name in one if name.startswith(("loss/", "grad_norm", "val_"))]
+        assert {"loss/code", "loss/web", "grad_norm"} <= set(names) and ("val_loss" in names) == (one["step"] % 4 == 0)
         assert [two[name] for name in names] == pytest.approx([one[name] for name in names], abs=1e-10)
+    assert len({(folder / "pretrain" / "samples.jsonl").read_text() for folder in (root, tmp_path)}) == 1
     assert toys.losses(tmp_path / "handed") == pytest.approx(toys.losses(root / "pretrain"), abs=1e-10)
     first, second = (load_file(folder / "pretrain" / "model.safetensors") for folder in (root, tmp_path))
     for name, tensor in first.items():
