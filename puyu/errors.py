@@ -6,7 +6,8 @@ PuyuError                 anything a person can mend; the CLI prints it and exit
 ├── CheckpointError       a model directory that is missing, torn or does not fit    (exit 4)
 ├── ResourceError         disk full, port in use, out of memory                      (exit 5)
 ├── DependencyError       an optional package or program that is not installed       (exit 6)
-├── TrainingError         non-finite loss or gradient; the last good state is kept   (exit 7)
+├── TrainingError         a run that is ill beyond repair; the last state is kept    (exit 7)
+├── RetryError            lost, hung or full: the same command goes on later         (exit 75)
 ├── RequestError          a request that this model or server cannot accept          (HTTP 400)
 └── ToolError             a tool failed; becomes an observation for the model
 
@@ -23,6 +24,7 @@ __all__ = [
     "PuyuError",
     "RequestError",
     "ResourceError",
+    "RetryError",
     "ToolError",
     "TrainingError",
 ]
@@ -73,9 +75,15 @@ class DependencyError(PuyuError):
 
 
 class TrainingError(PuyuError):
-    """Training cannot go on (non-finite loss or gradient); the last good state is kept."""
+    """Training cannot go on (loss not finite, or rising, after every remedy); the last good state is kept."""
 
     exit_code = 7
+
+
+class RetryError(PuyuError):
+    """The work itself is sound: a process was lost or hung, or the disk was full. The same command goes on."""
+
+    exit_code = 75
 
 
 class RequestError(PuyuError):

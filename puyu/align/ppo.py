@@ -30,6 +30,7 @@ from puyu.log import say
 from puyu.model.checkpoint import load_model, load_scalar_model, save_model
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.health import HealthConfig
 from puyu.train.objectives import LossOutput
 from puyu.train.optim import OptimConfig
 from puyu.train.scoring import RewardModel
@@ -172,6 +173,7 @@ def _trainer(config: PPOConfig, identity: str) -> TrainerConfig:
         identity=identity,
         name="ppo",
         tensorboard=config.tensorboard,
+        health=HealthConfig(spike=0.0),  # its loss is a difference around zero
     )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from puyu.dist import World, current_world, world
+from puyu.train.health.stop import as_retry
 
 
 @contextmanager
@@ -18,7 +19,12 @@ def joined(device: torch.device) -> Iterator[World]:
         yield current_world()
         return
     with world(device) as found:
-        yield found
+        try:
+            yield found
+        except RuntimeError as error:
+            if retry := as_retry(error):
+                raise retry from error
+            raise
 
 
 def agree(values: list[float], device: torch.device) -> list[float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,10 @@ def run(
         trainer.on_step = on_step
         trainer.about = {"config": dump(config), "phases": phases.bands()}
 
-        def enter(step: int) -> None:
-            phases.enter(step)
+        def enter(step: int) -> int:
+            number = phases.enter(step)
             trainer.meter.enter(phases.source.seq_len)
+            return number
 
         def heldout(step: int, trainer: Trainer) -> dict[str, float]:
             seq_len = phases.source.seq_len
@@ -225,15 +227,15 @@ class Phases:
             rows.append({"name": f"context {phase.seq_len}", "first": first, "last": first + phase.steps - 1})
         return rows
 
-    def enter(self, step: int) -> None:
-        """Set everything as the phase of the 0-based `step` wants it (nothing changes inside a phase)."""
-        for phase in self.phases:
-            if step < phase.steps:
-                break
-            step -= phase.steps
+    def enter(self, step: int) -> int:
+        """Set everything as the phase of the 0-based `step` wants it; returns the number of the phase."""
+        ends = accumulate(phase.steps for phase in self.phases)
+        number = min(sum(step >= end for end in ends), len(self.phases) - 1)
+        phase = self.phases[number]
         self.model.set_rope_theta(phase.rope_theta)
         self.mixture.set_weights(self._weights(phase))
         self.source.set_shape(seq_len=phase.seq_len, rows=self._rows(phase))
+        return number
 
 
 def validate(trainer: Trainer, corpus: Corpus, *, seq_len: int, batch_tokens: int) -> dict[str, dict[str, float]]:

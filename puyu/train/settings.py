@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from puyu.train.health.config import HealthConfig
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.monitor import MonitorSettings
 from puyu.train.optim import OptimConfig
@@ -24,7 +25,9 @@ class RunSettings(MonitorSettings):
     """Steps between saved states; 0 saves only at the end and on SIGTERM."""
     keep: int = 2
     """Saved states to keep."""
+    health: HealthConfig = HealthConfig()
+    """What is taken for an illness of the run."""
 
 
-FREE = {"device", "checkpoint_every", "keep", "layout", "validation", *MonitorSettings.model_fields}
+FREE = {"device", "checkpoint_every", "keep", "layout", "health", "validation", *MonitorSettings.model_fields}
 """Fields that may change between a run and its continuation."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ _PARTS = ("model.safetensors", "optimizer.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands: completed steps, tokens seen, the source's cursor."""
+    """Where a run stands: completed steps, tokens seen, the source's cursor, what its watch has seen and skipped."""
 
     step: int
     tokens: int
     source: Mapping[str, Any]
+    health: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_state(out: Path, progress: Progress, *, layout: Layout, identity: str, keep: int = 2) -> Path:
@@ -63,6 +64,7 @@ def _write(folder: Path, parts: tuple[dict[str, Tensor], ...], progress: Progres
         "tokens": progress.tokens,
         "identity": identity,
         "source": dict(progress.source),
+        "health": dict(progress.health),
         "checksums": {name: hash_file(temporary / name) for name in _PARTS},
     }
     write_json(temporary / "state.json", value)
@@ -81,14 +83,28 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         os.fsync(stream.fileno())
 
 
-def find_state(out: Path) -> Path | None:
-    """The newest state whose checksums hold; torn ones are named and passed over."""
+def find_state(out: Path, *, before: int | None = None) -> Path | None:
+    """The newest state (of fewer than `before` steps) whose checksums hold; torn ones are named and passed over."""
     for folder in sorted((out / FOLDER).glob("step-????????"), reverse=True):
+        if before is not None and step_of(folder) >= before:
+            continue
         if problem := _problem(folder):
             logger.warning("%s is torn (%s): going on from the state before it", folder, problem)
             continue
         return folder
     return None
+
+
+def step_of(folder: Path) -> int:
+    """The steps that a state has behind it."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def drop_after(out: Path, step: int) -> None:
+    """Remove the states of more than `step` steps: the run has gone back."""
+    for folder in (out / FOLDER).glob("step-????????"):
+        if step_of(folder) > step:
+            clear_folder(folder)
 
 
 def _problem(folder: Path) -> str:
@@ -112,7 +128,7 @@ def load_state(folder: Path, *, layout: Layout, identity: str) -> Progress:
         )
     for name, pieces in zip(_PARTS, (layout.pieces(), layout.moments()), strict=True):
         _fill(pieces, load_file(folder / name))
-    return Progress(value["step"], value["tokens"], value["source"])
+    return Progress(value["step"], value["tokens"], value["source"], value.get("health", {}))
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ processes do not change the result. It knows nothing of languages, rewards or fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +21,14 @@ from torch import Tensor, nn
 
 from puyu.data.mix import key_of
 from puyu.data.packing import Batch
-from puyu.dist import current_world
+from puyu.dist import barrier, current_world
+from puyu.errors import TrainingError
 from puyu.files import clear_folder, read_jsonl, write_json
 from puyu.log import MetricsWriter, Progress, say
 from puyu.model.heads import CausalLM
-from puyu.train import health, optim, parallel, state
+from puyu.train import optim, parallel, state
 from puyu.train.evaluate import OnEvaluate, undisturbed
+from puyu.train.health import Journal, StopSignal, Verdict, Watch
 from puyu.train.layouts import make_layout
 from puyu.train.memory import keep_freed_pages
 from puyu.train.meter import Meter
@@ -33,7 +37,9 @@ from puyu.train.objectives import Objective, means
 from puyu.train.pieces import gather_whole
 from puyu.train.settings import RunSettings
 
-OnStep = Callable[[int, dict[str, float]], None]
+Metrics = dict[str, Any]
+"""One row of metrics.jsonl: numbers, and `skipped` (why) where the step made no update; then there is no loss."""
+OnStep = Callable[[int, Metrics], None]
 
 
 class BatchSource(Protocol):
@@ -75,28 +81,35 @@ class Trainer:
         self.meter = Meter(model, self.device, peak_tflops=config.peak_tflops)
         self.tracer = Tracer(config, out, device=self.device, rank=self.world.rank)
         self.done = self.tokens = 0
-        self.before_step: Callable[[int], None] | None = None
-        """Called with the 0-based step before its batch is drawn (phases)."""
+        self.before_step: Callable[[int], object] | None = None
+        """Called with the 0-based step before its batch is drawn; what it returns names the phase of the step."""
         self.on_step: OnStep | None = None
         """Called on every rank with the completed steps and the metrics."""
         self.evaluations: list[OnEvaluate] = []
         """Called on every rank each `evaluate_every` steps; what they return stands in the row of that step."""
         self.about: dict[str, Any] = {}
         """More for run.json, which says what is being watched: config, phases."""
+        self.watch = Watch(config.health)
+        self.journal = Journal(out / state.FOLDER, name=config.name)
+        self._writer: MetricsWriter | None = None
 
     def resume(self) -> int:
         """Load the newest good state, if there is one; returns the completed steps."""
         if folder := state.find_state(self.out):
-            found = state.load_state(folder, layout=self.layout, identity=self.config.identity)
-            self.source.load(found.source)
-            self.done, self.tokens = found.step, found.tokens
+            self._load(folder)
             if self.world.is_main:
                 say(f"  {self.config.name}: going on from step {self.done} ({folder})")
         return self.done
 
+    def _load(self, folder: Path, *, rolled_back: bool = False) -> None:
+        found = state.load_state(folder, layout=self.layout, identity=self.config.identity)
+        self.source.load(found.source)
+        self.watch.load(found.health, rolled_back=rolled_back)
+        self.done, self.tokens = found.step, found.tokens
+
     def save(self) -> Path:
         """Save the state after the steps done so far."""
-        progress = state.Progress(self.done, self.tokens, self.source.state())
+        progress = state.Progress(self.done, self.tokens, self.source.state(), self.watch.state())
         config = self.config
         return state.save_state(self.out, progress, layout=self.layout, identity=config.identity, keep=config.keep)
 
@@ -104,21 +117,33 @@ class Trainer:
         """Run (or go on) to the last step; returns steps, tokens, first and last loss, tokens per second."""
         self._sweep()
         self.resume()
-        writer = self._writer() if self.world.is_main else None
-        if writer:
+        self._open_metrics()
+        if self.world.is_main:
             write_json(self.out / "run.json", self._description())
         try:
-            with health.StopSignal() as stop:
-                self._loop(stop, writer)
+            with StopSignal() as stop:
+                self._loop(stop)
         finally:
-            if writer:
-                writer.close()
+            if self._writer:
+                self._writer.close()
+        self._check_share()
         return summarize(self.out / "metrics.jsonl")
 
-    def _writer(self) -> MetricsWriter:
-        path = self.out / "metrics.jsonl"
-        config = self.config
-        return MetricsWriter(path, from_step=self.done + 1, tensorboard=config.tensorboard, wandb=config.wandb)
+    def _check_share(self) -> None:
+        """TrainingError when so much was skipped that this is not the run that was asked for."""
+        if (count := len(self.watch.skip)) > self.config.steps / 4:
+            raise TrainingError(
+                f"{count} of {self.config.steps} steps were skipped",
+                remedy=f"the reasons are in {self.journal.path}; mend the data or lower optim.lr, run in a new folder",
+            )
+
+    def _open_metrics(self) -> None:
+        """Rank 0 writes the rows of the steps from here on; rows of steps that are made again go."""
+        if self._writer:
+            self._writer.close()
+        if self.world.is_main:
+            path, boards = self.out / "metrics.jsonl", {"tensorboard": self.config.tensorboard}
+            self._writer = MetricsWriter(path, from_step=self.done + 1, wandb=self.config.wandb, **boards)
 
     def _description(self) -> dict[str, Any]:
         config = self.config
@@ -131,51 +156,64 @@ class Trainer:
             for leftover in (self.out / state.FOLDER).glob("step-*.tmp-*"):
                 clear_folder(leftover)
 
-    def _loop(self, stop: health.StopSignal, writer: MetricsWriter | None) -> None:
+    def _loop(self, stop: StopSignal) -> None:
         config, saved = self.config, self.done
-        bar = Progress(config.name, config.steps, unit=config.unit, start=self.done) if writer else None
+        bar = Progress(config.name, config.steps, unit=config.unit, start=self.done) if self._writer else None
         while self.done < config.steps:
             self.tracer.begin(self.done + 1)
-            metrics, asked = self._step(stop)
+            metrics, asked, verdict = self._step(stop)
             self.tracer.end(self.done, last=asked or self.done == config.steps)
+            if verdict.action in ("roll back", "stop"):
+                self._roll_back(verdict)
+                continue
             if config.evaluate_every and self.done % config.evaluate_every == 0:
                 metrics |= self._evaluated()
-            if writer and bar:
-                writer.write(self.done, metrics)
-                bar.update(work=metrics["step_tokens"], loss=metrics["loss"], lr=metrics["lr"])
+            if self._writer and bar:
+                self._writer.write(self.done, metrics)
+                notes = {name: metrics[name] for name in ("loss", "lr") if name in metrics}
+                bar.update(self.done - bar.done, work=metrics["step_tokens"], **notes)
             if self.on_step:
                 self.on_step(self.done, metrics)
-            due = config.checkpoint_every and self.done % config.checkpoint_every == 0
+            # While steps are bad the weights are suspect: no state is saved that a roll-back would go to.
+            due = config.checkpoint_every and self.done % config.checkpoint_every == 0 and not self.watch.streak
             if asked or due or self.done == config.steps:
                 with self.meter.span("save"):
                     self.save()
                 saved = self.done
             if asked and self.done < config.steps:
-                say(f"  {config.name}: stopped by SIGTERM after step {saved}, state saved; run again to go on")
+                say(f"  {config.name}: stopped by a signal after step {saved}, state saved; run again to go on")
                 raise SystemExit(143)
         if bar:
             bar.close()
 
-    def _step(self, stop: health.StopSignal) -> tuple[dict[str, float], bool]:
-        """One update; returns its metrics, and whether any rank was asked to stop."""
+    def _step(self, stop: StopSignal) -> tuple[Metrics, bool, Verdict]:
+        """One update, or none; returns its metrics, whether any rank was asked to stop, and how it was judged."""
         span = self.meter.begin()
         with span("data"):
-            if self.before_step:
-                self.before_step(self.done)
+            self.watch.enter(self.before_step(self.done) if self.before_step else None)
             torch.manual_seed(key_of(self.config.seed, self.done, self.reader.rank) >> 1)
             batches = self._draw()
         with span("backward"):
-            sums = self.layout.backward(batches)
+            skipped = self.done + 1 in self.watch.skip  # decided before: its batch is drawn, and not looked at
+            sums = {"loss": 0.0, "weight": 0.0} if skipped else self.layout.backward(batches)
         sums["tokens"] = float(sum(batch.num_tokens for batch in batches)) if self.layout.counts else 0.0
         sums["asked"] = float(stop.asked)
         with span("reduce"):
             sums = self._agreed(sums)
         tokens, asked = int(sums.pop("tokens")), sums.pop("asked") > 0
-        metrics = means(sums)
+        metrics: Metrics = means(sums)
         with span("update"):
-            metrics |= self._update(metrics["loss"], max(sums["weight"], 1e-30))
-        self.tokens += tokens
-        return {**metrics, "tokens": self.tokens, "step_tokens": tokens, **self.meter.row(tokens)}, asked
+            verdict, found = Verdict("skip", "left out"), Metrics()
+            if not skipped:
+                verdict, found = self._update(metrics["loss"], max(sums["weight"], 1e-30))
+        if verdict.action == "update":
+            self.tokens += tokens
+            metrics |= found
+        else:
+            metrics, tokens = {"skipped": verdict.reason, "skipped_tokens": tokens}, 0
+        self.done += verdict.action in ("update", "skip")
+        metrics |= {"tokens": self.tokens, "step_tokens": tokens, **self.meter.row(tokens)}
+        return metrics, asked, verdict
 
     def _evaluated(self) -> dict[str, float]:
         """What the callbacks say; they leave no trace in the run."""
@@ -195,18 +233,46 @@ class Trainer:
     def _agreed(self, sums: dict[str, float]) -> dict[str, float]:
         return dict(zip(sums, parallel.agree(list(sums.values()), self.device), strict=True))
 
-    def _update(self, loss: float, weight: float) -> dict[str, float]:
-        """Check, average, clip, step; returns the learning rate and norms of the averaged gradient."""
+    def _update(self, loss: float, weight: float) -> tuple[Verdict, Metrics]:
+        """Judge; average, clip and step, or drop the gradients. Returns the rate and norms of the averaged gradient."""
         rate = self.config.optim.rate(self.done, self.config.steps)
         norm = self.layout.norm() / weight
-        saved = str(self.out / state.FOLDER)
-        health.check_finite(loss, norm, step=self.done + 1, layout=self.layout, saved=saved)
-        found = {"lr": rate, "grad_norm": norm}
+        total = self._agreed({"norm": norm})["norm"]  # one number for all, so that all judge alike
+        verdict = self.watch.judge(self.done + 1, loss, total / self.world.size)
+        if verdict.action != "update":
+            if not (math.isfinite(loss) and math.isfinite(total)) and (name := self.layout.bad_gradient()):
+                verdict = replace(verdict, reason=f"{verdict.reason}, first in the gradient of {name}")
+            self.layout.drop_gradients()
+            self._note("bad step", f"{verdict.reason}; the update was not made")
+            return verdict, {}
+        found: Metrics = {"lr": rate, "grad_norm": norm}
         if (every := self.config.group_norms_every) and self.done % every == 0:
             found |= {f"grad_norm/{part}": value / weight for part, value in self.layout.part_norms().items()}
         self.layout.update(optim.clip_factor(norm, clip=self.config.optim.clip) / weight, rate=rate)
-        self.done += 1
-        return found
+        return verdict, found
+
+    def _roll_back(self, verdict: Verdict) -> None:
+        """Go back to a state from before the trouble; TrainingError where there is none, or it has not helped."""
+        step, folder, saved = self.done + 1, None, self.out / state.FOLDER
+        if verdict.action == "roll back":
+            folder = state.find_state(self.out, before=verdict.before) or state.find_state(self.out)
+        if folder is None:
+            why = "no state was saved before it" if verdict.action == "roll back" else "another try would end like this"
+            raise TrainingError(
+                f"step {step}: {verdict.reason}; the update was not made, and {why}",
+                remedy=f"lower optim.lr or raise optim.warmup, then run again in a new folder; good states: {saved}",
+            )
+        self._load(folder, rolled_back=True)
+        barrier()
+        if self.world.is_main:
+            state.drop_after(self.out, self.done)
+        self._open_metrics()
+        self._note("roll back", f"went back here from step {step}: {verdict.reason}", left_out=sorted(self.watch.skip))
+
+    def _note(self, event: str, text: str, **facts: Any) -> None:
+        """An event that every process knows, told once."""
+        if self.world.is_main:
+            self.journal.note(event, text, step=self.done + (event != "roll back"), **facts)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Sums (`loss`, `weight` and metrics) of this reader's share of some batches, over all ranks; no update.
@@ -243,11 +309,15 @@ class Trainer:
 
 def summarize(metrics: Path) -> dict[str, Any]:
     """Key numbers of a run, from its metrics file."""
-    rows = list(read_jsonl(metrics))
+    every = list(read_jsonl(metrics))
+    rows = [row for row in every if "skipped" not in row]
+    if not rows:
+        raise TrainingError(f"{metrics}: no step was trained, all were skipped", remedy="see train_state/health.jsonl")
     tail = rows[-max(1, len(rows) // 20) :]
     seconds = sum(row["seconds"] for row in rows)
     return {
-        "steps": rows[-1]["step"],
+        "steps": every[-1]["step"],
+        "skipped": len(every) - len(rows),
         "tokens": rows[-1]["tokens"],
         "loss_first": rows[0]["loss"],
         "loss_last": sum(row["loss"] for row in tail) / len(tail),

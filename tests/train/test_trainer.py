@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from puyu.errors import CheckpointError, TrainingError
 from puyu.model.attention import PackedPlan
 from puyu.train import state
+from puyu.train.health import HealthConfig
 from puyu.train.objectives import LossOutput, lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.schedule import lr_at
@@ -179,7 +180,7 @@ def test_a_value_that_is_not_finite_stops_before_the_update(tmp_path, part):
         poison = model.trunk.layers[1].mlp.down.weight
         return LossOutput(output.loss_sum + (poison - poison).sqrt().sum(), output.weight_sum, {})
 
-    run = trainer(tmp_path, objective=objective)
+    run = trainer(tmp_path, objective=objective, health=HealthConfig(patience=0))
     saved = []
     run.on_step = lambda done, _: saved.append([p.clone() for p in run.model.parameters()])
     with pytest.raises(TrainingError, match=r"step 5: .*the update was not made(.|\n)*remedy") as caught:

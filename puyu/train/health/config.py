@@ -1,0 +1,27 @@
+"""What a run takes for an illness, and how long it waits. None of it changes the numbers of a healthy run."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from puyu.configure import Config
+
+
+class HealthConfig(Config):
+    """Thresholds and patience."""
+
+    patience: int = Field(default=3, ge=0)
+    """Bad steps in a row (not finite, or a spike) before the run goes back to a saved state; 0 stops at the first."""
+    rollbacks: int = Field(default=2, ge=0)
+    """How often a run goes back because of one place before it stops."""
+    spike: float = Field(default=10.0, ge=0)
+    """A loss or gradient norm this many deviations (by the median) above its level is a spike; 0: none is."""
+    window: int = Field(default=64, ge=32)
+    """Steps that level and deviations are taken from."""
+    hang_seconds: float = Field(default=300.0, ge=0)
+    """A process that makes no progress for so long hangs (ten times that in the first step, while saving and in
+    callbacks); 0: never."""
+    slow_factor: float = Field(default=1.5, gt=1)
+    """A process that takes so many times the median is slow."""
+    compare_every: int = Field(default=50, ge=0)
+    """Steps between comparisons of the processes' speed; 0: never."""
