@@ -10,6 +10,7 @@ from torch import nn
 
 from puyu.train.layouts.base import Layout
 from puyu.train.layouts.config import LayoutConfig
+from puyu.train.layouts.pipeline import PipelineLayout
 from puyu.train.objectives import Objective
 
 __all__ = ["Layout", "LayoutConfig", "make_layout"]
@@ -17,4 +18,5 @@ __all__ = ["Layout", "LayoutConfig", "make_layout"]
 
 def make_layout(config: LayoutConfig, model: nn.Module, objective: Objective, *, device: torch.device) -> Layout:
     """Spread the model, in place."""
-    return Layout(config, model, objective, device=device)
+    kind = Layout if config.pipeline == 1 else PipelineLayout
+    return kind(config, model, objective, device=device)

@@ -34,11 +34,10 @@ class Layout:
     def __init__(self, config: LayoutConfig, model: nn.Module, objective: Objective, *, device: torch.device) -> None:
         self.config, self.model, self.device = config, model, device
         self.mesh = Mesh.build(config, current_world(), device_type=device.type)
-        self.step = Step(model, objective)
         self.cuts: dict[str, Cut] = {}
         self.shares: list[Share] = []
         self.optimizer: torch.optim.Optimizer
-        self.place()
+        self.step = self.place(objective)
 
     @property
     def reader(self) -> World:
@@ -55,12 +54,18 @@ class Layout:
         """Whether the sums of this process are its own, not a copy of a tensor peer's."""
         return self.mesh.tensor_rank == 0
 
-    def place(self) -> None:
-        """Spread the model, in place."""
+    def place(self, objective: Objective) -> Step:
+        """Spread the model, in place; returns what this process computes of a micro-batch."""
         assert isinstance(self.model, CausalLM | ScalarModel)
         self.mesh.check_model(self.model.config)
-        self.cuts |= place.cut(self.model, self.mesh, self.step.objective)
-        place.shard(self.step, self.mesh)
+        self.cuts |= place.cut(self.model, self.mesh, objective)
+        step = self.make_step(objective)
+        place.shard(step, self.mesh)
+        return step
+
+    def make_step(self, objective: Objective) -> Step:
+        """Model and objective as one module."""
+        return Step(self.model, objective)
 
     def make_optimizer(self, config: OptimConfig) -> None:
         """Make the optimizer, once, before the first step."""

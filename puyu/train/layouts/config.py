@@ -39,3 +39,8 @@ class LayoutConfig(Config):
     """Optimizer states and master weights."""
     shard_size: int = Field(default=0, ge=0)
     """Processes of a partial group."""
+
+    @property
+    def chunks(self) -> int:
+        """Pieces that the layers are cut into."""
+        return self.pipeline * (self.virtual if self.schedule == "interleaved" else 1)

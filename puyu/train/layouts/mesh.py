@@ -186,10 +186,10 @@ class Mesh:
                     f"layout.sequence={parts}: does not divide the {heads} key heads of a process, nor they it",
                     remedy="choose another size, or layout.attention=ring",
                 )
-        if config.pipeline > shape.num_layers:
+        if config.chunks > shape.num_layers:
             raise ConfigError(
-                f"layout.pipeline={config.pipeline} is more than the model's {shape.num_layers} layers",
-                remedy="use fewer stages",
+                f"layout.pipeline={config.pipeline} cuts the model's {shape.num_layers} layers into {config.chunks} chunks",
+                remedy="use fewer stages, or a smaller layout.virtual",
             )
         if config.expert > 1:
             if shape.experts is None:

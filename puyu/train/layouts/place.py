@@ -40,7 +40,8 @@ def shard(step: Step, mesh: Mesh) -> None:
     whole = mesh.submesh(*names)
     trunk = step.model.trunk
     assert isinstance(trunk, nn.Module) and isinstance(trunk.layers, nn.ModuleList)
-    for block in (*trunk.layers, step):
+    held = [block for block in trunk.layers if next(block.parameters(), None) is not None]  # of this stage
+    for block in (*held, step):
         fully_shard(block, mesh=whole)
     for module in _sharded(step):
         # Sums, not means. The order matters: without forced sums a factor becomes an operation that gloo lacks.

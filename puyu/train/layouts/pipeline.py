@@ -1,0 +1,213 @@
+"""Pipeline parallel: each process holds some layers, and micro-batches pass through the processes in turn.
+
+The order comes from `schedules.py`, the parts of the model from `stages.py`; here hidden states and their gradients
+travel between processes, point to point, as asynchronous groups in the common order of the program, which no back end
+can turn into a circle of waiting processes. Every stage draws the same batches, so that the sizes are known and only
+[T, D] tensors travel.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from puyu.data.packing import Batch
+from puyu.dist import World, current_world
+from puyu.errors import ConfigError
+from puyu.model.heads import CausalLM
+from puyu.train import optim
+from puyu.train.layouts.base import Layout, Sums, add_sums
+from puyu.train.layouts.mesh import Mesh
+from puyu.train.layouts.schedules import Action, Program, Schedule, Transfer, plan, programs
+from puyu.train.layouts.stages import LateWeights, Product, Stage, add_products, costs, cut
+from puyu.train.objectives import LossOutput, lm_loss, trunk_inputs
+from puyu.train.parallel import agree
+from puyu.train.pieces import Piece, plain_piece
+
+_SENDING = 2
+"""Messages that may be on their way before the sender waits; their tensors are held as long."""
+
+
+@lru_cache(maxsize=16)
+def _programs(kind: Schedule, stages: int, micro: int, virtual: int) -> tuple[Program, ...]:
+    return programs(plan(kind, stages, micro, virtual))
+
+
+class Line:
+    """Messages of this process to the other stages of its pipeline, and from them."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.rank = group, dist.get_rank(group)
+        self._ready: dict[Action, Tensor] = {}
+        self._coming: dict[Action, tuple[Tensor, dist.Work]] = {}
+        self._sending: deque[tuple[Tensor, dist.Work]] = deque()
+
+    def post(self, feeds: Action, tensor: Tensor) -> None:
+        """Keep what an action of another process waits for, until its group is begun."""
+        self._ready[feeds] = tensor.contiguous()
+
+    def begin(self, group: Sequence[Transfer], rooms: Sequence[Tensor]) -> None:
+        """Send and receive, without waiting. `rooms`: an empty tensor for each transfer that comes here."""
+        free, ops = iter(rooms), []
+        for transfer in group:
+            sends = transfer.source == self.rank
+            tensor = self._ready.pop(transfer.feeds) if sends else next(free)
+            way, peer = (dist.isend, transfer.target) if sends else (dist.irecv, transfer.source)
+            ops.append(dist.P2POp(way, tensor, group=self.group, group_peer=peer))
+        works = dist.batch_isend_irecv(ops)
+        for number, (transfer, op) in enumerate(zip(group, ops, strict=True)):
+            work = works[number % len(works)]  # NCCL has one for the whole group
+            if transfer.source == self.rank:
+                self._sending.append((op.tensor, work))
+            else:
+                self._coming[transfer.feeds] = op.tensor, work
+        self.settle(_SENDING)
+
+    def take(self, action: Action) -> Tensor:
+        """What an action waits for, when it has come."""
+        tensor, work = self._coming.pop(action)
+        work.wait()
+        return tensor
+
+    def swap(self, mine: Tensor, theirs: Tensor, peer: int) -> None:
+        """Exchange a tensor with another stage."""
+        ops = [dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer)]
+        ops.append(dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer))
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+
+    def settle(self, most: int = 0) -> None:
+        """Wait until at most that many messages are on their way from here."""
+        while len(self._sending) > most:
+            self._sending.popleft()[1].wait()
+
+
+class Run:
+    """Some micro-batches on their way through this process's chunks."""
+
+    def __init__(self, stage: Stage, line: Line, batches: Sequence[Batch], *, scale: float = 1.0) -> None:
+        self.stage, self.line, self.batches, self.scale = stage, line, batches, scale
+        self.inputs = [trunk_inputs(batch) for batch in batches]
+        self.sums: Sums = {"loss": 0.0, "weight": 0.0}
+        self._graphs: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self._late: LateWeights | None = None
+        self._products: dict[tuple[int, int], list[Product]] = {}
+
+    def steps(self, program: Program, late: LateWeights | None) -> Sums:
+        """The whole program: losses, gradients."""
+        self._late = late
+        for item in program:
+            if not isinstance(item, Action):
+                self.line.begin(item, self._rooms(item))
+            elif item.kind == "F":
+                self._graphs[item.chunk, item.micro] = self.forward(item)
+            elif item.kind == "B":
+                self._backward(item)
+            else:
+                add_products(self._products.pop((item.chunk, item.micro)))
+        self.line.settle()
+        return self.sums
+
+    def _rooms(self, group: Sequence[Transfer]) -> list[Tensor]:
+        return [self.stage.room(self.inputs[t.feeds.micro]) for t in group if t.target == self.line.rank]
+
+    def forward(self, action: Action) -> tuple[Tensor | None, Tensor]:
+        """Pass a micro-batch through a chunk: what it read, and what it gave (a sum of losses at the end)."""
+        _, chunk, micro = action
+        x_TD = self.line.take(action).requires_grad_(torch.is_grad_enabled()) if chunk else None
+        output = self.stage(chunk, self.batches[micro], self.inputs[micro], x_TD)
+        if isinstance(output, LossOutput):
+            add_sums(self.sums, output)
+            return x_TD, output.loss_sum * self.scale
+        self.line.post(Action("F", chunk + 1, micro), output.detach())
+        return x_TD, output
+
+    def _backward(self, action: Action) -> None:
+        _, chunk, micro = action
+        x_TD, output = self._graphs.pop((chunk, micro))
+        torch.autograd.backward(output, self.line.take(action) if chunk < self.stage.last else None)
+        if x_TD is not None:
+            assert x_TD.grad is not None
+            self.line.post(Action("B", chunk - 1, micro), x_TD.grad)
+        if self._late:
+            self._products[chunk, micro] = self._late.take()
+
+
+@torch.no_grad()
+def evaluate(stage: Stage, line: Line, batch: Batch) -> Sums:
+    """Sums over one batch; messages to later stages are still on their way."""
+    run = Run(stage, line, [batch])
+    stages = dist.get_world_size(line.group)
+    for chunk in stage.mine:
+        action = Action("F", chunk, 0)
+        if chunk:
+            line.begin([Transfer(action, (chunk - 1) % stages, line.rank)], [stage.room(run.inputs[0])])
+        run.forward(action)
+        if chunk < stage.last:
+            line.begin([Transfer(Action("F", chunk + 1, 0), line.rank, (chunk + 1) % stages)], [])
+    return run.sums
+
+
+class PipelineLayout(Layout):
+    """The layers, shared by the processes of a pipeline; every stage is spread as `Layout` spreads a model."""
+
+    step: Stage
+
+    def make_step(self, objective: Objective) -> Step:
+        config, model, group = self.config, self.model, self.mesh.group("pipeline")
+        if objective is not lm_loss or not isinstance(model, CausalLM):
+            raise ConfigError(
+                f"layout.pipeline={config.pipeline}: only the loss of language models is computed on the last stage alone",
+                remedy="set layout.pipeline=1 for rewards and preferences",
+            )
+        if config.schedule == "zero-bubble" and config.params != "replica" and self.mesh.peers > 1:
+            raise ConfigError(
+                "layout.schedule zero-bubble with sharded weights: they are not there when their gradients come",
+                remedy="set layout.params=replica, or the schedule 1f1b",
+            )
+        assert group is not None
+        dist.all_reduce(torch.zeros((), device=self.device), group=group)  # NCCL: all must meet before pairs do
+        self.line = Line(group)
+        self.tied = model.head is None and self.line.rank in (0, config.pipeline - 1)
+        return Stage(model, cut(costs(model), parts=config.chunks), rank=self.line.rank, stages=config.pipeline)
+
+    def make_optimizer(self, config: OptimConfig) -> None:
+        super().make_optimizer(config)
+        if self.tied and self.line.rank:  # the first stage speaks for the embedding that both have
+            share = self._embedding
+            share.spread = replace(share.spread, speaks=False)
+
+    @property
+    def _embedding(self) -> Share:
+        return next(share for share in self.shares if share.name == "trunk.embedding.weight")
+
+    def backward(self, batches: Sequence[Batch], *, scale: float = 1.0) -> Sums:
+        config, late = self.config, LateWeights() if self.config.schedule == "zero-bubble" else None
+        steps = _programs(config.schedule, config.pipeline, len(batches), config.chunks // config.pipeline)
+        run = Run(self.step, self.line, [self.part(batch) for batch in batches], scale=scale)
+        run.before_backward = self._synchronize
+        with late.installed(self.step) if late else nullcontext():
+            sums = run.steps(steps[self.line.rank], late)
+        self.settle()
+        return sums if self.tells else dict.fromkeys(sums, 0.0)
+
+    def settle(self) -> None:
+        super().settle()
+        if self.tied:  # the embedding is the head, too: the gradients of both are added up, on both
+            grad = local(self._embedding.update.grad)
+            grad.add_(self.line.swap(grad, peer=self.config.pipeline - 1 - self.line.rank))
+
+    @torch.no_grad()
+    def forward(self, batches: Iterable[Batch]) -> Sums:
+        sums: Sums = {"loss": 0.0, "weight": 0.0}
+        for batch in batches:
+            for name, value in evaluate(self.step, self.line, self.part(batch.to(self.device))).items():
+                sums[name] = sums.get(name, 0.0) + value
+        self.line.settle()
+        return sums if self.tells else dict.fromkeys(sums, 0.0)
