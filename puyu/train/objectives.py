@@ -101,8 +101,12 @@ def source_sums(batch: Batch, learned_P: Tensor, losses_P: Tensor) -> dict[str, 
     zeros = losses_P.new_zeros(len(batch.sources), dtype=torch.float64)
     sums = zeros.index_add(0, of_P, losses_P.double()).unbind()
     weights = zeros.index_add(0, of_P, batch.weights_T[learned_P].double()).unbind()
-    found = {f"loss/{name}": value for name, value in zip(batch.sources, sums, strict=True)}
-    return found | {f"weight/{name}": value for name, value in zip(batch.sources, weights, strict=True)}
+    return dict(zip(source_names(batch), (*sums, *weights), strict=True))
+
+
+def source_names(batch: Batch) -> list[str]:
+    """Names of the metrics of its sources."""
+    return [f"{kind}/{name}" for kind in ("loss", "weight") for name in batch.sources]
 
 
 def token_losses(model: CausalLM, batch: Batch) -> Tensor:

@@ -1,82 +1,180 @@
-"""Pipelines on 2 and 4 processes against one process: losses, norms, weights, states, evaluation."""
+"""Pipelines on 2 and 4 processes against one process: losses, norms, weights, saved states, evaluation, pretraining."""
 
-import json
+import itertools
 import socket
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 
+from puyu.configure import build
 from puyu.data.packing import pack_documents
-from puyu.dist import current_world
 from puyu.errors import ConfigError
-from puyu.train.layouts import LayoutConfig
+from puyu.train import pretrain, state
+from puyu.train.layouts import LayoutConfig, make_layout
 from puyu.train.layouts.stages import LateWeights, add_products, cut
 from puyu.train.objectives import lm_loss, ranking_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.pieces import gather_whole
 from puyu.train.trainer import Trainer, TrainerConfig
 from tests.train import toys
 
 SHAPE = {"num_layers": 8, "hidden_size": 8, "intermediate_size": 16}
 OPTIM = OptimConfig(lr=0.01, warmup=2, clip=0.5)
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
-CASES = {name: (name, name in ("interleaved", "zero-bubble")) for name in SCHEDULES}
+REPLICA = {"params": "replica", "grads": "replica"}
+CASES = {
+    2: {
+        "gpipe": {"pipeline": 2, "schedule": "gpipe"},
+        "1f1b-tied": {"pipeline": 2},
+        "interleaved-tied": {"pipeline": 2, "schedule": "interleaved", "virtual": 3},
+        "zero-bubble": {"pipeline": 2, "schedule": "zero-bubble"},
+    },
+    4: {
+        "gpipe-tied": {"pipeline": 4, "schedule": "gpipe"},
+        "1f1b": {"pipeline": 4},
+        "interleaved": {"pipeline": 4, "schedule": "interleaved"},
+        "zero-bubble-tied": {"pipeline": 4, "schedule": "zero-bubble"},
+        "data-sharded-tied": {"pipeline": 2},
+        "data-interleaved": {"pipeline": 2, "schedule": "interleaved", "grads": "replica"},
+        "data-zero1-tied": {"pipeline": 2, "schedule": "zero-bubble", **REPLICA},
+        "data-zero2": {"pipeline": 2, "schedule": "zero-bubble", "params": "replica"},
+    },
+}
+DTYPES = [torch.float64, torch.bfloat16]
 
 
 def trained(out: Path, *, tied: bool, **layout) -> dict:
-    """Three steps of four micro-batches of unequal documents, and an evaluation."""
+    """Two steps of four micro-batches of unequal documents, saved, and an evaluation."""
     model = toys.model(tie_embeddings=tied, **SHAPE)
-    config = TrainerConfig(steps=3, optim=OPTIM, accumulate=4, layout=LayoutConfig(**layout), checkpoint_every=2)
-    trainer = Trainer(model, lm_loss, toys.source(tokens_per_batch=40), config, out=out)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    config = TrainerConfig(steps=2, optim=OPTIM, accumulate=4, layout=LayoutConfig(**layout))
+    trainer = Trainer(model, lm_loss, toys.source(tokens_per_batch=50), config, out=out)
     rows = []
     trainer.on_step = lambda done, metrics: rows.append([metrics["loss"], metrics["grad_norm"], metrics["tokens"]])
     trainer.fit()
-    batches = [
-        pack_documents(toys.documents(3, seed=seed)) for seed in range(trainer.reader.rank, 2, trainer.reader.size)
-    ]
-    sums = trainer.evaluate(batches)
-    held = sum(parameter.numel() for parameter in model.parameters())
-    return {"rows": rows, "sums": sums, "weights": trainer.full_weights(), "held": held}
+    reader, docs = trainer.reader, [toys.documents(5, seed=seed) for seed in range(3)]
+    sums = trainer.evaluate(pack_documents(group[reader.rank :: reader.size]) for group in docs)
+    share = sum(parameter.numel() for parameter in model.parameters()) / whole
+    return {"rows": rows, "sums": sums, "share": share, "weights": trainer.full_weights()}
 
 
-def work(rank: int, size: int, port: int, out: str) -> None:
+def pretrained(root: Path, out: Path, **layout) -> dict:
+    config = {"data": str(root / "data"), "tokenizer": str(root / "tokenizer"), "model": toys.SHAPE, "heldout": 0.1}
+    config |= {"phases": [{"steps": 2, "seq_len": 64}, {"steps": 2, "seq_len": 128, "rope_theta": 5e4}]}
+    config |= {"batch_tokens": 256, "accumulate": 2, "dtype": "float64", "device": "cpu", "layout": layout}
+    return pretrain.run(build(pretrain.PretrainConfig, config), out=out)
+
+
+def work(rank: int, size: int, port: int, root: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size, init_method=f"tcp://127.0.0.1:{port}")
-    for name, (schedule, tied) in CASES.items():
-        found = trained(Path(out) / name, tied=tied, pipeline=size, schedule=schedule, params="replica")
-        torch.save(found, Path(out) / f"{name}-{rank}.pt")
+    for name, layout in CASES[size].items():
+        found = trained(Path(root) / name, tied="tied" in name, **layout)
+        torch.save(found, Path(root) / f"{name}-{rank}.pt")
+    if size == 2:
+        pretrained(Path(root), Path(root) / "pretrain", pipeline=2)
+        with pytest.raises(ConfigError, match=r"layout\.pipeline=2: only a language model's own loss(.|\n)*pipeline=1"):
+            make_layout(LayoutConfig(pipeline=2), toys.model(), ranking_loss(), device=torch.device("cpu"))
+        many = LayoutConfig(pipeline=2, schedule="interleaved", virtual=2)
+        with pytest.raises(ConfigError, match=r"pipeline=2 makes 4 chunks of 2 layers(.|\n)*virtual"):
+            make_layout(many, toys.model(), lm_loss, device=torch.device("cpu"))
+    else:
+        with pytest.raises(ConfigError, match=r"zero-bubble with sharded weights(.|\n)*params=replica"):
+            zero = LayoutConfig(pipeline=2, schedule="zero-bubble")
+            make_layout(zero, toys.model(), lm_loss, device=torch.device("cpu"))
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def runs(request, tmp_path_factory):
-    out = tmp_path_factory.mktemp(f"pipeline{request.param}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(request.param, port, str(out)), nprocs=request.param)
-    return request.param, out
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Inputs, what one process makes of them, and what 2 and 4 make."""
+    root = tmp_path_factory.mktemp("pipeline")
+    toys.tokenizer(root / "tokenizer")
+    toys.corpus(root / "data")
+    pretrained(root, root / "alone")
+    for size in CASES:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(work, args=(size, port, str(root)), nprocs=size)
+    return root
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    return {tied: trained(out / str(tied), tied=tied) for tied in (False, True)}
+    return {tied: (trained(out / str(tied), tied=tied), out / str(tied)) for tied in (False, True)}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equals_one_process(runs, alone, name):
-    size, out = runs
-    one, found = alone[CASES[name][1]], [torch.load(out / f"{name}-{rank}.pt") for rank in range(size)]
+def close(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=0, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size, cases in CASES.items() for name in cases])
+def test_equals_one_process(root, alone, size, name):
+    one, folder = alone["tied" in name]
+    found = [torch.load(root / f"{name}-{rank}.pt") for rank in range(size)]
     for result in found:
         assert result["sums"] == pytest.approx(one["sums"], abs=1e-10)
         for row, wanted in zip(result["rows"], one["rows"], strict=True):
             assert row == pytest.approx(wanted, abs=1e-10)
-    weights = found[0]["weights"]
-    assert weights.keys() == one["weights"].keys() and not found[1]["weights"]
-    for key, value in one["weights"].items():
-        torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-10)
+    close(found[0]["weights"], one["weights"])
+    assert not found[1]["weights"]
+    for part in ("model", "optimizer"):
+        path = Path(state.FOLDER) / "step-00000002" / f"{part}.safetensors"
+        close(load_file(root / name / path), load_file(folder / path))
+    copies = size // CASES[size][name]["pipeline"]  # weights of other stages are not held
+    shared = 50 * 8 / sum(value.numel() for value in one["weights"].values()) if "tied" in name else 0
+    assert sum(result["share"] for result in found) == pytest.approx(copies * (1 + shared))
+
+
+def test_pretraining_in_two_stages_gives_the_losses_of_one_process(root):
+    assert toys.losses(root / "pretrain") == pytest.approx(toys.losses(root / "alone"), abs=1e-10)
+    close(*(load_file(root / name / "model.safetensors") for name in ("pretrain", "alone")))
+    found, one = (
+        state.read_json(root / name / "train_state" / "result.json")["numbers"] for name in ("pretrain", "alone")
+    )
+    for language, row in one["heldout"].items():
+        assert found["heldout"][language] == pytest.approx(row, abs=1e-10)
+    assert found["parameters"] == one["parameters"]
+
+
+@pytest.mark.parametrize("compute", DTYPES, ids=str)
+def test_late_gradients_of_weights_are_bitwise_those_of_one_pass(compute):
+    master = torch.float64 if compute == torch.float64 else torch.float32
+    batch = toys.source().next_batch()
+    plain, late = (toys.model(dtype=master, qkv_bias=True) for _ in range(2))
+    left, lists = LateWeights(), []
+    for model in (plain, late):
+        model.set_compute_dtype(compute)
+    with left.installed(late):
+        for _ in range(2):
+            lm_loss(plain, batch).loss_sum.backward()
+            lm_loss(late, batch).loss_sum.backward()
+            lists.append(left.take())
+    waiting = [name for name, parameter in late.named_parameters() if parameter.grad is None]
+    assert len(waiting) == 8 and all("norm" not in name for name in waiting)
+    for products in lists:
+        add_products(products)
+    for one, two in zip(plain.parameters(), late.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
+    assert "forward" not in vars(late.trunk.layers[0].mlp.down)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_cuts_are_the_most_even(parts):
+    costs = [3.0, 1.0, 1.0, 4.0, 1.0, 5.0]
+
+    def largest(bounds):
+        return max(sum(costs[a:b]) for a, b in itertools.pairwise((0, *bounds, len(costs))))
+
+    ranges = cut(costs, parts=parts)
+    assert [layer for part in ranges for layer in part] == list(range(len(costs))) and len(ranges) == parts
+    best = min(largest(bounds) for bounds in itertools.combinations(range(1, len(costs)), parts - 1))
+    assert largest([part.start for part in ranges[1:]]) == best

@@ -188,7 +188,7 @@ class Mesh:
                 )
         if config.chunks > shape.num_layers:
             raise ConfigError(
-                f"layout.pipeline={config.pipeline} cuts the model's {shape.num_layers} layers into {config.chunks} chunks",
+                f"layout.pipeline={config.pipeline} makes {config.chunks} chunks of {shape.num_layers} layers",
                 remedy="use fewer stages, or a smaller layout.virtual",
             )
         if config.expert > 1:

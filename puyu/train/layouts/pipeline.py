@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -18,17 +19,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from puyu.data.packing import Batch
-from puyu.dist import World, current_world
 from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM
-from puyu.train import optim
-from puyu.train.layouts.base import Layout, Sums, add_sums
-from puyu.train.layouts.mesh import Mesh
+from puyu.train.layouts import place
+from puyu.train.layouts.base import Layout, Sums, add_sums, local
 from puyu.train.layouts.schedules import Action, Program, Schedule, Transfer, plan, programs
+from puyu.train.layouts.shares import Share
 from puyu.train.layouts.stages import LateWeights, Product, Stage, add_products, costs, cut
-from puyu.train.objectives import LossOutput, lm_loss, trunk_inputs
-from puyu.train.parallel import agree
-from puyu.train.pieces import Piece, plain_piece
+from puyu.train.objectives import LossOutput, Objective, Step, lm_loss, source_names, trunk_inputs
+from puyu.train.optim import OptimConfig
 
 _SENDING = 2
 """Messages that may be on their way before the sender waits; their tensors are held as long."""
@@ -75,12 +74,13 @@ class Line:
         work.wait()
         return tensor
 
-    def swap(self, mine: Tensor, theirs: Tensor, peer: int) -> None:
-        """Exchange a tensor with another stage."""
-        ops = [dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer)]
-        ops.append(dist.P2POp(dist.irecv, theirs, group=self.group, group_peer=peer))
-        for work in dist.batch_isend_irecv(ops):
+    def swap(self, mine: Tensor, *, peer: int) -> Tensor:
+        """Exchange tensors of one shape with another stage."""
+        mine, theirs = mine.contiguous(), torch.empty_like(mine, memory_format=torch.contiguous_format)
+        ways = ((dist.isend, mine), (dist.irecv, theirs))
+        for work in dist.batch_isend_irecv([dist.P2POp(way, x, group=self.group, group_peer=peer) for way, x in ways]):
             work.wait()
+        return theirs
 
     def settle(self, most: int = 0) -> None:
         """Wait until at most that many messages are on their way from here."""
@@ -94,64 +94,45 @@ class Run:
     def __init__(self, stage: Stage, line: Line, batches: Sequence[Batch], *, scale: float = 1.0) -> None:
         self.stage, self.line, self.batches, self.scale = stage, line, batches, scale
         self.inputs = [trunk_inputs(batch) for batch in batches]
+        self.late: LateWeights | None = None
         self.sums: Sums = {"loss": 0.0, "weight": 0.0}
+        for batch in batches:  # all stages have the same names, the last one has the numbers
+            self.sums |= dict.fromkeys(source_names(batch), 0.0)
         self._graphs: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
-        self._late: LateWeights | None = None
         self._products: dict[tuple[int, int], list[Product]] = {}
 
-    def steps(self, program: Program, late: LateWeights | None) -> Sums:
-        """The whole program: losses, gradients."""
-        self._late = late
-        for item in program:
-            if not isinstance(item, Action):
-                self.line.begin(item, self._rooms(item))
-            elif item.kind == "F":
-                self._graphs[item.chunk, item.micro] = self.forward(item)
-            elif item.kind == "B":
-                self._backward(item)
-            else:
-                add_products(self._products.pop((item.chunk, item.micro)))
-        self.line.settle()
-        return self.sums
+    def begin(self, group: Sequence[Transfer]) -> None:
+        """Begin to send and to receive."""
+        coming = [transfer.feeds.micro for transfer in group if transfer.target == self.line.rank]
+        self.line.begin(group, [self.stage.room(self.inputs[micro]) for micro in coming])
 
-    def _rooms(self, group: Sequence[Transfer]) -> list[Tensor]:
-        return [self.stage.room(self.inputs[t.feeds.micro]) for t in group if t.target == self.line.rank]
-
-    def forward(self, action: Action) -> tuple[Tensor | None, Tensor]:
-        """Pass a micro-batch through a chunk: what it read, and what it gave (a sum of losses at the end)."""
+    def forward(self, action: Action) -> None:
+        """Pass a micro-batch through a chunk."""
         _, chunk, micro = action
         x_TD = self.line.take(action).requires_grad_(torch.is_grad_enabled()) if chunk else None
         output = self.stage(chunk, self.batches[micro], self.inputs[micro], x_TD)
         if isinstance(output, LossOutput):
             add_sums(self.sums, output)
-            return x_TD, output.loss_sum * self.scale
-        self.line.post(Action("F", chunk + 1, micro), output.detach())
-        return x_TD, output
+            output = output.loss_sum * self.scale
+        else:
+            self.line.post(Action("F", chunk + 1, micro), output.detach())
+        if torch.is_grad_enabled():
+            self._graphs[chunk, micro] = x_TD, output
 
-    def _backward(self, action: Action) -> None:
+    def backward(self, action: Action) -> None:
+        """Gradients of what the chunk read, and of its weights, unless those come later."""
         _, chunk, micro = action
         x_TD, output = self._graphs.pop((chunk, micro))
         torch.autograd.backward(output, self.line.take(action) if chunk < self.stage.last else None)
         if x_TD is not None:
             assert x_TD.grad is not None
             self.line.post(Action("B", chunk - 1, micro), x_TD.grad)
-        if self._late:
-            self._products[chunk, micro] = self._late.take()
+        if self.late:
+            self._products[chunk, micro] = self.late.take()
 
-
-@torch.no_grad()
-def evaluate(stage: Stage, line: Line, batch: Batch) -> Sums:
-    """Sums over one batch; messages to later stages are still on their way."""
-    run = Run(stage, line, [batch])
-    stages = dist.get_world_size(line.group)
-    for chunk in stage.mine:
-        action = Action("F", chunk, 0)
-        if chunk:
-            line.begin([Transfer(action, (chunk - 1) % stages, line.rank)], [stage.room(run.inputs[0])])
-        run.forward(action)
-        if chunk < stage.last:
-            line.begin([Transfer(Action("F", chunk + 1, 0), line.rank, (chunk + 1) % stages)], [])
-    return run.sums
+    def weights(self, action: Action) -> None:
+        """Gradients of the weights that `backward` has left."""
+        add_products(self._products.pop((action.chunk, action.micro)))
 
 
 class PipelineLayout(Layout):
@@ -163,7 +144,7 @@ class PipelineLayout(Layout):
         config, model, group = self.config, self.model, self.mesh.group("pipeline")
         if objective is not lm_loss or not isinstance(model, CausalLM):
             raise ConfigError(
-                f"layout.pipeline={config.pipeline}: only the loss of language models is computed on the last stage alone",
+                f"layout.pipeline={config.pipeline}: only a language model's own loss can be computed in stages",
                 remedy="set layout.pipeline=1 for rewards and preferences",
             )
         if config.schedule == "zero-bubble" and config.params != "replica" and self.mesh.peers > 1:
@@ -188,26 +169,53 @@ class PipelineLayout(Layout):
         return next(share for share in self.shares if share.name == "trunk.embedding.weight")
 
     def backward(self, batches: Sequence[Batch], *, scale: float = 1.0) -> Sums:
-        config, late = self.config, LateWeights() if self.config.schedule == "zero-bubble" else None
-        steps = _programs(config.schedule, config.pipeline, len(batches), config.chunks // config.pipeline)
+        config, count = self.config, len(batches)
         run = Run(self.step, self.line, [self.part(batch) for batch in batches], scale=scale)
-        run.before_backward = self._synchronize
-        with late.installed(self.step) if late else nullcontext():
-            sums = run.steps(steps[self.line.rank], late)
+        run.late = LateWeights() if config.schedule == "zero-bubble" else None
+        with run.late.installed(self.step) if run.late else nullcontext():
+            for item in _programs(config.schedule, config.pipeline, count, config.virtual)[self.line.rank]:
+                if not isinstance(item, Action):
+                    run.begin(item)
+                elif item.kind == "F":
+                    run.forward(item)
+                elif item.kind == "B":
+                    # With several chunks FSDP2 cannot tell which of them a last backward pass is for.
+                    several = config.chunks > config.pipeline
+                    place.synchronize(self.step, self.mesh, last=several or item.micro == count - 1)
+                    run.backward(item)
+                else:
+                    run.weights(item)
+                    for share in self.shares:
+                        share.reduce_early()
+        self.line.settle()
         self.settle()
-        return sums if self.tells else dict.fromkeys(sums, 0.0)
+        return run.sums if self.tells else dict.fromkeys(run.sums, 0.0)
 
     def settle(self) -> None:
         super().settle()
         if self.tied:  # the embedding is the head, too: the gradients of both are added up, on both
-            grad = local(self._embedding.update.grad)
+            grad = self._embedding.update.grad
+            assert grad is not None
+            grad = local(grad)
             grad.add_(self.line.swap(grad, peer=self.config.pipeline - 1 - self.line.rank))
 
     @torch.no_grad()
     def forward(self, batches: Iterable[Batch]) -> Sums:
         sums: Sums = {"loss": 0.0, "weight": 0.0}
         for batch in batches:
-            for name, value in evaluate(self.step, self.line, self.part(batch.to(self.device))).items():
+            for name, value in self._evaluate(self.part(batch.to(self.device))).items():
                 sums[name] = sums.get(name, 0.0) + value
         self.line.settle()
         return sums if self.tells else dict.fromkeys(sums, 0.0)
+
+    def _evaluate(self, batch: Batch) -> Sums:
+        """Sums over one batch; in the end its messages to other stages are still on their way."""
+        run, rank, stages = Run(self.step, self.line, [batch]), self.line.rank, self.config.pipeline
+        for chunk in self.step.mine:
+            action = Action("F", chunk, 0)
+            if chunk:
+                run.begin([Transfer(action, (chunk - 1) % stages, rank)])
+            run.forward(action)
+            if chunk < self.step.last:
+                run.begin([Transfer(Action("F", chunk + 1, 0), rank, (chunk + 1) % stages)])
+        return run.sums

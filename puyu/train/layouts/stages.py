@@ -60,6 +60,8 @@ def cut(costs: Sequence[float], *, parts: int) -> list[range]:
 class Stage(Step):
     """This process's chunks of a model; the rest of the model is dropped, in place."""
 
+    model: CausalLM
+
     def __init__(self, model: CausalLM, cuts: Sequence[range], *, rank: int, stages: int) -> None:
         super().__init__(model, lm_loss)
         self.cuts, self.last = cuts, len(cuts) - 1
