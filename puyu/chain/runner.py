@@ -37,7 +37,7 @@ from puyu.lineage import (
 MARK = "stage.json"
 _NOT_OUTPUTS = {FILE, MARK, CONTAMINATION, "metrics.jsonl", "run.json", "samples.jsonl", "report.html", "server.log"}
 """A report of contamination is put beside the corpus later: it changes neither the stage nor what was made of it."""
-_NOT_OUTPUT_FOLDERS = {"train_state", "tensorboard", "wandb", "profile"}
+_NOT_OUTPUT_FOLDERS = {"train_state", "exports", "tensorboard", "wandb", "profile"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,7 @@ def run(
         settings = config.trainer(steps, name="pretrain", identity=identity)
         trainer = Trainer(model, lm_loss, phases.source, settings, out=out)
         trainer.on_step = on_step
+        trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save)
         trainer.about = {"config": dump(config), "phases": phases.bands()}
 
         def enter(step: int) -> int:

@@ -84,9 +84,10 @@ def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> di
         objective = ranking_loss(gamma=config.gamma, penalty=config.penalty)
         trainer = Trainer(model, objective, source, config.trainer(steps, name="reward", identity=identity), out=out)
         trainer.on_step = on_step
+        extra = {"reward_token_id": rubrics.reward_id, "reward_domains_hash": rubrics.key()}
+        trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save, rubrics.save, extra=extra)
         numbers = trainer.fit()
         numbers["heldout"] = measure(trainer, pairs.heldout, rubrics, batch_tokens=budget)
-        extra = {"reward_token_id": rubrics.reward_id, "reward_domains_hash": rubrics.key()}
         save(trainer, out, tokenizer.save, rubrics.save, extra=extra)
         numbers |= {"pairs": len(source.pairs), "dropped": source.dropped, "quarantined": pairs.torn}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})

@@ -6,9 +6,10 @@ from puyu.train.health.config import HealthConfig
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.monitor import MonitorSettings
 from puyu.train.optim import OptimConfig
+from puyu.train.saver import SavingSettings
 
 
-class RunSettings(MonitorSettings):
+class RunSettings(MonitorSettings, SavingSettings):
     """Optimizer, precision, layout, saved states, monitoring."""
 
     optim: OptimConfig = OptimConfig()
@@ -21,13 +22,9 @@ class RunSettings(MonitorSettings):
     """Compute dtype: auto, bfloat16, float32, float64. Master weights are fp32 (fp64 when this is float64)."""
     layout: LayoutConfig = LayoutConfig()
     """How the run is spread over processes."""
-    checkpoint_every: int = 200
-    """Steps between saved states; 0 saves only at the end and on SIGTERM."""
-    keep: int = 2
-    """Saved states to keep."""
     health: HealthConfig = HealthConfig()
     """What is taken for an illness of the run."""
 
 
-FREE = {"device", "checkpoint_every", "keep", "layout", "health", "validation", *MonitorSettings.model_fields}
+FREE = {"device", "layout", "health", "validation", *SavingSettings.model_fields, *MonitorSettings.model_fields}
 """Fields that may change between a run and its continuation."""

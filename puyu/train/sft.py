@@ -84,6 +84,7 @@ def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None, go_on: G
         trainer.evaluations = [*_validation(config, tokenizer), *sampling(config, tokenizer, go_on, chat=True)]
         lengths = [len(ids) for ids, _ in source.docs]
         trainer.meter.enter(round(sum(n * n for n in lengths) / sum(lengths)))  # what a token's attention may see
+        trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save)
         numbers = trainer.fit()
         save(trainer, out, tokenizer.save)
         numbers |= {"conversations": len(source.docs), "dropped": source.dropped, "quarantined": len(torn)}

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from puyu.data.mix import key_of
 from puyu.data.packing import Batch
-from puyu.dist import barrier, current_world
+from puyu.dist import current_world
 from puyu.errors import TrainingError
-from puyu.files import clear_folder, read_jsonl, write_json
+from puyu.files import read_jsonl, write_json
 from puyu.log import MetricsWriter, Progress, say
 from puyu.model.heads import CausalLM
 from puyu.train import optim, parallel, state
@@ -35,6 +35,7 @@ from puyu.train.meter import Meter
 from puyu.train.monitor import Tracer
 from puyu.train.objectives import Objective, means
 from puyu.train.pieces import gather_whole
+from puyu.train.saver import Saver, export
 from puyu.train.settings import RunSettings
 
 Metrics = dict[str, Any]
@@ -50,6 +51,14 @@ class BatchSource(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def load(self, state: Mapping[str, Any], /) -> None: ...
+
+
+class Keeps(Protocol):
+    """Something small of a run that is saved with it, as JSON."""
+
+    def state(self) -> Any: ...
+
+    def load(self, state: Any, /) -> None: ...
 
 
 class TrainerConfig(RunSettings):
@@ -80,11 +89,16 @@ class Trainer:
         self.reader = self.layout.reader
         self.meter = Meter(model, self.device, peak_tflops=config.peak_tflops)
         self.tracer = Tracer(config, out, device=self.device, rank=self.world.rank)
+        self.saver = Saver(out, config, layout=self.layout, identity=config.identity)
+        self.keeps: dict[str, Keeps] = {}
+        """What else is saved, by name."""
         self.done = self.tokens = 0
         self.before_step: Callable[[int], object] | None = None
         """Called with the 0-based step before its batch is drawn; what it returns names the phase of the step."""
         self.on_step: OnStep | None = None
         """Called on every rank with the completed steps and the metrics."""
+        self.on_export: Callable[[Path], None] | None = None
+        """Called on every rank each `export_every` steps with the folder to write."""
         self.evaluations: list[OnEvaluate] = []
         """Called on every rank each `evaluate_every` steps; what they return stands in the row of that step."""
         self.about: dict[str, Any] = {}
@@ -95,27 +109,28 @@ class Trainer:
 
     def resume(self) -> int:
         """Load the newest good state, if there is one; returns the completed steps."""
-        if folder := state.find_state(self.out):
-            self._load(folder)
+        if found := self.saver.restore():
+            self._load(found[0])
             if self.world.is_main:
-                say(f"  {self.config.name}: going on from step {self.done} ({folder})")
+                say(f"  {self.config.name}: going on from step {self.done} ({found[1]})")
         return self.done
 
-    def _load(self, folder: Path, *, rolled_back: bool = False) -> None:
-        found = state.load_state(folder, layout=self.layout, identity=self.config.identity)
-        self.source.load(found.source)
-        self.watch.load(found.health, rolled_back=rolled_back)
-        self.done, self.tokens = found.step, found.tokens
+    def _load(self, progress: state.Progress, *, rolled_back: bool = False) -> None:
+        self.source.load(progress.source)
+        self.watch.load(progress.extra["health"], rolled_back=rolled_back)
+        for name in self.keeps.keys() & progress.extra.keys():
+            self.keeps[name].load(progress.extra[name])
+        self.done, self.tokens = progress.step, progress.tokens
 
-    def save(self) -> Path:
-        """Save the state after the steps done so far."""
-        progress = state.Progress(self.done, self.tokens, self.source.state(), self.watch.state())
-        config = self.config
-        return state.save_state(self.out, progress, layout=self.layout, identity=config.identity, keep=config.keep)
+    def save(self, *, wait: bool = True, last: bool = False) -> bool:
+        """Save the state after the steps done so far; without `wait`, in the background (False: left out)."""
+        extra = {"health": self.watch.state(), **{name: value.state() for name, value in self.keeps.items()}}
+        progress = state.Progress(self.done, self.tokens, self.source.state(), extra)
+        return self.saver.save(progress, wait=wait, last=last)
 
     def fit(self) -> dict[str, Any]:
         """Run (or go on) to the last step; returns steps, tokens, first and last loss, tokens per second."""
-        self._sweep()
+        self.saver.prepare()
         self.resume()
         self._open_metrics()
         if self.world.is_main:
@@ -124,6 +139,7 @@ class Trainer:
             with StopSignal() as stop:
                 self._loop(stop)
         finally:
+            self.saver.close()
             if self._writer:
                 self._writer.close()
         self._check_share()
@@ -150,14 +166,8 @@ class Trainer:
         named = {"name": config.name, "steps": config.steps, "unit": config.unit, "began_at": self.done}
         return {**named, "processes": self.world.size, "device": str(self.device), **self.about}
 
-    def _sweep(self) -> None:
-        """Remove half-written states of a killed run."""
-        if self.world.is_main:
-            for leftover in (self.out / state.FOLDER).glob("step-*.tmp-*"):
-                clear_folder(leftover)
-
     def _loop(self, stop: StopSignal) -> None:
-        config, saved = self.config, self.done
+        config = self.config
         bar = Progress(config.name, config.steps, unit=config.unit, start=self.done) if self._writer else None
         while self.done < config.steps:
             self.tracer.begin(self.done + 1)
@@ -174,14 +184,15 @@ class Trainer:
                 bar.update(self.done - bar.done, work=metrics["step_tokens"], **notes)
             if self.on_step:
                 self.on_step(self.done, metrics)
+            if self.on_export and _due(self.done, config.export_every):
+                export(self.out, self.done, self.on_export)
+            last = self.done == config.steps
             # While steps are bad the weights are suspect: no state is saved that a roll-back would go to.
-            due = config.checkpoint_every and self.done % config.checkpoint_every == 0 and not self.watch.streak
-            if asked or due or self.done == config.steps:
+            if asked or last or (_due(self.done, config.checkpoint_every) and not self.watch.streak):
                 with self.meter.span("save"):
-                    self.save()
-                saved = self.done
-            if asked and self.done < config.steps:
-                say(f"  {config.name}: stopped by a signal after step {saved}, state saved; run again to go on")
+                    self.save(wait=asked or last, last=last)
+            if asked and not last:
+                say(f"  {config.name}: stopped by a signal after step {self.done}, state saved; run again to go on")
                 raise SystemExit(143)
         if bar:
             bar.close()
@@ -199,7 +210,8 @@ class Trainer:
         sums["tokens"] = float(sum(batch.num_tokens for batch in batches)) if self.layout.counts else 0.0
         sums["asked"] = float(stop.asked)
         with span("reduce"):
-            sums = self._agreed(sums)
+            sums = self._agreed(sums | self.saver.flags())
+        self.saver.settle(sums)
         tokens, asked = int(sums.pop("tokens")), sums.pop("asked") > 0
         metrics: Metrics = means(sums)
         with span("update"):
@@ -253,19 +265,16 @@ class Trainer:
 
     def _roll_back(self, verdict: Verdict) -> None:
         """Go back to a state from before the trouble; TrainingError where there is none, or it has not helped."""
-        step, folder, saved = self.done + 1, None, self.out / state.FOLDER
+        step, found, saved = self.done + 1, None, self.out / state.FOLDER
         if verdict.action == "roll back":
-            folder = state.find_state(self.out, before=verdict.before) or state.find_state(self.out)
-        if folder is None:
+            found = self.saver.restore(before=verdict.before) or self.saver.restore(before=step)
+        if found is None:
             why = "no state was saved before it" if verdict.action == "roll back" else "another try would end like this"
             raise TrainingError(
                 f"step {step}: {verdict.reason}; the update was not made, and {why}",
                 remedy=f"lower optim.lr or raise optim.warmup, then run again in a new folder; good states: {saved}",
             )
-        self._load(folder, rolled_back=True)
-        barrier()
-        if self.world.is_main:
-            state.drop_after(self.out, self.done)
+        self._load(found[0], rolled_back=True)
         self._open_metrics()
         self._note("roll back", f"went back here from step {step}: {verdict.reason}", left_out=sorted(self.watch.skip))
 
@@ -305,6 +314,10 @@ class Trainer:
     def full_weights(self) -> dict[str, Tensor]:
         """All weights, whole, for saving; every rank must call it, only rank 0 gets them."""
         return gather_whole(self.layout.pieces())
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def summarize(metrics: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from puyu.errors import TrainingError
-from puyu.files import read_json, read_jsonl
+from puyu.files import read_jsonl
 from puyu.train import state
 from puyu.train.health import HealthConfig
 from puyu.train.objectives import LossOutput, lm_loss
@@ -100,7 +100,7 @@ def test_killed_after_a_roll_back_it_goes_on_with_the_same_batches_left_out(tmp_
     broken.on_step = interrupt_at(53)
     with pytest.raises(Interrupted):
         broken.fit()
-    saved = read_json(state.find_state(broken.out) / "state.json")["health"]
+    saved = state.State(state.saved(broken.out)[0]).progress.extra["health"]
     assert saved["skip"] == [39, 40, 41, 42, 43, 44]
     again = ill(broken.out, {}, model=toys.model(seed=9), **LONG)
     again.fit()
@@ -112,7 +112,7 @@ def test_a_run_that_stays_ill_stops_with_its_good_state(tmp_path):
     with pytest.raises(TrainingError, match=r"step \d+: loss is nan.* another try would end like this\n  remedy:"):
         run.fit()
     assert [event for event, _ in events(tmp_path)].count("roll back") == 2
-    state.load_state(state.find_state(tmp_path), layout=run.layout, identity="")
+    run.resume()
     assert all(bool(p.isfinite().all()) for p in run.model.parameters())
 
 
@@ -129,17 +129,15 @@ def test_a_run_that_skipped_a_quarter_is_no_success(tmp_path):
 
 def test_no_state_is_saved_while_steps_are_bad(tmp_path):
     run = ill(tmp_path, {6: math.nan})
-    seen = []
-    run.on_step = lambda done, _: seen.append(sorted(p.name for p in (tmp_path / state.FOLDER).glob("step-*")))
     run.fit()
-    assert seen[6] == ["step-00000003"]
+    assert [folder.path.name for folder in state.saved(tmp_path)] == ["step-00000009", "step-00000003"]
 
 
 def test_levels_are_learned_anew_in_each_phase_and_kept_on_resume(tmp_path):
     run = trainer(tmp_path)
     run.before_step = lambda step: step // 5
     run.fit()
-    saved = read_json(state.find_state(tmp_path) / "state.json")["health"]
+    saved = state.State(state.saved(tmp_path)[0]).progress.extra["health"]
     assert saved["phase"] == 1 and len(saved["loss"][0]) == 4
     again = trainer(tmp_path)
     again.resume()

@@ -22,7 +22,7 @@ OPTIM = OptimConfig(lr=0.01, warmup=2, clip=0.5)
 
 
 def trainer(out, *, model=None, source=None, objective=lm_loss, **config):
-    config = TrainerConfig(**({"steps": 9, "optim": OPTIM, "checkpoint_every": 3} | config))
+    config = TrainerConfig(**({"steps": 9, "optim": OPTIM, "checkpoint_every": 3, "checkpoint_wait": 60} | config))
     return Trainer(model or toys.model(), objective, source or toys.source(), config, out=out)
 
 
@@ -124,19 +124,19 @@ def test_two_states_are_kept_and_a_torn_one_is_passed_over(tmp_path, caplog):
         broken.fit()
     folder = tmp_path / "broken" / state.FOLDER
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000006"]
-    weights = folder / "step-00000006" / "model.safetensors"
+    weights = folder / "step-00000006" / "part-00000.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     (folder / "step-00000009.tmp-1").mkdir()
     assert trainer(tmp_path / "broken").resume() == 3
-    assert "step-00000006 is torn (model.safetensors does not match its checksum)" in caplog.text
+    assert "step-00000006 is torn (part-00000.safetensors does not match its checksum)" in caplog.text
     trainer(tmp_path / "broken").fit()
     assert toys.losses(tmp_path / "broken") == toys.losses(tmp_path / "whole")
     assert not list(folder.glob("*.tmp-*"))
 
 
-@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
+@pytest.mark.parametrize("name", ["state.json", "part-00000.json", "part-00000.safetensors"])
 @pytest.mark.parametrize("keep", [0, 10])
 def test_every_truncated_part_makes_a_state_torn(tmp_path, name, keep):
     run = trainer(tmp_path, steps=3)
@@ -144,6 +144,10 @@ def test_every_truncated_part_makes_a_state_torn(tmp_path, name, keep):
     part = tmp_path / state.FOLDER / "step-00000003" / name
     part.write_bytes(part.read_bytes()[:keep])
     assert state.find_state(tmp_path) is None
+    again = trainer(tmp_path, model=toys.model(seed=9), steps=3)
+    assert again.resume() == 0
+    for a, b in zip(again.model.parameters(), toys.model(seed=9).parameters(), strict=True):
+        assert torch.equal(a, b)  # nothing of a torn state has touched them
 
 
 def test_a_state_of_another_run_is_refused(tmp_path):

@@ -1,0 +1,92 @@
+"""Runs that several processes save and continue: `torchrun -m tests.train.run_states FOLDER`, for test_state.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from puyu.dist import barrier, current_world, world
+from puyu.errors import PuyuError
+from puyu.train import saver, state
+from puyu.train.objectives import lm_loss
+from puyu.train.optim import OptimConfig
+from puyu.train.trainer import Trainer, TrainerConfig
+from tests.train import toys
+
+OPTIM = OptimConfig(lr=0.01, warmup=2, clip=0.5)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def trainer(out, *, stop=0, seed=0, **config):
+    """A run of nine steps; `stop`: interrupted after that one."""
+    config = TrainerConfig(**({"steps": 9, "optim": OPTIM, "checkpoint_every": 3, "checkpoint_wait": 60} | config))
+    made = Trainer(toys.model(seed=seed), lm_loss, toys.source(), config, out=Path(out))
+
+    def hook(done, _):
+        if done == stop:
+            raise Interrupted
+
+    made.on_step = hook
+    return made
+
+
+def interrupted(out, **config):
+    try:
+        trainer(out, **config).fit()
+    except Interrupted:
+        return
+    raise AssertionError("it was to be interrupted")
+
+
+def full_disk(out):
+    """The second process cannot write the second state; without a hook both stop, with one both go on."""
+    real, calls = saver.put, []
+
+    def put(path, blocks):
+        calls.append(path)
+        if current_world().rank == 1 and "step-00000006" in str(path):
+            raise OSError(28, "No space left on device")
+        real(path, blocks)
+
+    saver.put = put
+    found = {}
+    try:
+        trainer(out / "stops").fit()
+    except PuyuError as error:
+        found["stops"] = [type(error).__name__, error.message]
+    goes = trainer(out / "goes")
+    goes.saver.on_error = lambda error: found.update(goes=type(error).__name__)
+    goes.fit()
+    saver.put = real
+    return found
+
+
+def wrong_for_one(out):
+    """A byte that only the second process reads is wrong: both go back."""
+    interrupted(out, stop=7)
+    if current_world().is_main:
+        part = out / state.FOLDER / "step-00000006" / "part-00001.safetensors"
+        data = bytearray(part.read_bytes())
+        data[-1] ^= 1
+        part.write_bytes(data)
+    barrier()
+    return trainer(out, seed=5).resume()
+
+
+def main(out):
+    found = {}
+    trainer(out / "back", seed=5).fit()
+    interrupted(out / "there", stop=5)
+    found |= full_disk(out / "full")
+    found["wrong"] = wrong_for_one(out / "wrong")
+    (out / f"found-{current_world().rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with world(torch.device("cpu")):
+        main(Path(sys.argv[1]))
