@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
@@ -238,10 +238,14 @@ class State:
             if covered != piece.tensor.numel():
                 raise CheckpointError(f"{self.shelf} does not hold all of {piece.name}", remedy=_OTHER)
 
-    def verify(self) -> None:
-        """TornError where a byte of any tensor is wrong."""
-        for stored in (one for rows in self.rows.values() for one in rows):
-            self._read(stored, [(a, a + n) for a, n in zip(stored.row.start, stored.row.size, strict=True)])
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything by name, whole; TornError where a byte is wrong."""
+        for name, rows in self.rows.items():
+            whole = torch.empty(rows[0].row.shape, dtype=rows[0].row.dtype)
+            for stored in rows:
+                window = [(a, a + n) for a, n in zip(stored.row.start, stored.row.size, strict=True)]
+                whole[tuple(slice(a, b) for a, b in window)] = self._read(stored, window)
+            yield name, whole
 
     def _check(self, piece: Piece, row: Row) -> None:
         if row.shape != piece.shape or row.dtype != piece.tensor.dtype:
@@ -326,7 +330,8 @@ def find_state(out: Path) -> Path | None:
     """The newest state of which every byte is as it was saved; those that are torn are named and passed over."""
     for folder in saved(out):
         try:
-            State(folder).verify()
+            for _ in State(folder).tensors():
+                pass
         except (TornError, OSError) as error:
             logger.warning("%s is torn (%s)", folder, str(error).splitlines()[0])
             continue
