@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from puyu.configure import build
 from puyu.data.packing import pack_documents
 from puyu.errors import ConfigError
+from puyu.files import read_json
 from puyu.train import pretrain, state
 from puyu.train.layouts import LayoutConfig, make_layout
 from puyu.train.layouts.stages import LateWeights, add_products, cut
@@ -135,9 +136,7 @@ def test_equals_one_process(root, alone, size, name):
 def test_pretraining_in_two_stages_gives_the_losses_of_one_process(root):
     assert toys.losses(root / "pretrain") == pytest.approx(toys.losses(root / "alone"), abs=1e-10)
     close(*(load_file(root / name / "model.safetensors") for name in ("pretrain", "alone")))
-    found, one = (
-        state.read_json(root / name / "train_state" / "result.json")["numbers"] for name in ("pretrain", "alone")
-    )
+    found, one = (read_json(root / name / "train_state" / "result.json")["numbers"] for name in ("pretrain", "alone"))
     for language, row in one["heldout"].items():
         assert found["heldout"][language] == pytest.approx(row, abs=1e-10)
     assert found["parameters"] == one["parameters"]
