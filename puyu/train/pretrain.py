@@ -27,6 +27,7 @@ from puyu.device import pick_device
 from puyu.dist import current_world
 from puyu.errors import ConfigError
 from puyu.log import say
+from puyu.model.checkpoint import load_model, read_config
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
@@ -36,7 +37,16 @@ from puyu.train.evaluate import GoOn, sampling
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
-from puyu.train.stage import TrainingConfig, count_parameters, finish, finished, identity_of, place, save
+from puyu.train.stage import (
+    TrainingConfig,
+    check_vocabulary,
+    count_parameters,
+    finish,
+    finished,
+    identity_of,
+    place,
+    save,
+)
 from puyu.train.trainer import OnStep, Trainer
 
 
@@ -85,6 +95,8 @@ class PretrainConfig(TrainingConfig):
     """Folder of the tokenizer."""
     model: ModelShape = ModelShape()
     """Shape of the model."""
+    base: Path | None = None
+    """Checkpoint to go on from (continued pretraining): its shape, and its rope_theta where a phase gives none."""
     phases: list[Phase] = Field(default_factory=lambda: [Phase(steps=300)])
     """Phases in order."""
     classes: dict[str, QualityClasses] = Field(default_factory=dict)
@@ -114,7 +126,7 @@ def run(
         shards, rules = out / "shards", config.classes
         writes = current_world().is_main
         corpus = open_corpus(config.data, tokenizer, shards, heldout=config.heldout, classes=rules, writes=writes)
-        model = place(new_model(config, tokenizer), dtype=config.dtype, device=device)
+        model = place(first_model(config, tokenizer), dtype=config.dtype, device=device)
         parameters = count_parameters(model)
         phases = Phases(config, corpus, model)
         steps = sum(phase.steps for phase in config.phases)
@@ -143,6 +155,23 @@ def run(
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
 
+def first_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
+    """The model before the first step: a new one, or the base with room for the longest phase."""
+    if config.base is None:
+        return new_model(config, tokenizer)
+    if "model" in config.model_fields_set:
+        raise ConfigError("base and model are both given", remedy="leave model out: the base has its own shape")
+    shape = read_config(config.base)
+    if shape.quantization is not None:
+        raise ConfigError(f"base {config.base} is quantized", remedy="go on from the checkpoint it was made of")
+    check_vocabulary(tokenizer, shape.vocab_size, folder=config.base)
+    model = load_model(config.base)
+    longest = max((phase.seq_len for phase in config.phases), default=0)
+    if longest > shape.max_positions:
+        model.trunk.config = shape.with_(max_positions=longest)
+    return model
+
+
 def new_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
     """A model with initial weights that depend on the seed and the parameters' names only."""
     shape = ModelConfig(
@@ -166,6 +195,8 @@ class Phases:
         if not config.phases:
             raise ConfigError("phases: at least one is needed", remedy="for example phases: [{steps: 300}]")
         self.phases, self.model, self.config = config.phases, model, config
+        own = model.config.rope_theta if config.base is not None else None
+        self._thetas = [own if own and "rope_theta" not in p.model_fields_set else p.rope_theta for p in config.phases]
         self.unscored = {name: count for name, count in corpus.unscored.items() if count}
         epochs = epochs_by_source(config.epochs, config.classes, sources=corpus.train)
         self.sizes = {name: shard.num_tokens * epochs.get(name, 1.0) for name, shard in corpus.train.items()}
@@ -233,7 +264,7 @@ class Phases:
         ends = accumulate(phase.steps for phase in self.phases)
         number = min(sum(step >= end for end in ends), len(self.phases) - 1)
         phase = self.phases[number]
-        self.model.set_rope_theta(phase.rope_theta)
+        self.model.set_rope_theta(self._thetas[number])
         self.mixture.set_weights(self._weights(phase))
         self.source.set_shape(seq_len=phase.seq_len, rows=self._rows(phase))
         return number
