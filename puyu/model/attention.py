@@ -6,6 +6,8 @@ starts of documents; the engine builds a `PagedPlan` from its scheduler. Both gi
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +20,11 @@ from puyu.model.rope import Rotation, rotate
 
 __all__ = ["Attention", "KVCache", "PackedPlan", "PagedPlan", "PagedSequence", "Plan"]
 
-Plan = PackedPlan | PagedPlan
+
+class Plan(Protocol):
+    """Who sees whom. Keys and values of layer `layer` come with their queries; where they are kept is the plan's."""
+
+    def attend(self, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, layer: int, *, window: int = 0) -> Tensor: ...
 
 
 class Attention(nn.Module):

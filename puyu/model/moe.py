@@ -11,6 +11,8 @@ one wrong choice costs more than their few bytes save.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +32,21 @@ class Gate(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+class Experts(nn.ModuleList):
+    """Rows sorted by expert -> their outputs, in the same order."""
+
+    def forward(self, rows_PD: Tensor, counts_E: Sequence[int]) -> Tensor:
+        return through_experts(self, rows_PD, counts_E)
+
+
+def through_experts(experts: Iterable[nn.Module], rows_PD: Tensor, counts_E: Sequence[int]) -> Tensor:
+    """Each expert computes its rows. One without rows runs only in training, so that its gradient is zero instead of
+    missing, whichever tokens a process has."""
+    pairs = zip(experts, rows_PD.split(list(counts_E)), strict=True)
+    parts = [expert(part) for expert, part in pairs if len(part) or torch.is_grad_enabled()]
+    return torch.cat(parts) if parts else rows_PD
+
+
 class ExpertMLP(nn.Module):
     """Sum of the chosen experts, each weighted by its probability, and of the shared one, if there is one."""
 
@@ -39,16 +56,16 @@ class ExpertMLP(nn.Module):
         assert shape is not None, "a config without experts"
         self.per_token, self.normalize = shape.per_token, shape.normalize
         self.router = Gate(config.hidden_size, shape.count)
-        self.experts = nn.ModuleList(GatedMLP(config, size=shape.size) for _ in range(shape.count))
+        self.count = shape.count
+        self.experts = Experts(GatedMLP(config, size=shape.size) for _ in range(shape.count))
         self.shared = GatedMLP(config, size=shape.shared_size) if shape.shared_size else None
         self.shared_gate = Gate(config.hidden_size, 1) if shape.shared_size else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         weights_Tk, chosen_Tk = self.route(x_TD)
         order = chosen_Tk.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen_Tk.flatten(), minlength=len(self.experts)).tolist()
-        parts = x_TD[order // self.per_token].split(counts)
-        sorted_PD = torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True) if len(part)])
+        counts = torch.bincount(chosen_Tk.flatten(), minlength=self.count).tolist()
+        sorted_PD = self.experts(x_TD[order // self.per_token], counts)
         given_TkD = sorted_PD[order.argsort()].unflatten(0, chosen_Tk.shape)
         y_TD = (given_TkD * weights_Tk[..., None]).sum(dim=1).to(x_TD.dtype)
         if self.shared is None or self.shared_gate is None:

@@ -13,14 +13,16 @@ An objective may hold frozen models; it never steps, logs or knows a schedule.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from puyu.data.packing import Batch
-from puyu.model.attention import PackedPlan
+from puyu.model.attention import PackedPlan, Plan
 from puyu.model.heads import CausalLM, ScalarModel
 
 CHUNK_BYTES = 32 << 20
@@ -60,8 +62,20 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def trunk_inputs(batch: Batch) -> tuple[Tensor, Tensor, PackedPlan]:
+@dataclass(frozen=True, kw_only=True)
+class SharedBatch(Batch):
+    """One process's part of a batch that several compute together, as a layout has cut it."""
+
+    plan: Plan
+    """Attention among all parts."""
+    vocabulary: dist.ProcessGroup | None = None
+    """Processes that each have a part of the head's rows; all have the same tokens."""
+
+
+def trunk_inputs(batch: Batch) -> tuple[Tensor, Tensor, Plan]:
     """What a trunk takes for a batch: tokens, positions and plan, perhaps padded behind the batch's tokens."""
+    if isinstance(batch, SharedBatch):
+        return batch.tokens_T, batch.positions_T, batch.plan
     count, extra = batch.num_tokens, _missing(batch.num_tokens, batch.tokens_T.device)
     starts_S = (*batch.starts_S, count) if extra else batch.starts_S  # padding is a document of its own
     plan = PackedPlan.build(starts_S, count + extra, batch.tokens_T.device)
@@ -89,7 +103,9 @@ def lm_loss_of(hidden_TD: Tensor, weight_VD: Tensor, batch: Batch) -> LossOutput
     learned = batch.weights_T.nonzero().squeeze(-1)
     if learned.numel() < batch.num_tokens:
         hidden_TD = hidden_TD[learned]
-    loss_sum, losses_P = chunked_cross_entropy(hidden_TD, weight_VD, batch.targets_T[learned], batch.weights_T[learned])
+    parts = batch.vocabulary if isinstance(batch, SharedBatch) else None
+    targets_P, weights_P = batch.targets_T[learned], batch.weights_T[learned]
+    loss_sum, losses_P = chunked_cross_entropy(hidden_TD, weight_VD, targets_P, weights_P, vocabulary=parts)
     return LossOutput(loss_sum, batch.weights_T.sum(), source_sums(batch, learned, losses_P))
 
 
@@ -123,11 +139,21 @@ def head_weight(model: CausalLM) -> Tensor:
 
 
 def chunked_cross_entropy(
-    hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, weights_P: Tensor
+    hidden_PD: Tensor,
+    weight_VD: Tensor,
+    targets_P: Tensor,
+    weights_P: Tensor,
+    *,
+    vocabulary: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of weights * cross-entropy, and the weighted loss of each position (without gradient)."""
+    """Sum of weights * cross-entropy, and the weighted loss of each position (without gradient).
+
+    With a group, each of its processes has an equal part of the vocabulary's rows, in the order of ranks, and gets the
+    gradient of its rows, and that part of the hidden states' gradient which comes from them.
+    """
     learns = torch.is_grad_enabled()
-    loss_sum, losses_P = _ChunkedCrossEntropy.apply(hidden_PD, weight_VD, targets_P, weights_P, learns)  # type: ignore[no-untyped-call]
+    arguments = (hidden_PD, weight_VD, targets_P, weights_P, learns, vocabulary)
+    loss_sum, losses_P = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss_sum, losses_P
 
 
@@ -136,7 +162,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, weights_P: Tensor, learns: bool
+        ctx: Any,
+        hidden_PD: Tensor,
+        weight_VD: Tensor,
+        targets_P: Tensor,
+        weights_P: Tensor,
+        learns: bool,
+        vocabulary: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden_PD.dtype == torch.float64 else torch.float32
         count, extra = len(targets_P), _missing(len(targets_P), hidden_PD.device)
@@ -152,7 +184,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             cut = slice(start, start + rows)
             logits_CV = hidden_PD[cut] @ cast_VD.T
             scaled_C = weights_P[cut].to(wide)
-            losses_P[cut], grad_CV = _softmax_step(logits_CV, targets_P[cut], scaled_C, learns=learns)
+            if vocabulary is None:
+                losses_P[cut], grad_CV = _softmax_step(logits_CV, targets_P[cut], scaled_C, learns=learns)
+            else:
+                losses_P[cut], grad_CV = _softmax_parts(logits_CV, targets_P[cut], scaled_C, vocabulary)
             if grad_PD is not None and grad_VD is not None:
                 torch.mm(grad_CV, cast_VD, out=grad_PD[cut])
                 _accumulate(grad_VD, grad_CV, hidden_PD[cut])
@@ -164,7 +199,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_PD, grad_VD = ctx.saved_tensors
-        return grad_PD * scale.to(grad_PD.dtype), grad_VD * scale.to(grad_VD.dtype), None, None, None
+        return grad_PD * scale.to(grad_PD.dtype), grad_VD * scale.to(grad_VD.dtype), None, None, None, None
 
 
 def _softmax_step(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
@@ -190,6 +225,26 @@ def _softmax_rows(logits_RV: Tensor, targets_R1: Tensor, weights_R: Tensor) -> t
     losses_R = (log_z_R - logits_RV.gather(-1, targets_R1).squeeze(-1)) * weights_R
     grad_RV.scatter_add_(-1, targets_R1, -torch.ones_like(targets_R1, dtype=grad_RV.dtype))
     return losses_R, grad_RV.mul_(weights_R[:, None])
+
+
+def _softmax_parts(
+    logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Weighted losses [C], and the weighted gradient of this process's logits, where others have the other columns."""
+    wide_CV, columns = logits_CV.to(weights_C.dtype), logits_CV.shape[1]
+    top_C = wide_CV.amax(-1)
+    dist.all_reduce(top_C, dist.ReduceOp.MAX, group=group)
+    at_C = targets_C - dist.get_rank(group) * columns
+    here_C = (at_C >= 0) & (at_C < columns)
+    at_C1 = at_C.clamp(0, columns - 1)[:, None]
+    own_C = wide_CV.gather(-1, at_C1).squeeze(-1).where(here_C, torch.zeros_like(top_C))
+    grad_CV = (wide_CV - top_C[:, None]).exp_()
+    sums_2C = torch.stack((grad_CV.sum(-1), own_C))
+    dist.all_reduce(sums_2C, group=group)
+    losses_C = (top_C + sums_2C[0].log() - sums_2C[1]) * weights_C
+    grad_CV /= sums_2C[0][:, None]
+    grad_CV.scatter_add_(-1, at_C1, -here_C[:, None].to(grad_CV.dtype))
+    return losses_C, grad_CV.mul_(weights_C[:, None]).to(logits_CV.dtype)
 
 
 def _accumulate(total_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:

@@ -16,7 +16,7 @@ from puyu.data.packing import Batch
 from puyu.dist import World, current_world
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.train import optim, parallel
-from puyu.train.layouts import place
+from puyu.train.layouts import place, sequence
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.mesh import Mesh
 from puyu.train.layouts.shares import Cut, Share
@@ -94,7 +94,7 @@ class Layout:
 
     def part(self, batch: Batch) -> Batch:
         """What this process computes of a batch that its sequence and tensor peers read too."""
-        return place.part(batch, self.mesh)
+        return sequence.part(batch, self.mesh)
 
     def propagate(self, loss: Tensor) -> None:
         """Gradients of one micro-batch."""

@@ -130,9 +130,9 @@ class Mesh:
     # groups ---------------------------------------------------------------------------------------------------------
 
     def dim(self, name: str) -> Dim:
-        """This process along a dimension of the first view."""
+        """This process along a dimension."""
         rank = {"shard": self.peer % self.shard, "replicate": self.peer // self.shard, "tensor": self.tensor_rank}
-        rank |= {"holders": self.peer // self.config.expert}
+        rank |= {"holders": self.peer // self.config.expert, "expert": self.expert_rank, "sequence": self.sequence_rank}
         group = self.group(name)
         return Dim(rank[name], size_of(group), group)
 

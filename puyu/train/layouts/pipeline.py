@@ -156,7 +156,8 @@ class PipelineLayout(Layout):
         dist.all_reduce(torch.zeros((), device=self.device), group=group)  # NCCL: all must meet before pairs do
         self.line = Line(group)
         self.tied = model.head is None and self.line.rank in (0, config.pipeline - 1)
-        return Stage(model, cut(costs(model), parts=config.chunks), rank=self.line.rank, stages=config.pipeline)
+        cuts = cut(costs(model), parts=config.chunks)
+        return Stage(model, cuts, rank=self.line.rank, stages=config.pipeline, slices=config.tensor)
 
     def make_optimizer(self, config: OptimConfig) -> None:
         super().make_optimizer(config)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
-from puyu.data.packing import Batch
 from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM, ScalarModel
+from puyu.train.layouts.experts import SharedExperts, share_experts
 from puyu.train.layouts.mesh import Mesh
 from puyu.train.layouts.shares import Cut, Spread
-from puyu.train.objectives import Objective, Step
+from puyu.train.layouts.tensor import slice_model
+from puyu.train.objectives import Objective, Step, lm_loss
 from puyu.train.optim import OptimConfig
 
 _COUNT = {"replica": 0, "partial": 1, "full": 2}
@@ -24,12 +26,23 @@ _COUNT = {"replica": 0, "partial": 1, "full": 2}
 
 def cut(model: CausalLM | ScalarModel, mesh: Mesh, objective: Objective) -> dict[str, Cut]:
     """Leave only this process's slices in the model; returns them by name of parameter."""
-    return {}
+    config = mesh.config
+    for name in ("tensor", "sequence"):
+        if getattr(config, name) > 1 and (objective is not lm_loss or not isinstance(model, CausalLM)):
+            raise ConfigError(
+                f"layout.{name} works with the language-model loss only, not with {_name(objective)}",
+                remedy=f"set layout.{name}=1: data-parallel processes take any objective",
+            )
+    cuts = {}
+    if config.tensor > 1 and isinstance(model, CausalLM):
+        cuts = slice_model(model, mesh.dim("tensor"))
+    if config.expert > 1:
+        share_experts(model, mesh.dim("expert"))
+    return cuts
 
 
-def part(batch: Batch, mesh: Mesh) -> Batch:
-    """What this process computes of a batch."""
-    return batch
+def _name(objective: Objective) -> str:
+    return getattr(objective, "__qualname__", type(objective).__name__).partition(".<")[0]
 
 
 def shard(step: Step, mesh: Mesh) -> None:
@@ -40,9 +53,14 @@ def shard(step: Step, mesh: Mesh) -> None:
     whole = mesh.submesh(*names)
     trunk = step.model.trunk
     assert isinstance(trunk, nn.Module) and isinstance(trunk.layers, nn.ModuleList)
+    alone: set[nn.Parameter] = set()
+    for experts in (module for module in step.modules() if isinstance(module, SharedExperts)):
+        if mesh.holders > 1:
+            fully_shard(experts, mesh=mesh.submesh("holders"))
+        alone |= set(experts.parameters())
     held = [block for block in trunk.layers if next(block.parameters(), None) is not None]  # of this stage
     for block in (*held, step):
-        fully_shard(block, mesh=whole)
+        fully_shard(block, mesh=whole, ignored_params=alone)
     for module in _sharded(step):
         # Sums, not means. The order matters: without forced sums a factor becomes an operation that gloo lacks.
         module.set_force_sum_reduction_for_comms(True)
@@ -66,6 +84,10 @@ def spread_of(name: str, parameter: torch.Tensor, mesh: Mesh, *, sliced: bool) -
     config = mesh.config
     tensor = None if sliced else mesh.group("tensor")
     speaks = sliced or mesh.tensor_rank == 0
+    if config.expert > 1 and ".mlp.experts." in name:
+        holders = () if isinstance(parameter, DTensor) else (mesh.dim("holders"),)
+        rows, early = (min(_COUNT[extent], len(holders)) for extent in (config.states, config.grads))
+        return Spread(holders, rows=rows, early=early, tensor=tensor, speaks=speaks)
     shards, replicas = mesh.dim("shard"), mesh.dim("replicate")
     if config.params != "replica" and mesh.peers > 1:
         return Spread(copies=(replicas,), rows=int(config.states != config.params), tensor=tensor, speaks=speaks)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from puyu.data.packing import Batch
-from puyu.model.attention import PackedPlan
+from puyu.model.attention import Plan
 from puyu.model.heads import CausalLM
 from puyu.model.linear import Linear
 from puyu.train.objectives import LossOutput, Step, head_weight, lm_loss, lm_loss_of
 
-Inputs = tuple[Tensor, Tensor, PackedPlan]
+Inputs = tuple[Tensor, Tensor, Plan]
 """What every stage makes of a batch itself: tokens, positions, attention plan."""
 
 
@@ -62,8 +62,10 @@ class Stage(Step):
 
     model: CausalLM
 
-    def __init__(self, model: CausalLM, cuts: Sequence[range], *, rank: int, stages: int) -> None:
+    def __init__(self, model: CausalLM, cuts: Sequence[range], *, rank: int, stages: int, slices: int = 1) -> None:
+        """`slices`: tensor-parallel processes, which share the tokens between their matrices."""
         super().__init__(model, lm_loss)
+        self.slices = slices
         self.cuts, self.last = cuts, len(cuts) - 1
         self.mine = range(rank, len(cuts), stages)
         kept = {layer for chunk in self.mine for layer in cuts[chunk]}
@@ -94,7 +96,7 @@ class Stage(Step):
         """An empty tensor of the size that passes between chunks."""
         trunk, tokens_T = self.model.trunk, inputs[0]
         dtype = trunk.compute_dtype or next(self.parameters()).dtype
-        return torch.empty(len(tokens_T), trunk.config.hidden_size, dtype=dtype, device=tokens_T.device)
+        return torch.empty(len(tokens_T) // self.slices, trunk.config.hidden_size, dtype=dtype, device=tokens_T.device)
 
 
 Product = tuple[nn.Parameter, Tensor, Tensor]

@@ -1,0 +1,165 @@
+"""Every layout against one process, in float64: losses, weights and moments, then on in another layout."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from puyu.errors import ConfigError, TrainingError
+from puyu.files import read_json, write_json
+from puyu.model.config import ExpertShape
+from puyu.train.layouts import LayoutConfig, make_layout
+from puyu.train.layouts.certify import DENSE, REPLICA, Case, Row, advance, spawn, start
+from puyu.train.objectives import lm_loss, ranking_loss
+from puyu.train.optim import OptimConfig
+from puyu.train.pieces import gather_whole
+from tests.train import toys
+
+TIED = DENSE.with_(tie_embeddings=True)
+FIRST = DENSE.with_(family="internlm", num_kv_heads=8, qkv_bias=True, out_bias=True)
+MLP_BIASED = DENSE.with_(family="internlm3", qkv_bias=True, out_bias=True, mlp_bias=True)
+WINDOWS = DENSE.with_(family="mistral", windows=(6, 0), num_kv_heads=2)
+NORMED = DENSE.with_(family="qwen3")
+SPARSE = DENSE.with_(
+    family="qwen2_moe",
+    qkv_bias=True,
+    experts=ExpertShape(count=4, per_token=2, size=24, shared_size=16, normalize=False, dense_layers=(1,)),
+)
+ZERO = REPLICA | {"states": "full"}
+TWOS = {"params": "partial", "grads": "partial", "states": "partial", "shard_size": 2}
+RING = {"sequence": 2, "attention": "ring"}
+
+CASES = {
+    2: (
+        Case("tied, replicas", 2, REPLICA, shape=TIED, accumulate=2),
+        Case("tied, states in rows", 2, ZERO | {"grads": "full"}, shape=TIED, accumulate=2),
+        Case("tied, tensor", 2, {"tensor": 2}, shape=TIED, accumulate=2),
+        Case("first, tensor", 2, {"tensor": 2}, shape=FIRST),
+        Case("biased, tensor", 2, {"tensor": 2}, shape=MLP_BIASED),
+        Case("biased, all sharded", 2, {"grads": "replica"}, shape=MLP_BIASED, accumulate=2),
+        Case("windows, ring", 2, RING, shape=WINDOWS),
+        Case("windows, Ulysses", 2, {"sequence": 2}, shape=WINDOWS),
+        Case("normed, tensor", 2, {"tensor": 2}, shape=NORMED),
+        Case("sparse, all sharded", 2, {}, shape=SPARSE),
+        Case("sparse, experts", 2, {"expert": 2} | ZERO, shape=SPARSE, accumulate=2),
+        Case("sparse, tensor", 2, {"tensor": 2}, shape=SPARSE),
+    ),
+    4: (
+        Case("tied, sharded in twos", 4, TWOS, shape=TIED, accumulate=2),
+        Case("tied, sharded in twos, states in fours", 4, TWOS | {"states": "full"}, shape=TIED),
+        Case("tied, gradients in twos, states in fours", 4, ZERO | {"grads": "partial", "shard_size": 2}, shape=TIED),
+        Case("tied, tensor, all sharded", 4, {"tensor": 2}, shape=TIED, accumulate=2),
+        Case("windows, two key heads on four", 4, {"sequence": 4}, shape=WINDOWS),
+        Case("windows, tensor, ring", 4, RING | {"tensor": 2} | ZERO, shape=WINDOWS),
+        Case("sparse, experts, all sharded", 4, {"expert": 2}, shape=SPARSE, accumulate=2),
+        Case("sparse, experts, states in rows", 4, {"expert": 2, "sequence": 2} | ZERO, shape=SPARSE),
+    ),
+}
+FIRST_STEPS, ALL_STEPS = 3, 5
+
+
+def run(cases, folder):
+    """Each case's first steps; then on from the state of the case before it, where that is of the same model."""
+    for number, case in enumerate(cases):
+        layout = start(case, torch.float64)
+        losses = advance(case, layout, range(FIRST_STEPS))
+        held = [*layout.pieces(), *layout.moments()]
+        assert_covered(held)
+        state = gather_whole(held)
+        if state:
+            save_file(state, folder / f"{case.name}.safetensors")
+        if dist.is_initialized():
+            dist.barrier()
+        before = cases[number - 1] if cases[number - 1].shape == case.shape else case
+        saved = load_file(folder / f"{before.name}.safetensors")
+        again = start(case, torch.float64)
+        with torch.no_grad():
+            for piece in (*again.pieces(), *again.moments()):
+                piece.tensor.zero_()
+            for piece in (*again.pieces(), *again.moments()):
+                piece.tensor.copy_(saved[piece.name][piece.window])
+        losses += advance(case, again, range(FIRST_STEPS, ALL_STEPS))
+        if state:
+            write_json(folder / f"{case.name}.json", losses)
+
+
+def assert_covered(held):
+    """Owned rectangles cover each tensor exactly once."""
+    rows = [(p.name, p.shape, p.window) for p in held if p.owner]
+    everyone = [None] * dist.get_world_size() if dist.is_initialized() else [rows]
+    if dist.is_initialized():
+        dist.all_gather_object(everyone, rows)
+    counts = {}
+    for name, shape, window in (row for rows in everyone for row in rows):
+        counts.setdefault(name, torch.zeros(shape, dtype=torch.int))[window] += 1
+    assert counts and all(bool((count == 1).all()) for count in counts.values())
+    assert len(counts) == 4 * sum("/" not in name for name in counts)  # weight, step and two moments
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def found(request, tmp_path_factory):
+    """What one world found, and what one process finds for the same models and micro-batches."""
+    cases, folder = CASES[request.param], tmp_path_factory.mktemp("layouts")
+    spawn(request.param, run, cases, folder, seconds=240)
+    one = folder / "one"
+    one.mkdir()
+    run([Case(str(i), 1, shape=case.shape) for i, case in enumerate(cases)], one)
+    return cases, folder
+
+
+def test_losses_weights_and_moments_are_those_of_one_process(found):
+    cases, folder = found
+    for number, case in enumerate(cases):
+        losses, wanted = read_json(folder / f"{case.name}.json"), read_json(folder / "one" / f"{number}.json")
+        assert losses == pytest.approx(wanted, abs=1e-10), case.name
+        state, whole = (
+            load_file(folder / f"{case.name}.safetensors"),
+            load_file(folder / "one" / f"{number}.safetensors"),
+        )
+        assert sorted(state) == sorted(whole), case.name
+        for name, tensor in whole.items():
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-10, msg=f"{case.name}: {name}")
+
+
+def test_losses_fall(found):
+    cases, folder = found
+    for number in range(len(cases)):
+        losses = read_json(folder / "one" / f"{number}.json")
+        assert len(losses) == ALL_STEPS and len(set(losses)) == ALL_STEPS
+
+
+def test_a_process_that_fails_is_told_and_stops_the_others():
+    with pytest.raises(TrainingError, match="processes ended with"):
+        spawn(2, fail_on_one, seconds=60)
+
+
+def fail_on_one():
+    if dist.get_rank() == 1:
+        raise SystemExit(3)
+    dist.barrier()
+
+
+def test_objectives_and_optimizers_that_do_not_fit_are_refused_by_name(monkeypatch):
+    from puyu.dist import World
+    from puyu.train.layouts import place
+    from puyu.train.layouts.mesh import Mesh
+
+    mesh = Mesh(LayoutConfig(tensor=2), World(0, 2))
+    with pytest.raises(ConfigError, match="layout.tensor works with the .* loss only, not with ranking_loss"):
+        place.cut(toys.model(), mesh, ranking_loss())
+    with pytest.raises(ConfigError, match="muon needs whole matrices, layout.tensor"):
+        place.check_optimizer(mesh, OptimConfig(kind="muon"))
+    with pytest.raises(ConfigError, match="layout.states=full divides their rows"):
+        place.check_optimizer(Mesh(LayoutConfig(**ZERO), World(0, 2)), OptimConfig(kind="muon"))
+
+
+def test_one_process_needs_no_group():
+    layout = make_layout(LayoutConfig(), toys.model(), lm_loss, device=torch.device("cpu"))
+    assert (layout.reader.size, layout.counts, layout.mesh.views) == (1, True, ())
+
+
+@pytest.mark.parametrize("wrong", ["float64", "first", "float32", "weights", "bits"])
+def test_a_row_holds_only_with_all_its_numbers(wrong):
+    good = {"float64": 1e-12, "first": 1e-8, "float32": 1e-7, "weights": 1e-12, "bits": 0}
+    assert Row(Case("x", 2), **good).holds and Row(Case("x", 2), **good | {"bits": -1}).holds
+    assert not Row(Case("x", 2), **good | {wrong: 1}).holds
