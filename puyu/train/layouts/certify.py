@@ -190,8 +190,12 @@ def advance(case: Case, layout: Layout, steps: range) -> list[float]:
 
 
 def spawn(world: int, work: Callable[..., None], *arguments: Any, seconds: float = 600) -> None:
-    """Run `work(*arguments)` in `world` fresh processes, joined as one group; TrainingError where one fails."""
-    context = multiprocessing.get_context("spawn")
+    """Run `work(*arguments)` in `world` new processes, joined as one group; TrainingError where one fails.
+
+    They come from a server that has imported this module and has computed nothing, so that one import serves all.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes = [
