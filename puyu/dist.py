@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from puyu.errors import RetryError
+
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
+
+SUPERVISED = "PUYU_AUTO_RESUME"
+"""Set in the environment by `--auto-resume`: somebody starts this process again."""
+_PATIENCE = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +45,38 @@ def world(device: torch.device) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group(backend)
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=_fresh(store, rank, size), rank=rank, world_size=size)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
+    """A part of the store that no earlier attempt has written to.
+
+    torchrun keeps one store over its restarts; a process that is quicker than its peer would read the address that the
+    peer's dead predecessor left there. Rank 0 names the attempt; whoever finds that its rank has joined it before waits
+    for the next name, and none goes on before all have joined.
+    """
+    import torch.distributed as dist
+
+    key, until = "puyu/attempt", time.monotonic() + _PATIENCE
+    if rank == 0:
+        store.set(key, uuid.uuid4().hex)
+    while time.monotonic() < until:
+        name = store.get(key).decode()
+        if store.add(f"puyu/{name}/{rank}", 1) == 1:
+            store.add(f"puyu/{name}", 1)
+            while store.get(key).decode() == name and time.monotonic() < until:
+                if store.add(f"puyu/{name}", 0) == size:
+                    return dist.PrefixStore(name, store)
+                time.sleep(0.02)
+        time.sleep(0.02)
+    raise RetryError(
+        f"rank {rank} waited {_PATIENCE:.0f} s for all {size} processes", remedy="look for one that is gone"
+    )
 
 
 def current_world() -> World:

@@ -25,6 +25,7 @@ class Options:
     fields: list[tuple[str, str]] = field(default_factory=list)
     out: Path | None = None
     stage: str = ""
+    auto_resume: int = 0
     help: bool = False
 
 
@@ -54,6 +55,10 @@ def _place(options: Options, name: str, value: str) -> None:
         options.out = Path(value)
     elif name == "stage":
         options.stage = value
+    elif name == "auto_resume":
+        if not value.isdigit():
+            raise ConfigError(f"--auto-resume takes a number of new starts, not {value!r}")
+        options.auto_resume = int(value)
     else:
         options.fields.append((name, value))
 

@@ -4,16 +4,22 @@
     puyu sft my.yaml --out runs/mine                    a config of this stage alone
     puyu sft --base DIR --set lr=1e-3 --out runs/mine   no file at all
 
+With `--auto-resume N` a stage that was killed, or ended with code 75, is begun again up to N times.
+
 All three go through the chain's runner: resumable, skipped when nothing changed, with a lineage.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from puyu.cli.again import again
 from puyu.cli.options import Options, all_overrides, help_lines, parse
+from puyu.dist import SUPERVISED
 from puyu.errors import ConfigError
 from puyu.log import duration, say
 
@@ -23,10 +29,13 @@ def main(arguments: Sequence[str]) -> int:
     from puyu.chain.stages import stage_of
 
     if options.help:
-        print(f"usage: puyu {verb} [RECIPE.yaml | CONFIG.yaml] [--out DIR] [--set key=value ...] [--stage NAME]\n")
+        flags = "[--out DIR] [--set key=value ...] [--stage NAME] [--auto-resume N]"
+        print(f"usage: puyu {verb} [RECIPE.yaml | CONFIG.yaml] {flags}\n")
         print(f"{stage_of(verb).help}; any field below can be given as --field value\n")
         print("\n".join(help_lines(stage_of(verb).config_class())))
         return 0
+    if options.auto_resume and "RANK" not in os.environ and SUPERVISED not in os.environ:
+        return again([sys.executable, "-m", "puyu", *arguments], tries=options.auto_resume)
     name, config, out = _prepared(verb, options)
     from puyu.chain.run import headline
     from puyu.chain.runner import run_stage

@@ -68,6 +68,8 @@ class Meter:
         self.work: Work | None = None
         self.seq_len = 0
         self.peak = 0.0
+        self.on_span: Callable[[str], None] | None = None
+        """Told of each span when it begins."""
         self._spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
         self._began = time.perf_counter()
 
@@ -94,6 +96,8 @@ class Meter:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Time what stands inside; on a GPU by events, so that nothing waits."""
+        if self.on_span:
+            self.on_span(name)
         before = self._mark()
         try:
             yield

@@ -18,13 +18,13 @@ def joined(device: torch.device) -> Iterator[World]:
     if dist.is_available() and dist.is_initialized():
         yield current_world()
         return
-    with world(device) as found:
-        try:
+    try:
+        with world(device) as found:
             yield found
-        except RuntimeError as error:
-            if retry := as_retry(error):
-                raise retry from error
-            raise
+    except RuntimeError as error:
+        if retry := as_retry(error):
+            raise retry from error
+        raise
 
 
 def agree(values: list[float], device: torch.device) -> list[float]:

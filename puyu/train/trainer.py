@@ -28,7 +28,7 @@ from puyu.log import MetricsWriter, Progress, say
 from puyu.model.heads import CausalLM
 from puyu.train import optim, parallel, state
 from puyu.train.evaluate import OnEvaluate, undisturbed
-from puyu.train.health import Journal, StopSignal, Verdict, Watch
+from puyu.train.health import Heartbeat, Journal, Pace, StopSignal, Verdict, Watch, probe
 from puyu.train.layouts import make_layout
 from puyu.train.memory import keep_freed_pages
 from puyu.train.meter import Meter
@@ -104,6 +104,7 @@ class Trainer:
         self.about: dict[str, Any] = {}
         """More for run.json, which says what is being watched: config, phases."""
         self.watch = Watch(config.health)
+        self._pace, self._reading, self._seconds = Pace(config.health), 0.0, 0.0
         self.journal = Journal(out / state.FOLDER, name=config.name)
         self._writer: MetricsWriter | None = None
 
@@ -136,8 +137,8 @@ class Trainer:
         if self.world.is_main:
             write_json(self.out / "run.json", self._description())
         try:
-            with StopSignal() as stop:
-                self._loop(stop)
+            with StopSignal() as stop, self._heart() as heart:
+                self._loop(stop, heart)
         finally:
             self.saver.close()
             if self._writer:
@@ -166,10 +167,16 @@ class Trainer:
         named = {"name": config.name, "steps": config.steps, "unit": config.unit, "began_at": self.done}
         return {**named, "processes": self.world.size, "device": str(self.device), **self.about}
 
-    def _loop(self, stop: StopSignal) -> None:
+    def _heart(self) -> Heartbeat:
+        heart = Heartbeat(self.out / state.FOLDER, self.world, self.config.health, self.journal)
+        self.meter.on_span = heart.at
+        return heart
+
+    def _loop(self, stop: StopSignal, heart: Heartbeat) -> None:
         config = self.config
         bar = Progress(config.name, config.steps, unit=config.unit, start=self.done) if self._writer else None
         while self.done < config.steps:
+            heart.begin(self.done + 1)
             self.tracer.begin(self.done + 1)
             metrics, asked, verdict = self._step(stop)
             self.tracer.end(self.done, last=asked or self.done == config.steps)
@@ -178,10 +185,12 @@ class Trainer:
                 continue
             if config.evaluate_every and self.done % config.evaluate_every == 0:
                 metrics |= self._evaluated()
+            metrics |= self._compared(metrics)
             if self._writer and bar:
                 self._writer.write(self.done, metrics)
                 notes = {name: metrics[name] for name in ("loss", "lr") if name in metrics}
                 bar.update(self.done - bar.done, work=metrics["step_tokens"], **notes)
+            heart.at("callback")
             if self.on_step:
                 self.on_step(self.done, metrics)
             if self.on_export and _due(self.done, config.export_every):
@@ -226,6 +235,23 @@ class Trainer:
         self.done += verdict.action in ("update", "skip")
         metrics |= {"tokens": self.tokens, "step_tokens": tokens, **self.meter.row(tokens)}
         return metrics, asked, verdict
+
+    def _compared(self, metrics: Metrics) -> Metrics:
+        """Every so often: which processes were slow since the last time. Every process must call it."""
+        self._reading += metrics["time/data"]
+        self._seconds += metrics["seconds"]
+        every, size = self.config.health.compare_every, self.world.size
+        if size == 1 or not every or self.done % every:
+            return {}
+        mine = [self._reading / every, probe(self.device)]
+        table = [0.0] * (2 * self.world.rank) + mine + [0.0] * (2 * (size - self.world.rank - 1))
+        table = parallel.agree(table, self.device)
+        slow = self._pace.judge([table[i : i + 2] for i in range(0, 2 * size, 2)], step_seconds=self._seconds / every)
+        self._reading = self._seconds = 0.0
+        found = ", ".join(f"rank {one.rank} takes {one.ratio:.1f} times the median for {one.what}" for one in slow)
+        if slow:
+            self._note("slow", found, ranks=[one.rank for one in slow])
+        return {"slow": found} if slow else {}
 
     def _evaluated(self) -> dict[str, float]:
         """What the callbacks say; they leave no trace in the run."""

@@ -10,8 +10,10 @@ stop        SIGTERM and SIGUSR1; errors after which the same command may be trie
 from __future__ import annotations
 
 from puyu.train.health.config import HealthConfig
+from puyu.train.health.heartbeat import Heartbeat
 from puyu.train.health.journal import Journal
+from puyu.train.health.pace import Pace, probe
 from puyu.train.health.stop import StopSignal
 from puyu.train.health.watch import Verdict, Watch
 
-__all__ = ["HealthConfig", "Journal", "StopSignal", "Verdict", "Watch"]
+__all__ = ["HealthConfig", "Heartbeat", "Journal", "Pace", "StopSignal", "Verdict", "Watch", "probe"]
