@@ -95,11 +95,18 @@ class Run:
         self.stage, self.line, self.batches, self.scale = stage, line, batches, scale
         self.inputs = [trunk_inputs(batch) for batch in batches]
         self.late: LateWeights | None = None
-        self.sums: Sums = {"loss": 0.0, "weight": 0.0}
-        for batch in batches:  # all stages have the same names, the last one has the numbers
-            self.sums |= dict.fromkeys(source_names(batch), 0.0)
+        self._outputs: list[LossOutput] = []
         self._graphs: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._products: dict[tuple[int, int], list[Product]] = {}
+
+    def sums(self) -> Sums:
+        """All stages have the same names, the last one has the numbers."""
+        found: Sums = {"loss": 0.0, "weight": 0.0}
+        for batch in self.batches:
+            found |= dict.fromkeys(source_names(batch), 0.0)
+        for output in self._outputs:
+            add_sums(found, output)
+        return found
 
     def begin(self, group: Sequence[Transfer]) -> None:
         """Begin to send and to receive."""
@@ -112,7 +119,7 @@ class Run:
         x_TD = self.line.take(action).requires_grad_(torch.is_grad_enabled()) if chunk else None
         output = self.stage(chunk, self.batches[micro], self.inputs[micro], x_TD)
         if isinstance(output, LossOutput):
-            add_sums(self.sums, output)
+            self._outputs.append(output._replace(loss_sum=output.loss_sum.detach()))  # read in the end: no GPU waits
             output = output.loss_sum * self.scale
         else:
             self.line.post(Action("F", chunk + 1, micro), output.detach())
@@ -190,7 +197,8 @@ class PipelineLayout(Layout):
                         share.reduce_early()
         self.line.settle()
         self.settle()
-        return run.sums if self.tells else dict.fromkeys(run.sums, 0.0)
+        sums = run.sums()
+        return sums if self.tells else dict.fromkeys(sums, 0.0)
 
     def settle(self) -> None:
         super().settle()
@@ -219,4 +227,4 @@ class PipelineLayout(Layout):
             run.forward(action)
             if chunk < self.step.last:
                 run.begin([Transfer(Action("F", chunk + 1, 0), rank, (chunk + 1) % stages)])
-        return run.sums
+        return run.sums()
