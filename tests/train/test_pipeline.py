@@ -14,9 +14,12 @@ from puyu.configure import build
 from puyu.data.packing import pack_documents
 from puyu.errors import ConfigError
 from puyu.files import read_json
+from puyu.model.config import ExpertShape
 from puyu.train import pretrain, state
 from puyu.train.layouts import LayoutConfig, make_layout
+from puyu.train.layouts.shares import Dim
 from puyu.train.layouts.stages import LateWeights, add_products, cut
+from puyu.train.layouts.tensor import slice_model
 from puyu.train.objectives import lm_loss, ranking_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.trainer import Trainer, TrainerConfig
@@ -41,14 +44,24 @@ CASES = {
         "data-interleaved": {"pipeline": 2, "schedule": "interleaved", "grads": "replica"},
         "data-zero1-tied": {"pipeline": 2, "schedule": "zero-bubble", **REPLICA},
         "data-zero2": {"pipeline": 2, "schedule": "zero-bubble", "params": "replica"},
+        "tensor-tied": {"pipeline": 2, "tensor": 2, "schedule": "interleaved"},
+        "tensor-zero-bubble": {"pipeline": 2, "tensor": 2, "schedule": "zero-bubble"},
+        "ring-tied": {"pipeline": 2, "sequence": 2, "attention": "ring"},
+        "sparse": {"pipeline": 2, "expert": 2},
+        "sparse-zero-bubble": {"pipeline": 2, "expert": 2, "schedule": "zero-bubble", **REPLICA},
     },
 }
+EXPERTS = {"family": "mixtral", "experts": ExpertShape(count=4, per_token=2, size=8)}
 DTYPES = [torch.float64, torch.bfloat16]
 
 
-def trained(out: Path, *, tied: bool, **layout) -> dict:
+def shape_of(name: str) -> str:
+    return next((kind for kind in ("tied", "sparse") if kind in name), "free")
+
+
+def trained(out: Path, shape: str, **layout) -> dict:
     """Two steps of four micro-batches of unequal documents, saved, and an evaluation."""
-    model = toys.model(tie_embeddings=tied, **SHAPE)
+    model = toys.model(tie_embeddings=shape == "tied", **SHAPE, **(EXPERTS if shape == "sparse" else {}))
     whole = sum(parameter.numel() for parameter in model.parameters())
     config = TrainerConfig(steps=2, optim=OPTIM, accumulate=4, layout=LayoutConfig(**layout))
     trainer = Trainer(model, lm_loss, toys.source(tokens_per_batch=50), config, out=out)
@@ -72,7 +85,7 @@ def work(rank: int, size: int, port: int, root: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size, init_method=f"tcp://127.0.0.1:{port}")
     for name, layout in CASES[size].items():
-        found = trained(Path(root) / name, tied="tied" in name, **layout)
+        found = trained(Path(root) / name, shape_of(name), **layout)
         torch.save(found, Path(root) / f"{name}-{rank}.pt")
     if size == 2:
         pretrained(Path(root), Path(root) / "pretrain", pipeline=2)
@@ -106,7 +119,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    return {tied: (trained(out / str(tied), tied=tied), out / str(tied)) for tied in (False, True)}
+    return {shape: (trained(out / shape, shape), out / shape) for shape in ("free", "tied", "sparse")}
 
 
 def close(found: dict, wanted: dict) -> None:
@@ -119,7 +132,7 @@ def close(found: dict, wanted: dict) -> None:
 
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, cases in CASES.items() for name in cases])
 def test_equals_one_process(root, alone, size, name):
-    one, folder = alone["tied" in name]
+    one, folder = alone[shape_of(name)]
     found = [torch.load(root / f"{name}-{rank}.pt") for rank in range(size)]
     for result in found:
         assert result["sums"] == pytest.approx(one["sums"], abs=1e-10)
@@ -128,9 +141,10 @@ def test_equals_one_process(root, alone, size, name):
     close(found[0]["weights"], one["weights"])
     assert not found[1]["weights"]
     close(*(dict(state.State(state.saved(out)[0]).tensors()) for out in (root / name, folder)))
-    copies = size // CASES[size][name]["pipeline"]  # weights of other stages are not held
-    shared = 50 * 8 / sum(value.numel() for value in one["weights"].values()) if "tied" in name else 0
-    assert sum(result["share"] for result in found) == pytest.approx(copies * (1 + shared))
+    if not {"tensor", "expert"} & CASES[size][name].keys():  # weights of other stages are not held
+        copies = size // CASES[size][name]["pipeline"]
+        shared = 50 * 8 / sum(value.numel() for value in one["weights"].values()) if "tied" in name else 0
+        assert sum(result["share"] for result in found) == pytest.approx(copies * (1 + shared))
 
 
 def test_pretraining_in_two_stages_gives_the_losses_of_one_process(root):
@@ -143,13 +157,16 @@ def test_pretraining_in_two_stages_gives_the_losses_of_one_process(root):
 
 
 @pytest.mark.parametrize("compute", DTYPES, ids=str)
-def test_late_gradients_of_weights_are_bitwise_those_of_one_pass(compute):
+@pytest.mark.parametrize("sliced", [False, True])
+def test_late_gradients_of_weights_are_bitwise_those_of_one_pass(compute, sliced):
     master = torch.float64 if compute == torch.float64 else torch.float32
     batch = toys.source().next_batch()
-    plain, late = (toys.model(dtype=master, qkv_bias=True) for _ in range(2))
+    plain, late = (toys.model(dtype=master, qkv_bias=True, out_bias=True) for _ in range(2))
     left, lists = LateWeights(), []
     for model in (plain, late):
         model.set_compute_dtype(compute)
+        if sliced:  # the modules of tensor parallelism, with one process
+            slice_model(model, Dim())
     with left.installed(late):
         for _ in range(2):
             lm_loss(plain, batch).loss_sum.backward()

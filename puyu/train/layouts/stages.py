@@ -22,6 +22,8 @@ from puyu.data.packing import Batch
 from puyu.model.attention import Plan
 from puyu.model.heads import CausalLM
 from puyu.model.linear import Linear
+from puyu.train.layouts.comm import gather_tokens, scatter_tokens
+from puyu.train.layouts.tensor import GatherLinear, ScatterLinear
 from puyu.train.objectives import LossOutput, Step, head_weight, lm_loss, lm_loss_of
 
 Inputs = tuple[Tensor, Tensor, Plan]
@@ -103,8 +105,14 @@ Product = tuple[nn.Parameter, Tensor, Tensor]
 """A weight [O, I], the gradient of its product's output [T, O], and the input [T, I]."""
 
 
+_KINDS = (Linear, GatherLinear, ScatterLinear)
+
+
 class LateWeights:
-    """Lets the backward pass of every `Linear` leave the gradient of its matrix for later; the values are the same."""
+    """Lets the backward pass of every `Linear`, sliced or not, leave the gradient of its matrix for later.
+
+    The values are the same.
+    """
 
     def __init__(self) -> None:
         self._left: list[Product] = []
@@ -112,7 +120,8 @@ class LateWeights:
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[None]:
         """In force inside the block."""
-        layers = [module for module in model.modules() if type(module) is Linear and module.weight.requires_grad]
+        linear = (module for module in model.modules() if isinstance(module, Linear) and type(module) in _KINDS)
+        layers = [layer for layer in linear if layer.weight.requires_grad]
         for layer in layers:
             layer.forward = partial(self._forward, layer)  # type: ignore[method-assign]
         try:
@@ -123,7 +132,15 @@ class LateWeights:
 
     def _forward(self, layer: Linear, x: Tensor) -> Tensor:
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        product: Tensor = _LateProduct.apply(x, layer.weight, bias, self._left)  # type: ignore[no-untyped-call]
+        if isinstance(layer, ScatterLinear):
+            y = scatter_tokens(self._product(x, layer.weight, None), layer.group)
+            return y if bias is None else y + bias
+        return self._product(
+            gather_tokens(x, layer.group) if isinstance(layer, GatherLinear) else x, layer.weight, bias
+        )
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        product: Tensor = _LateProduct.apply(x, weight, bias, self._left)  # type: ignore[no-untyped-call]
         return product
 
     def take(self) -> list[Product]:
