@@ -9,7 +9,7 @@ from puyu.errors import ConfigError, TrainingError
 from puyu.files import read_json, write_json
 from puyu.model.config import ExpertShape
 from puyu.train.layouts import LayoutConfig, make_layout
-from puyu.train.layouts.certify import DENSE, REPLICA, Case, Row, advance, spawn, start
+from puyu.train.layouts.certify import DENSE, REPLICA, Case, advance, spawn, start
 from puyu.train.objectives import lm_loss, ranking_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.pieces import gather_whole
@@ -142,10 +142,3 @@ def test_objectives_and_optimizers_that_do_not_fit_are_refused_by_name():
 def test_one_process_needs_no_group():
     layout = make_layout(LayoutConfig(), toys.model(), lm_loss, device=torch.device("cpu"))
     assert (layout.reader.size, layout.counts, layout.mesh.views) == (1, True, ())
-
-
-@pytest.mark.parametrize("wrong", ["float64", "first", "float32", "weights", "bits"])
-def test_a_row_holds_only_with_all_its_numbers(wrong):
-    good = {"float64": 1e-12, "first": 1e-8, "float32": 1e-7, "weights": 1e-12, "bits": 0}
-    assert Row(Case("x", 2), **good).holds and Row(Case("x", 2), **good | {"bits": -1}).holds
-    assert not Row(Case("x", 2), **good | {wrong: 1}).holds
