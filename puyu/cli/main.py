@@ -29,9 +29,7 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
     "the whole chain": (
         Verb("chain", "run a recipe end to end: documents in, an agent that answers out", "puyu.cli.chain"),
         Verb("trace", "what made this directory, back to the raw files", "puyu.cli.trace"),
-        Verb(
-            "certify", "every layout of processes against one process, with differences", "puyu.cli.certify"
-        ),
+        Verb("certify", "every layout of processes against one process, with differences", "puyu.cli.certify"),
         Verb("doctor", "what this machine can do, what is missing, how to mend it", "puyu.cli.doctor"),
     ),
     "stages (each takes a recipe or its own config)": (

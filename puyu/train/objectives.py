@@ -62,14 +62,21 @@ def means(sums: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
+class Vocabulary(NamedTuple):
+    """Processes that each have `rows` rows of the head, in the order of ranks, the last one perhaps fewer."""
+
+    group: dist.ProcessGroup
+    rows: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class SharedBatch(Batch):
     """One process's part of a batch that several compute together, as a layout has cut it."""
 
     plan: Plan
     """Attention among all parts."""
-    vocabulary: dist.ProcessGroup | None = None
-    """Processes that each have a part of the head's rows; all have the same tokens."""
+    vocabulary: Vocabulary | None = None
+    """Who has the other rows of the head; all of them have the same tokens."""
 
 
 def trunk_inputs(batch: Batch) -> tuple[Tensor, Tensor, Plan]:
@@ -144,12 +151,12 @@ def chunked_cross_entropy(
     targets_P: Tensor,
     weights_P: Tensor,
     *,
-    vocabulary: dist.ProcessGroup | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of weights * cross-entropy, and the weighted loss of each position (without gradient).
 
-    With a group, each of its processes has an equal part of the vocabulary's rows, in the order of ranks, and gets the
-    gradient of its rows, and that part of the hidden states' gradient which comes from them.
+    With a `vocabulary` the process has a part of the matrix, and gets the gradient of its rows and that part of the
+    hidden states' gradient which comes from them.
     """
     learns = torch.is_grad_enabled()
     arguments = (hidden_PD, weight_VD, targets_P, weights_P, learns, vocabulary)
@@ -168,7 +175,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         targets_P: Tensor,
         weights_P: Tensor,
         learns: bool,
-        vocabulary: dist.ProcessGroup | None,
+        vocabulary: Vocabulary | None,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if hidden_PD.dtype == torch.float64 else torch.float32
         count, extra = len(targets_P), _missing(len(targets_P), hidden_PD.device)
@@ -179,7 +186,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_PD = torch.empty_like(hidden_PD) if learns else None
         grad_VD = torch.zeros_like(weight_VD) if learns else None
         losses_P = torch.zeros(len(targets_P), dtype=wide, device=hidden_PD.device)
-        rows = max(64, CHUNK_BYTES // (weight_VD.shape[0] * wide.itemsize))
+        columns = weight_VD.shape[0] if vocabulary is None else vocabulary.rows  # chunks are the same on all processes
+        rows = max(64, CHUNK_BYTES // (columns * wide.itemsize))
         for start in range(0, len(targets_P), rows):
             cut = slice(start, start + rows)
             logits_CV = hidden_PD[cut] @ cast_VD.T
@@ -228,15 +236,15 @@ def _softmax_rows(logits_RV: Tensor, targets_R1: Tensor, weights_R: Tensor) -> t
 
 
 def _softmax_parts(
-    logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, group: dist.ProcessGroup
+    logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, vocabulary: Vocabulary
 ) -> tuple[Tensor, Tensor]:
     """Weighted losses [C], and the weighted gradient of this process's logits, where others have the other columns."""
-    wide_CV, columns = logits_CV.to(weights_C.dtype), logits_CV.shape[1]
+    wide_CV, group = logits_CV.to(weights_C.dtype), vocabulary.group
     top_C = wide_CV.amax(-1)
     dist.all_reduce(top_C, dist.ReduceOp.MAX, group=group)
-    at_C = targets_C - dist.get_rank(group) * columns
-    here_C = (at_C >= 0) & (at_C < columns)
-    at_C1 = at_C.clamp(0, columns - 1)[:, None]
+    at_C = targets_C - dist.get_rank(group) * vocabulary.rows
+    here_C = (at_C >= 0) & (at_C < logits_CV.shape[1])
+    at_C1 = at_C.clamp(0, logits_CV.shape[1] - 1)[:, None]
     own_C = wide_CV.gather(-1, at_C1).squeeze(-1).where(here_C, torch.zeros_like(top_C))
     grad_CV = (wide_CV - top_C[:, None]).exp_()
     sums_2C = torch.stack((grad_CV.sum(-1), own_C))

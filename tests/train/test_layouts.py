@@ -15,8 +15,8 @@ from puyu.train.optim import OptimConfig
 from puyu.train.pieces import gather_whole
 from tests.train import toys
 
-TIED = DENSE.with_(tie_embeddings=True)
-FIRST = DENSE.with_(family="internlm", num_kv_heads=8, qkv_bias=True, out_bias=True)
+TIED = DENSE.with_(tie_embeddings=True, vocab_size=67)
+FIRST = DENSE.with_(family="internlm", vocab_size=65, num_kv_heads=8, qkv_bias=True, out_bias=True)
 BIASED = DENSE.with_(family="qwen3", qkv_bias=True, out_bias=True, mlp_bias=True)
 WINDOWS = DENSE.with_(family="mistral", windows=(6, 0), num_kv_heads=2)
 SPARSE = DENSE.with_(

@@ -250,6 +250,7 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path):
         pretrain.run(
             build(pretrain.PretrainConfig, handed["config"]), out=Path(handed["out"]), on_step=stop, go_on=go_on
         )
+    handed["config"] |= {"layout": {"tensor": 2}}
     done = launch([*plans, handed], tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     for stage in ("pretrain", "sft", "reward"):

@@ -94,7 +94,8 @@ class Layout:
 
     def part(self, batch: Batch) -> Batch:
         """What this process computes of a batch that its sequence and tensor peers read too."""
-        return sequence.part(batch, self.mesh)
+        assert isinstance(self.model, CausalLM | ScalarModel)
+        return sequence.part(batch, self.mesh, words=self.model.config.vocab_size)
 
     def propagate(self, loss: Tensor) -> None:
         """Gradients of one micro-batch."""

@@ -105,10 +105,10 @@ CASES = (
     Case("experts 4", 4, {"expert": 4}, shape=EXPERTS),
     Case("experts 2, data 2, all sharded", 4, {"expert": 2}, shape=EXPERTS, small=True),
     Case("experts 2, tensor 2", 4, {"expert": 2, "tensor": 2}, shape=EXPERTS),
-    Case("pipeline 4, 1F1B", 4, {"pipeline": 4}, DEEP, 4, "one"),
-    Case("pipeline 2, data 2, all sharded", 4, _LINE, DEEP, 4),
-    Case("pipeline 2, tensor 2", 4, _LINE | {"tensor": 2}, DEEP, 4, small=True),
-    Case("pipeline 2, sequence 2, ring", 4, _LINE | {"sequence": 2, "attention": "ring"} | _ZERO1, DEEP, 4),
+    Case("pipeline 4, 1F1B", 4, {"pipeline": 4}, DEEP, 2, "one"),
+    Case("pipeline 2, data 2, all sharded", 4, _LINE, DEEP, 2),
+    Case("pipeline 2, tensor 2", 4, _LINE | {"tensor": 2}, DEEP, 2, small=True),
+    Case("pipeline 2, sequence 2, ring", 4, _LINE | {"sequence": 2, "attention": "ring"} | _ZERO1, DEEP, 2),
 )
 
 

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from puyu.dist import World
 from puyu.errors import ConfigError
 from puyu.model.config import ModelConfig
-from puyu.train.layouts.comm import size_of
+from puyu.train.layouts.comm import row_range, size_of
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.shares import Dim
 
@@ -177,7 +177,8 @@ class Mesh:
         if config.tensor > 1:
             _divides("tensor", config.tensor, "num_kv_heads", shape.num_kv_heads)
             _divides("tensor", config.tensor, "intermediate_size", shape.intermediate_size)
-            _divides("tensor", config.tensor, "vocab_size", shape.vocab_size)
+            if row_range(shape.vocab_size, config.tensor - 1, config.tensor)[1] < 1:
+                raise ConfigError(f"layout.tensor={config.tensor} is too many for {shape.vocab_size} words")
         if config.sequence > 1 and config.attention == "ulysses":
             _divides("tensor x sequence", config.tensor * config.sequence, "num_heads", shape.num_heads)
             heads, parts = shape.num_kv_heads // config.tensor, config.sequence

@@ -21,7 +21,7 @@ from puyu.model.packed import PackedPlan
 from puyu.train.layouts.comm import Group, exchange
 from puyu.train.layouts.mesh import Mesh
 from puyu.train.layouts.ring import RingPlan
-from puyu.train.objectives import SharedBatch
+from puyu.train.objectives import SharedBatch, Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,10 @@ class UlyssesPlan:
         return exchange(o_TnH, even, even, self.group).unflatten(0, (size, count)).movedim(0, 1).flatten(1, 2)
 
 
-def part(batch: Batch, mesh: Mesh) -> Batch:
+def part(batch: Batch, mesh: Mesh, *, words: int) -> Batch:
     """What this process computes of a batch that sequence and tensor peers read too, with its plan.
+
+    `words`: size of the vocabulary.
 
     Padding, a document of weight 0 behind the others, makes the parts equal.
     """
@@ -63,7 +65,9 @@ def part(batch: Batch, mesh: Mesh) -> Batch:
         plan = UlyssesPlan(plan, config.sequence, group) if config.sequence > 1 else plan
     cut = _cut(batch, first, first + count)
     values: dict[str, Any] = {item.name: getattr(cut, item.name) for item in fields(cut)}
-    return SharedBatch(**values, plan=plan, vocabulary=mesh.group("tensor"))
+    group = mesh.group("tensor")
+    vocabulary = None if group is None else Vocabulary(group, -(-words // config.tensor))
+    return SharedBatch(**values, plan=plan, vocabulary=vocabulary)
 
 
 def _padded(batch: Batch, multiple: int) -> Batch:

@@ -34,7 +34,10 @@ class Cut(NamedTuple):
 
     @staticmethod
     def even(tensor: Tensor, rank: int, size: int, *, dim: int = 0, halves: int = 1) -> Cut:
-        """The rank's part; with `halves` 2 its part of each half (gate and up are one matrix)."""
+        """The rank's part (`row_range`); with `halves` 2 its equal part of each half (gate and up are one matrix)."""
+        if halves == 1:
+            first, count = row_range(tensor.shape[dim], rank, size)
+            return Cut(tuple(tensor.shape), dim, ((0, first, count),))
         count = tensor.shape[dim] // (size * halves)
         starts = [half * count * size + rank * count for half in range(halves)]
         return Cut(tuple(tensor.shape), dim, tuple((i * count, start, count) for i, start in enumerate(starts)))

@@ -19,7 +19,7 @@ from puyu.model.heads import CausalLM
 from puyu.model.layers import GatedMLP, RMSNorm
 from puyu.model.linear import Linear
 from puyu.model.transformer import Block
-from puyu.train.layouts.comm import Group, gather_tokens, scatter_tokens
+from puyu.train.layouts.comm import Group, gather_tokens, row_range, scatter_tokens
 from puyu.train.layouts.shares import Cut, Dim
 
 
@@ -45,15 +45,15 @@ class ScatterLinear(Linear):
 class SlicedEmbedding(nn.Module):
     """Ids [T] -> embeddings of this process's tokens, from rows [first, first + n) of the table."""
 
-    def __init__(self, weight: nn.Parameter, dim: Dim) -> None:
+    def __init__(self, weight: nn.Parameter, first: int, group: Group) -> None:
         super().__init__()
-        self.weight, self.dim = weight, dim
+        self.weight, self.first, self.group = weight, first, group
 
     def forward(self, tokens_T: Tensor) -> Tensor:
-        at_T = tokens_T - self.dim.rank * len(self.weight)
+        at_T = tokens_T - self.first
         here_T = (at_T >= 0) & (at_T < len(self.weight))
         found_TD = F.embedding(at_T.clamp(0, len(self.weight) - 1), self.weight) * here_T[:, None]
-        return scatter_tokens(found_TD, self.dim.group)
+        return scatter_tokens(found_TD, self.group)
 
 
 class GatherNorm(nn.Module):
@@ -75,8 +75,9 @@ def slice_model(model: CausalLM, dim: Dim) -> dict[str, Cut]:
     for index, block in enumerate(trunk.layers):
         assert isinstance(block, Block)
         slicer.block(f"trunk.layers.{index}", block)
+    first, _ = row_range(len(trunk.embedding.weight), dim.rank, dim.size)
     weight = slicer.parameter("trunk.embedding.weight", trunk.embedding.weight)
-    trunk.embedding = SlicedEmbedding(weight, dim)  # type: ignore[assignment]
+    trunk.embedding = SlicedEmbedding(weight, first, dim.group)  # type: ignore[assignment]
     trunk.norm = GatherNorm(trunk.norm, dim.group)  # type: ignore[assignment]
     if model.head is not None:
         model.head = slicer.linear("head", model.head, Linear)
