@@ -127,21 +127,30 @@ def short(value: float) -> str:
 
 
 def line_chart(
-    series: Sequence[Series], *, x: str, y: str, bands: Sequence[Band] = (), zero: bool = False, height: float = HEIGHT
+    series: Sequence[Series],
+    *,
+    x: str,
+    y: str,
+    bands: Sequence[Band] = (),
+    notes: Sequence[tuple[float, str]] = (),
+    zero: bool = False,
 ) -> str:
-    """Lines over axes with ticks; `zero` keeps 0 in view. Empty text when there is nothing to draw."""
+    """Lines over axes with ticks; `notes` mark places on the x axis; `zero` keeps 0 in view. Empty text when there is
+    nothing to draw."""
     drawn = [Series(s.name, finite(s.points), s.smooth, s.dashed) for s in series if finite(s.points)]
     if not drawn:
         return ""
     across = axis([px for s in drawn for px, _ in s.points], LEFT, WIDTH - RIGHT, pad=0.0)
     values = [py for s in drawn for _, py in s.points] + ([0.0] if zero else [])
-    up = axis(values, height - BOTTOM, TOP, pad=0.1)
-    parts = [_bands(bands, across, height), _grid(across, up, x=x, y=y, height=height)]
+    up = axis(values, HEIGHT - BOTTOM, TOP, pad=0.1)
+    parts = [_bands(bands, across), _grid(across, up, x=x, y=y)]
     parts += [_line(s, i, across, up) for i, s in enumerate(drawn)]
     parts += [_marks(s, i, across, up, x=x) for i, s in enumerate(drawn)]
+    inside = [(place, text) for place, text in notes if across.low <= place <= across.high]
+    parts += [_rule("alarm", (across.at(p), TOP), (across.at(p), HEIGHT - BOTTOM), title=text) for p, text in inside]
     parts.append(_ends(drawn, across, up))
     legend = _legend([s.name for s in drawn]) if len(drawn) > 1 else ""
-    return legend + svg(WIDTH, height, "".join(parts), label=f"{y} over {x}")
+    return legend + svg(WIDTH, HEIGHT, "".join(parts), label=f"{y} over {x}")
 
 
 def svg(width: float, height: float, body: str, *, label: str) -> str:
@@ -170,8 +179,8 @@ def _title(text: str) -> str:
     return f"<title>{escape(text)}</title>" if text else ""
 
 
-def _grid(across: Axis, up: Axis, *, x: str, y: str, height: float) -> str:
-    base, left, right = height - BOTTOM, LEFT, WIDTH - RIGHT
+def _grid(across: Axis, up: Axis, *, x: str, y: str) -> str:
+    base, left, right = HEIGHT - BOTTOM, LEFT, WIDTH - RIGHT
     parts = [_text("unit", 2, 11, y)]
     for tick in up.ticks:
         parts.append(_rule("grid", (left, up.at(tick)), (right, up.at(tick))))
@@ -182,17 +191,18 @@ def _grid(across: Axis, up: Axis, *, x: str, y: str, height: float) -> str:
         anchor = "end" if place > right - 12 else "middle"
         parts.append(_text("tick", place, base + 17, short(tick), anchor=anchor))
     parts.append(_rule("axis", (left, base), (right, base)))
-    parts.append(_text("unit", right, height - 5, x, anchor="end"))
+    parts.append(_text("unit", right, HEIGHT - 5, x, anchor="end"))
     return "".join(parts)
 
 
-def _bands(bands: Sequence[Band], across: Axis, height: float) -> str:
+def _bands(bands: Sequence[Band], across: Axis) -> str:
     parts = []
     for number, band in enumerate(bands):
         left, right = across.at(max(band.start, across.low)), across.at(min(band.end, across.high))
-        size = f'width="{_n(max(right - left, 0))}" height="{_n(height - BOTTOM - TOP)}"'
+        size = f'width="{_n(max(right - left, 0))}" height="{_n(HEIGHT - BOTTOM - TOP)}"'
         parts.append(f'<rect class="band b{number % 2}" x="{_n(left)}" y="{_n(TOP)}" {size}/>')
-        parts.append(_text("tick", right - 5, TOP + 13, band.name, anchor="end"))
+        if right - left > 7 * len(band.name):  # a name must fit into its band
+            parts.append(_text("tick", right - 5, TOP + 13, band.name, anchor="end"))
     return "".join(parts)
 
 

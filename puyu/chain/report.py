@@ -22,8 +22,7 @@ Other spellings that are understood stand at the head of report_making.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from typing import Any
 from puyu.chain import report_making as making
 from puyu.chain import report_results as results
 from puyu.chain.charts import short
-from puyu.chain.report_parts import StageView, first_file, headline, missing, of_verb, pick
+from puyu.chain.report_parts import Section, StageView, first_file, headline, masthead, of_verb, page, pick, render
 from puyu.errors import InputError, PuyuError
 from puyu.files import write_text
 from puyu.lineage import Lineage, find_lineage
@@ -39,61 +38,29 @@ from puyu.log import duration
 
 __all__ = ["StageView", "write_report"]
 
-STYLE = Path(__file__).with_name("report_style.css")
-
-
-@dataclass(frozen=True, slots=True)
-class _Section:
-    """A part of the page. `build` gives its HTML, or "" when there is nothing to show."""
-
-    id: str
-    title: str
-    build: Callable[[], str]
-    missing: str
-
 
 def write_report(run_dir: Path, stages: Sequence[StageView], out: Path, *, title: str = "") -> Path:
     """Write the page to `out` and return it."""
     name = title or run_dir.name
     sections = [
-        _Section("stages", "Stages", lambda: _stage_table(stages), "No stage has run."),
-        _Section("data", "From raw files to clean documents", lambda: making.data(stages), _absent("data/ledger.json")),
-        _Section("tokenizer", "Tokenizer", lambda: making.tokenizer(stages), _absent("tokenizer/report.json")),
-        _Section("training", "Training", lambda: making.training(stages), _absent("pretrain/metrics.jsonl")),
-        _Section("speed", "Training speed", lambda: making.speed(stages), _absent("pretrain/metrics.jsonl")),
-        _Section("alignment", "Alignment with PPO", lambda: making.alignment(stages), _absent("ppo/metrics.jsonl")),
-        _Section("evaluation", "Evaluation", lambda: results.evaluation(stages), _absent("eval/summary.json")),
-        _Section("quantization", "Quantization", lambda: results.quantization(stages), "No quantize stage has run."),
-        _Section("conversation", "Conversation", lambda: results.conversation(stages), _absent("talk/transcript.json")),
-        _Section("lineage", "Lineage", lambda: results.lineage(stages), _absent("lineage.json")),
+        Section("stages", "Stages", lambda: _stage_table(stages), "No stage has run."),
+        Section("data", "From raw files to clean documents", lambda: making.data(stages), _absent("data/ledger.json")),
+        Section("tokenizer", "Tokenizer", lambda: making.tokenizer(stages), _absent("tokenizer/report.json")),
+        Section("training", "Training", lambda: making.training(stages), _absent("pretrain/metrics.jsonl")),
+        Section("speed", "Training speed", lambda: making.speed(stages), _absent("pretrain/metrics.jsonl")),
+        Section("alignment", "Alignment with PPO", lambda: making.alignment(stages), _absent("ppo/metrics.jsonl")),
+        Section("evaluation", "Evaluation", lambda: results.evaluation(stages), _absent("eval/summary.json")),
+        Section("quantization", "Quantization", lambda: results.quantization(stages), "No quantize stage has run."),
+        Section("conversation", "Conversation", lambda: results.conversation(stages), _absent("talk/transcript.json")),
+        Section("lineage", "Lineage", lambda: results.lineage(stages), _absent("lineage.json")),
     ]
-    body = _header(name, stages) + "".join(_render(section) for section in sections)
-    write_text(out, _page(name, sections, body))
+    body = _header(name, stages) + "".join(render(section) for section in sections)
+    write_text(out, page(name, sections, body))
     return out
 
 
 def _absent(name: str) -> str:
     return f"{name} is not there: the stage that writes it has not finished."
-
-
-def _page(name: str, sections: Sequence[_Section], body: str) -> str:
-    links = "".join(f'<a href="#{s.id}">{escape(s.title)}</a>' for s in sections)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(name)} · Puyu</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
-        f'<main>\n{body}</main>\n<nav aria-label="Sections">{links}</nav>\n</body>\n</html>\n'
-    )
-
-
-def _render(section: _Section) -> str:
-    """A section; artifacts that are missing or of another shape give a sentence, not a crash."""
-    try:
-        inner = section.build() or missing(section.missing)
-    except (PuyuError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        inner = missing(f"This part cannot be shown: {type(error).__name__}: {error}")
-    return f'<section id="{section.id}">\n<h2>{escape(section.title)}</h2>\n{inner}\n</section>\n'
 
 
 # --- header and stages ---------------------------------------------------------------------------------------------
@@ -106,21 +73,8 @@ def _header(name: str, stages: Sequence[StageView]) -> str:
         ("code", _last(found, "code")),
         ("finished", _last(found, "finished")),
     ]
-    shown = " · ".join(f"{label} {escape(value)}" for label, value in facts if value)
-    tiles = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in _tiles(stages)
-    )
-    return (
-        f'<header>\n<p class="brand">{_WAVE} Puyu 浦语</p>\n<h1>{escape(name)}</h1>\n'
-        '<p class="lead">A language model, from raw documents to an agent that answers: what each stage did, '
-        f'measured in this run.</p>\n<p class="facts">{shown}</p>\n<div class="tiles">{tiles}</div>\n</header>\n'
-    )
-
-
-_WAVE = (
-    '<svg class="wave" viewBox="0 0 28 18" aria-hidden="true"><path d="M1,5 q6.5,-6 13,0 t13,0"/>'
-    '<path d="M1,10 q6.5,-6 13,0 t13,0"/><path d="M1,15 q6.5,-6 13,0 t13,0"/></svg>'
-)
+    lead = "A language model, from raw documents to an agent that answers: what each stage did, measured in this run."
+    return masthead(name, lead, [f"{label} {value}" for label, value in facts if value], list(_tiles(stages)))
 
 
 def _receipts(stages: Sequence[StageView]) -> list[Lineage]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from puyu.chain.charts import Point, plain
+from puyu.errors import PuyuError
 from puyu.files import read_json, read_jsonl
 
 
@@ -117,3 +118,55 @@ def bar(label: str, share: float, number: str, why: str) -> str:
     drawn = f'<div class="bar"><i style="width:{share:.1%}"></i></div>'
     head = f'<span class="name">{escape(label)}</span>{drawn}<span class="num">{number}</span>'
     return f'<div class="step">{head}<div class="why">{why}</div></div>'
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+STYLE = Path(__file__).with_name("report_style.css")
+
+WAVE = (
+    '<svg class="wave" viewBox="0 0 28 18" aria-hidden="true"><path d="M1,5 q6.5,-6 13,0 t13,0"/>'
+    '<path d="M1,10 q6.5,-6 13,0 t13,0"/><path d="M1,15 q6.5,-6 13,0 t13,0"/></svg>'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the page. `build` gives its HTML, or "" when there is nothing to show."""
+
+    id: str
+    title: str
+    build: Callable[[], str]
+    missing: str
+
+
+def masthead(name: str, lead: str, facts: Sequence[str], tiles: Sequence[tuple[str, str]]) -> str:
+    """The top of a page; tiles are (what, number)."""
+    shown = "".join(
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in tiles
+    )
+    return (
+        f'<header>\n<p class="brand">{WAVE} Puyu 浦语</p>\n<h1>{escape(name)}</h1>\n'
+        f'<p class="lead">{escape(lead)}</p>\n'
+        f'<p class="facts">{escape(" · ".join(facts))}</p>\n<div class="tiles">{shown}</div>\n</header>\n'
+    )
+
+
+def page(name: str, sections: Sequence[Section], body: str) -> str:
+    links = "".join(f'<a href="#{s.id}">{escape(s.title)}</a>' for s in sections)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(name)} · Puyu</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
+        f'<main>\n{body}</main>\n<nav aria-label="Sections">{links}</nav>\n</body>\n</html>\n'
+    )
+
+
+def render(section: Section) -> str:
+    """A section; artifacts that are missing or of another shape give a sentence, not a crash."""
+    try:
+        inner = section.build() or missing(section.missing)
+    except (PuyuError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        inner = missing(f"This part cannot be shown: {type(error).__name__}: {error}")
+    return f'<section id="{section.id}">\n<h2>{escape(section.title)}</h2>\n{inner}\n</section>\n'

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from puyu.chain.stages import Stage
+from puyu.chain.stages import Stage, write_page
 from puyu.configure import Config, dump
 from puyu.documents.contamination import FILE as CONTAMINATION
 from puyu.errors import InputError, PuyuError, ResourceError
@@ -90,6 +90,8 @@ def run_stage(name: str, stage: Stage, config: Config, out: Path) -> Result:
             raise ResourceError(f"{name}: out of memory", remedy="use a smaller batch or model") from error
         seconds = time.monotonic() - began
         _finish(stage, config, key=key, inputs=inputs, numbers=numbers, seconds=seconds, out=out)
+        if stage.trains:
+            write_page(out)
     return Result(name, stage.verb, out, status, seconds, numbers)
 
 

@@ -31,6 +31,8 @@ class Stage:
     version: int = 1
     extras: Callable[[], dict[str, Any]] = dict
     """Callbacks that the roof hands to `run`."""
+    trains: bool = False
+    """Whether a finished folder gets the page about a training run."""
 
     def config_class(self) -> type[Config]:
         found = getattr(import_module(self.module), self.config)
@@ -46,6 +48,14 @@ def _training_extras() -> dict[str, Any]:
     from puyu.chain.sample import go_on
 
     return {"go_on": go_on}
+
+
+def write_page(out: Path) -> None:
+    """report.html of a training run's folder."""
+    from puyu.chain.run_report import write_run_report
+    from puyu.chain.run_view import RunView
+
+    write_run_report([RunView(out)], out / "report.html")
 
 
 def _eval_extras() -> dict[str, Any]:
@@ -81,10 +91,11 @@ STAGES: dict[str, Stage] = {
             "puyu.train.pretrain",
             "PretrainConfig",
             extras=_training_extras,
+            trains=True,
         ),
-        Stage("sft", "fine-tune on conversations", "puyu.train.sft", "SFTConfig", extras=_training_extras),
-        Stage("reward", "train a reward model on preference pairs", "puyu.train.reward", "RewardConfig"),
-        Stage("ppo", "align a model with a reward (PPO)", "puyu.align.ppo", "PPOConfig"),
+        Stage("sft", "fine-tune on conversations", "puyu.train.sft", "SFTConfig", extras=_training_extras, trains=True),
+        Stage("reward", "train a reward model on preference pairs", "puyu.train.reward", "RewardConfig", trains=True),
+        Stage("ppo", "align a model with a reward (PPO)", "puyu.align.ppo", "PPOConfig", trains=True),
         Stage(
             "quantize",
             "8- or 4-bit weights",

@@ -28,6 +28,8 @@ class Verb:
 _GROUPS: dict[str, tuple[Verb, ...]] = {
     "the whole chain": (
         Verb("chain", "run a recipe end to end: documents in, an agent that answers out", "puyu.cli.chain"),
+        Verb("watch", "a training run in the terminal, live", "puyu.cli.watch"),
+        Verb("report", "one page about a training run, or two beside each other", "puyu.cli.report"),
         Verb("trace", "what made this directory, back to the raw files", "puyu.cli.trace"),
         Verb("certify", "every layout of processes against one process, with differences", "puyu.cli.certify"),
         Verb("doctor", "what this machine can do, what is missing, how to mend it", "puyu.cli.doctor"),
