@@ -314,7 +314,7 @@ def test_what_fails_in_the_thread_is_raised_in_the_next_step(tmp_path, monkeypat
     run.on_step = lambda step, _: done.append(step) or (step == 7 and run.saver._hot.idle(None))
     with pytest.raises(ResourceError, match=r"disk full while writing .*step-00000006(.|\n)*remedy"):
         run.fit()
-    assert done[-1] == 7
+    assert done[-1] in (6, 7)  # the thread may fail before the seventh step looks, or wait for it
     assert [path.name for path in (tmp_path / "stops" / FOLDER).iterdir()] == ["step-00000003"]
     run, errors = trainer(tmp_path / "goes"), []
     run.saver.on_error = errors.append
