@@ -97,6 +97,7 @@ def _native_checks() -> Iterator[tuple[bool, str, str]]:
     from puyu.documents.texts import LIBRARY
     from puyu.engine.native import library
     from puyu.tokenizer.library import LIBRARY as BPE
+    from puyu.train.native import LIBRARY as LOSS
 
     steps = "not built, PyTorch does its work; remedy: python -m puyu.engine.native"
     texts = "not built, Python does its work; remedy: python -m puyu.documents.texts"
@@ -106,5 +107,6 @@ def _native_checks() -> Iterator[tuple[bool, str, str]]:
         ("measures of texts", LIBRARY.path(), texts),
         ("n-gram model", NGRAM.path(), "not built, Python does its work; remedy: python -m puyu.data.ngram_native"),
         ("byte-level BPE", BPE.path(), bpe),
+        ("loss of training", LOSS.path(), "not built, PyTorch does its work; remedy: python -m puyu.train.native"),
     ):
         yield path.is_file(), "native", f"{what}: {path if path.is_file() else remedy}"

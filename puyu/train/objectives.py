@@ -24,9 +24,14 @@ from torch.nn import functional as F
 from puyu.data.packing import Batch
 from puyu.model.attention import PackedPlan, Plan
 from puyu.model.heads import CausalLM, ScalarModel
+from puyu.train.native import softmax_step
 
-CHUNK_BYTES = 32 << 20
-"""Size of a chunk of fp32 logits: small beside the model, large enough for an efficient product."""
+CHUNK_BYTES, CPU_CHUNK_BYTES = 1 << 30, 96 << 20
+"""Size of a chunk of logits, on a GPU and on a CPU: large enough that adding its share to the head's gradient costs
+little beside the products."""
+
+CHUNK_ROWS = 1024
+"""A CPU's chunk has no more rows: with a small vocabulary it then stays in the cache."""
 
 CACHE_BYTES = 2 << 20
 """Size of the rows that the softmax works on at once, on a CPU."""
@@ -187,11 +192,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_VD = torch.zeros_like(weight_VD) if learns else None
         losses_P = torch.zeros(len(targets_P), dtype=wide, device=hidden_PD.device)
         columns = weight_VD.shape[0] if vocabulary is None else vocabulary.rows  # chunks are the same on all processes
-        rows = max(64, CHUNK_BYTES // (columns * wide.itemsize))
+        rows = _chunk_rows(columns * cast_VD.itemsize, len(targets_P), cast_VD.device)
+        room_RV = hidden_PD.new_empty(rows, len(cast_VD))  # one for all chunks
         for start in range(0, len(targets_P), rows):
             cut = slice(start, start + rows)
-            logits_CV = hidden_PD[cut] @ cast_VD.T
             scaled_C = weights_P[cut].to(wide)
+            logits_CV = torch.mm(hidden_PD[cut], cast_VD.T, out=room_RV[: len(scaled_C)])
             if vocabulary is None:
                 losses_P[cut], grad_CV = _softmax_step(logits_CV, targets_P[cut], scaled_C, learns=learns)
             else:
@@ -199,19 +205,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_PD is not None and grad_VD is not None:
                 torch.mm(grad_CV, cast_VD, out=grad_PD[cut])
                 _accumulate(grad_VD, grad_CV, hidden_PD[cut])
-        ctx.save_for_backward(None if grad_PD is None else grad_PD[:count], grad_VD)
+        ctx.grads = None if grad_PD is None else (grad_PD[:count], grad_VD)
         losses_P = losses_P[:count]
         ctx.mark_non_differentiable(losses_P)
         return losses_P.sum(), losses_P
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_PD, grad_VD = ctx.saved_tensors
-        return grad_PD * scale.to(grad_PD.dtype), grad_VD * scale.to(grad_VD.dtype), None, None, None, None
+        assert ctx.grads is not None, "a second backward pass over the same loss"
+        grads, ctx.grads = ctx.grads, None
+        if scale.device.type != "cpu" or scale != 1:  # in place: the larger one has the size of the head
+            grads = [grad.mul_(scale.to(grad.dtype)) for grad in grads]
+        return *grads, None, None, None, None
+
+
+def _chunk_rows(row_bytes: int, count: int, device: torch.device) -> int:
+    """How many of `count` rows have their logits made at once: a multiple of 128, where there are so many."""
+    on_cpu = device.type == "cpu"
+    rows = (CPU_CHUNK_BYTES if on_cpu else CHUNK_BYTES) // row_bytes // 128 * 128
+    return max(1, min(count, max(128, min(rows, CHUNK_ROWS) if on_cpu else rows)))
 
 
 def _softmax_step(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, *, learns: bool) -> tuple[Tensor, Tensor]:
     """Weighted losses [C]; the logits are overwritten by their weighted gradient."""
+    if (losses_C := softmax_step(logits_CV, targets_C, weights_C, learns=learns)) is not None:
+        return losses_C, logits_CV
     rows = len(logits_CV)
     if logits_CV.device.type == "cpu":  # a few rows at a time stay in the cache
         rows = max(1, CACHE_BYTES // (logits_CV.shape[1] * weights_C.itemsize))

@@ -11,6 +11,7 @@ from puyu.model.attention import PackedPlan
 from puyu.model.heads import ScalarModel
 from puyu.model.init import init_weights
 from puyu.train import objectives
+from puyu.train.native import load
 from puyu.train.objectives import barrier, focal_ranking, lm_loss, pair_losses, ranking_loss, token_losses
 from tests.train import toys
 
@@ -25,7 +26,7 @@ def naive_loss(model, batch):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
 def test_lm_loss_and_gradients_equal_full_logits(monkeypatch, tied, chunk_bytes):
-    monkeypatch.setattr(objectives, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(objectives, "CPU_CHUNK_BYTES", chunk_bytes)
     batch = pack_documents(toys.documents(20))
     ours, plain = (toys.model(tie_embeddings=tied) for _ in range(2))
     output = lm_loss(ours, batch)
@@ -63,6 +64,29 @@ def test_extreme_logits_neither_overflow_nor_underflow():
     assert losses.tolist() == pytest.approx(expected.tolist()) and losses[0].item() == 2000
     total.backward()
     assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("native", [True, False])
+def test_the_softmax_step_is_that_of_float64(monkeypatch, dtype, native):
+    if native and load() is None:
+        pytest.skip("the native loss was not built")
+    if not native:
+        monkeypatch.setattr(objectives, "softmax_step", lambda *_, **__: None)
+    draw = torch.Generator().manual_seed(0)
+    logits = (torch.randn(7, 3001, generator=draw) * 9).to(dtype)
+    logits[2, :5] = torch.tensor([-torch.inf, -3e38, -200.0, 80.0, 0.0])
+    logits[3, 7] = torch.nan
+    targets, weights = torch.randint(3001, (7,), generator=draw), torch.rand(7, generator=draw)
+    exact = logits.double().requires_grad_()
+    wanted = F.cross_entropy(exact, targets, reduction="none") * weights
+    wanted.sum().backward()
+    for learns in (False, True):
+        found, grad = objectives._softmax_step(logits, targets, weights, learns=learns)
+        torch.testing.assert_close(found.double(), wanted.detach(), rtol=1e-6, atol=1e-6, equal_nan=True)
+    bound = {"rtol": 4e-3, "atol": 1e-9} if dtype == torch.bfloat16 else {"rtol": 2e-6, "atol": 1e-9}
+    good = [0, 1, 2, 4, 5, 6]
+    torch.testing.assert_close(grad[good].double(), exact.grad[good], **bound)
 
 
 def test_logits_exist_only_where_something_is_learned(monkeypatch):
