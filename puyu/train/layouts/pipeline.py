@@ -202,10 +202,8 @@ class PipelineLayout(Layout):
 
     def settle(self) -> None:
         super().settle()
-        if self.tied:  # the embedding is the head, too: the gradients of both are added up, on both
-            grad = self._embedding.update.grad
-            assert grad is not None
-            grad = local(grad)
+        if self.tied and (grad := self._embedding.update.grad) is not None:
+            grad = local(grad)  # the embedding is the head, too: the gradients of both are added up, on both
             grad.add_(self.line.swap(grad, peer=self.config.pipeline - 1 - self.line.rank))
 
     @torch.no_grad()

@@ -104,7 +104,6 @@ class Stage(Step):
 Product = tuple[nn.Parameter, Tensor, Tensor]
 """A weight [O, I], the gradient of its product's output [T, O], and the input [T, I]."""
 
-
 _KINDS = (Linear, GatherLinear, ScatterLinear)
 
 
@@ -135,9 +134,8 @@ class LateWeights:
         if isinstance(layer, ScatterLinear):
             y = scatter_tokens(self._product(x, layer.weight, None), layer.group)
             return y if bias is None else y + bias
-        return self._product(
-            gather_tokens(x, layer.group) if isinstance(layer, GatherLinear) else x, layer.weight, bias
-        )
+        x = gather_tokens(x, layer.group) if isinstance(layer, GatherLinear) else x
+        return self._product(x, layer.weight, bias)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         product: Tensor = _LateProduct.apply(x, weight, bias, self._left)  # type: ignore[no-untyped-call]
