@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 from puyu.errors import ConfigError, TrainingError
 from puyu.files import read_json, write_json
 from puyu.model.config import ExpertShape
+from puyu.model.packed import PackedPlan
 from puyu.train.layouts import LayoutConfig, make_layout
-from puyu.train.layouts.certify import DENSE, REPLICA, Case, advance, spawn, start
+from puyu.train.layouts.certify import DENSE, REPLICA, Case, advance, make_model, spawn, start
+from puyu.train.layouts.ring import RingPlan
 from puyu.train.objectives import lm_loss, ranking_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.pieces import gather_whole
@@ -142,3 +144,50 @@ def test_objectives_and_optimizers_that_do_not_fit_are_refused_by_name():
 def test_one_process_needs_no_group():
     layout = make_layout(LayoutConfig(), toys.model(), lm_loss, device=torch.device("cpu"))
     assert (layout.reader.size, layout.counts, layout.mesh.views) == (1, True, ())
+
+
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.bfloat16, 0.05)])
+def test_the_ring_of_one_is_packed_attention(window, dtype, limit):
+    """More tokens than a tile has, documents that begin anywhere; values and gradients."""
+    starts, count = (0, 3, 700, 701, 1290), 1400
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((count, 4, 8), (count, 2, 8), (count, 2, 8))
+    inputs = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
+    ]
+    weights = torch.randn(shapes[0], generator=generator, dtype=torch.float64).to(dtype)
+    ring, packed = RingPlan.build(starts, count, rank=0, group=None), PackedPlan.build(starts, count)
+    found, wanted = (plan.attend(*inputs, 0, window=window) for plan in (ring, packed))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=limit)
+    ours, theirs = (torch.autograd.grad((output * weights).sum(), inputs) for output in (found, wanted))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=4 * limit)
+
+
+def test_muon_on_shards_and_products_in_bf16(tmp_path):
+    spawn(2, others, tmp_path / "two", seconds=60)
+    others(tmp_path / "one")
+    two, one = (load_file(tmp_path / name) for name in ("two", "one"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4, msg=name)
+    two, one = (read_json(tmp_path / f"{name}.json") for name in ("two", "one"))
+    for losses in two:
+        assert losses == pytest.approx(one[0], rel=2e-3)
+
+
+def others(path):
+    """Three steps with Muon, whose Newton-Schulz runs in bf16: a last bit of a gradient may show; two steps in bf16."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    case = Case("muon", world)
+    layout = make_layout(LayoutConfig(), make_model(case, torch.float64), lm_loss, device=torch.device("cpu"))
+    layout.make_optimizer(OptimConfig(kind="muon", lr=1e-3, muon_lr=0.01))
+    advance(case, layout, range(3))
+    state, losses = gather_whole([*layout.pieces(), *layout.moments()]), []
+    for config in ({"tensor": world}, {"sequence": world}, {"sequence": world, "attention": "ring"}, {}):
+        layout = start(Case("bf16", world, config), torch.float32)
+        layout.model.set_compute_dtype(torch.bfloat16)
+        losses.append(advance(case, layout, range(2)))
+    if state:
+        save_file(state, path)
+        write_json(path.with_suffix(".json"), losses)
