@@ -233,6 +233,19 @@ def test_kill_minus_nine_and_again_is_bitwise_the_uninterrupted_run(world, tmp_p
     assert same_weights(tmp_path / "pretrain", root / "pretrain")
 
 
+def same_numbers(one: Path, others: list[Path]) -> None:
+    """Losses by source, norms by part, held-out losses and samples do not depend on the layout."""
+    rows = [json.loads(line) for line in (one / "metrics.jsonl").read_text().splitlines()]
+    for other in others:
+        for ours, line in zip(rows, (other / "metrics.jsonl").read_text().splitlines(), strict=True):
+            names, theirs = [name for name in ours if name.startswith(("loss/", "grad_norm", "val_"))], json.loads(line)
+            assert {"loss/code", "loss/web"} < set(names) and ("val_loss" in names) == (ours["step"] % 4 == 0)
+            assert [theirs[name] for name in names] == pytest.approx([ours[name] for name in names], abs=1e-10), other
+            parts = [value for name, value in theirs.items() if name.startswith("grad_norm/")]
+            assert not parts or math.hypot(*parts) == pytest.approx(theirs["grad_norm"], rel=1e-9)
+        assert (other / "samples.jsonl").read_text() == (one / "samples.jsonl").read_text()
+
+
 def test_two_processes_give_the_losses_of_one(world, tmp_path):
     root, numbers = world
     plans = [item | {"out": str(tmp_path / item["stage"])} for item in plan(root)]
@@ -251,17 +264,16 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path):
             build(pretrain.PretrainConfig, handed["config"]), out=Path(handed["out"]), on_step=stop, go_on=go_on
         )
     handed["config"] |= {"layout": {"tensor": 2}}
-    done = launch([*plans, handed], tmp_path, processes=2)
+    layouts = {"sequence": {"sequence": 2}, "pipeline": {"pipeline": 2}}
+    others = [{**plan(root)[0], "out": str(tmp_path / name)} for name in layouts]
+    for item, layout in zip(others, layouts.values(), strict=True):
+        item["config"] = item["config"] | {"layout": layout, "group_norms_every": 1, "accumulate": 2}
+    done = launch([*plans, handed, *others], tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     for stage in ("pretrain", "sft", "reward"):
         assert toys.losses(tmp_path / stage) == pytest.approx(toys.losses(root / stage), abs=1e-10)
         assert toys.losses(tmp_path / stage) != []
-    ours, theirs = ((folder / "pretrain" / "metrics.jsonl").read_text().splitlines() for folder in (root, tmp_path))
-    for one, two in zip(map(json.loads, ours), map(json.loads, theirs), strict=True):
-        names = [name for name in one if name.startswith(("loss/", "grad_norm", "val_"))]
-        assert {"loss/code", "loss/web", "grad_norm"} <= set(names) and ("val_loss" in names) == (one["step"] % 4 == 0)
-        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], abs=1e-10)
-    assert len({(folder / "pretrain" / "samples.jsonl").read_text() for folder in (root, tmp_path)}) == 1
+    same_numbers(root / "pretrain", [tmp_path / name for name in ("pretrain", "handed", *layouts)])
     assert toys.losses(tmp_path / "handed") == pytest.approx(toys.losses(root / "pretrain"), abs=1e-10)
     first, second = (load_file(folder / "pretrain" / "model.safetensors") for folder in (root, tmp_path))
     for name, tensor in first.items():
