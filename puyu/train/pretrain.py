@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -51,8 +51,10 @@ from puyu.train.trainer import OnStep, Trainer
 
 
 class ModelShape(Config):
-    """Shape of a new model (InternLM2 architecture); the vocabulary is the tokenizer's."""
+    """Shape of a new model (InternLM2 architecture)."""
 
+    vocab_size: int = 0
+    """Entries of the vocabulary, the tokenizer's or somewhat more; 0: the tokenizer's."""
     hidden_size: int = 256
     """Width."""
     num_layers: int = 6
@@ -84,6 +86,23 @@ class Phase(Config):
     """Base of the rotary positions."""
     weights: dict[str, float] = Field(default_factory=dict)
     """Share of each domain or class (`web/high`), in tokens; empty: by size, times epochs."""
+    lr: float = Field(default=0.0, ge=0)
+    """Peak rate of a schedule that begins here, with its own warm-up and decay; 0: the schedule before goes on."""
+    batch_tokens: int = Field(default=0, ge=0)
+    """Tokens of a step in this phase; 0: the run's."""
+
+
+class Schedule(NamedTuple):
+    """A learning-rate schedule over consecutive phases."""
+
+    first: int
+    """Its 0-based first step."""
+    steps: int
+    optim: OptimConfig
+
+    def rate(self, step: int) -> float:
+        """The rate of a 0-based step of the run."""
+        return self.optim.rate(step - self.first, self.steps)
 
 
 class PretrainConfig(TrainingConfig):
@@ -111,6 +130,26 @@ class PretrainConfig(TrainingConfig):
     """Optimizer and schedule."""
     heldout: float = 0.01
     """Share of the documents kept apart for the validation loss."""
+
+    def batch_of(self, phase: Phase) -> int:
+        """Tokens of a step in that phase."""
+        return phase.batch_tokens or self.batch_tokens
+
+    def schedules(self) -> list[Schedule]:
+        """One over all phases, and a new one from each phase with a rate of its own."""
+        found: list[Schedule] = []
+        for phase in self.phases:
+            if phase.lr or not found:
+                first = found[-1].first + found[-1].steps if found else 0
+                optim = self.optim.model_copy(update={"lr": phase.lr}) if phase.lr else self.optim
+                found.append(Schedule(first, phase.steps, optim))
+            else:
+                found[-1] = found[-1]._replace(steps=found[-1].steps + phase.steps)
+        return found
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a 0-based step."""
+        return next(s for s in reversed(self.schedules()) if step >= s.first).rate(step)
 
 
 def run(
@@ -145,7 +184,7 @@ def run(
             seq_len = phases.source.seq_len
             return in_row(validate(trainer, corpus, seq_len=seq_len, batch_tokens=config.batch_tokens))
 
-        trainer.before_step = enter
+        trainer.before_step, trainer.rate = enter, config.rate
         trainer.evaluations = [heldout, *sampling(config, tokenizer, go_on)]
         numbers = trainer.fit()
         phases.enter(numbers["steps"] - 1)
@@ -174,18 +213,25 @@ def first_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
 
 def new_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
     """A model with initial weights that depend on the seed and the parameters' names only."""
-    shape = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        rope_theta=config.phases[0].rope_theta if config.phases else 10_000.0,
-        max_positions=max((phase.seq_len for phase in config.phases), default=0),
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        **config.model.model_dump(),
-    )
-    model = CausalLM(shape)
+    if config.model.vocab_size:
+        check_vocabulary(tokenizer, config.model.vocab_size, folder=config.tokenizer)
+    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    model = CausalLM(model_config(config, tokenizer).with_(**ids))
     init_weights(model, seed=config.seed)
     return model
+
+
+def model_config(config: PretrainConfig, tokenizer: Tokenizer | None = None) -> ModelConfig:
+    """The shape of the model, also before there is a tokenizer where the config says the vocabulary."""
+    if config.base is not None:
+        return read_config(config.base)
+    given = config.model.model_dump()
+    if not given["vocab_size"]:
+        given["vocab_size"] = (tokenizer or Tokenizer.load(config.tokenizer)).vocab_size
+    theta = config.phases[0].rope_theta if config.phases else 10_000.0
+    return ModelConfig(
+        rope_theta=theta, max_positions=max((phase.seq_len for phase in config.phases), default=0), **given
+    )
 
 
 class Phases:
@@ -226,7 +272,7 @@ class Phases:
         """
         left = {name: size if name in longest else math.inf for name, size in self.sizes.items()}
         for number, phase in enumerate(self.phases, 1):
-            tokens, reserve = phase.steps * self.config.batch_tokens, (number - 1) * sum(longest.values())
+            tokens, reserve = phase.steps * self.config.batch_of(phase), (number - 1) * sum(longest.values())
             used = expected_use(left, self._weights(phase), tokens + reserve)
             if sum(used.values()) < tokens + reserve - 1:
                 raise ConfigError(
@@ -245,10 +291,11 @@ class Phases:
         return {"sources": self.mixture.report(), "fill": round(self.source.fill, 5), "unscored": self.unscored}
 
     def _rows(self, phase: Phase) -> int:
-        rows, rest = divmod(self.config.batch_tokens, phase.seq_len * self.config.accumulate)
+        tokens = self.config.batch_of(phase)
+        rows, rest = divmod(tokens, phase.seq_len * self.config.accumulate)
         if rows < 1 or rest:
             size = f"seq_len {phase.seq_len} x accumulate {self.config.accumulate}"
-            raise ConfigError(f"batch_tokens {self.config.batch_tokens} is not a multiple of {size}")
+            raise ConfigError(f"batch_tokens {tokens} is not a multiple of {size}")
         return rows
 
     def bands(self) -> list[dict[str, Any]]:

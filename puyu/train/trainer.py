@@ -95,6 +95,8 @@ class Trainer:
         self.done = self.tokens = 0
         self.before_step: Callable[[int], object] | None = None
         """Called with the 0-based step before its batch is drawn; what it returns names the phase of the step."""
+        self.rate: Callable[[int], float] = lambda step: config.optim.rate(step, config.steps)
+        """The learning rate of a 0-based step."""
         self.on_step: OnStep | None = None
         """Called on every rank with the completed steps and the metrics."""
         self.on_export: Callable[[Path], None] | None = None
@@ -273,7 +275,7 @@ class Trainer:
 
     def _update(self, loss: float, weight: float) -> tuple[Verdict, Metrics]:
         """Judge; average, clip and step, or drop the gradients. Returns the rate and norms of the averaged gradient."""
-        rate = self.config.optim.rate(self.done, self.config.steps)
+        rate = self.rate(self.done)
         norm = self.layout.norm() / weight
         total = self._agreed({"norm": norm})["norm"]  # one number for all, so that all judge alike
         verdict = self.watch.judge(self.done + 1, loss, total / self.world.size)

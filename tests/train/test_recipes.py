@@ -1,0 +1,88 @@
+"""Recipes of InternLM2 by exact arithmetic, and phases with a rate and a batch of their own."""
+
+import json
+
+import pytest
+import torch
+
+from puyu.configure import build, load_yaml
+from puyu.errors import CheckpointError
+from puyu.model.heads import CausalLM
+from puyu.train import pretrain
+from puyu.train.pretrain import PretrainConfig, model_config
+from tests.conftest import ROOT
+from tests.train import toys
+
+PARAMETERS = {"internlm2_1.8b": 1_889_110_016, "internlm2_7b": 7_737_708_544, "internlm2_20b": 19_861_149_696}
+
+
+def recipe(name):
+    return build(PretrainConfig, load_yaml(ROOT / "recipes" / f"{name}.yaml"), where=name)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_recipes_have_the_published_numbers(name):
+    config = recipe(name)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in CausalLM(model_config(config)).parameters())
+    assert count == PARAMETERS[name]
+    tokens = [phase.steps * config.batch_of(phase) for phase in config.phases]
+    assert 2.0e12 <= sum(tokens) <= 2.6e12
+    assert sum(tokens[:1]) / sum(tokens) == pytest.approx(0.9, abs=0.01) and tokens[2] == pytest.approx(
+        24.40e9, rel=1e-3
+    )
+    assert [phase.rope_theta for phase in config.phases] == [50_000, 1_000_000, 1_000_000]
+    for phase in config.phases:
+        assert config.batch_of(phase) % phase.seq_len == 0
+    # one schedule over the first two phases: warm-up of 1 %, a tenth of 3e-4 at its end; then a new one
+    steps = config.phases[0].steps + config.phases[1].steps
+    warmup = round(0.01 * steps)
+    assert config.rate(0) == pytest.approx(3e-4 / warmup) and config.rate(warmup) == pytest.approx(3e-4)
+    assert config.rate(steps - 1) == pytest.approx(3e-5) and config.rate(steps) < 1e-6
+    assert config.rate(steps + config.phases[2].steps - 1) == pytest.approx(3e-6)
+
+
+def test_the_row_for_104_billion():
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in CausalLM(model_config(recipe("internlm_104b"))).parameters())
+    assert count == pytest.approx(104e9, rel=0.02)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_phase_with_its_own_rate_and_batch_goes_on_exactly(tmp_path):
+    toys.tokenizer(tmp_path / "tokenizer")
+    toys.corpus(tmp_path / "data")
+    phases = [
+        {"steps": 3, "seq_len": 64},
+        {"steps": 2, "seq_len": 64},
+        {"steps": 4, "seq_len": 32, "lr": 5e-4, "batch_tokens": 64},
+    ]
+    values = {"data": tmp_path / "data", "tokenizer": tmp_path / "tokenizer", "model": toys.SHAPE | {"vocab_size": 300}}
+    values |= {"phases": phases, "batch_tokens": 128, "dtype": "float64", "device": "cpu", "checkpoint_every": 2}
+    config = build(PretrainConfig, values | {"optim": {"lr": 1e-2, "warmup": 1}})
+    numbers = pretrain.run(config, out=tmp_path / "whole")
+    assert numbers["tokens"] == 5 * 128 + 4 * 64
+
+    def stop(done, _):
+        if done == 7:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        pretrain.run(config, out=tmp_path / "broken", on_step=stop)
+    pretrain.run(config, out=tmp_path / "broken")
+    assert toys.losses(tmp_path / "broken") == toys.losses(tmp_path / "whole")
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step_tokens"] for row in rows] == [128] * 5 + [64] * 4
+    assert rows[0]["lr"] == 1e-2 and rows[4]["lr"] == pytest.approx(1e-3)
+    assert rows[5]["lr"] == 5e-4 and rows[8]["lr"] == pytest.approx(5e-5)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
+    toys.tokenizer(tmp_path / "tokenizer")
+    toys.corpus(tmp_path / "data")
+    values = {"data": tmp_path / "data", "tokenizer": tmp_path / "tokenizer", "model": toys.SHAPE | {"vocab_size": 200}}
+    with pytest.raises(CheckpointError, match="the model has 200"):
+        pretrain.run(build(PretrainConfig, values | {"device": "cpu"}), out=tmp_path / "out")
