@@ -156,7 +156,7 @@ class Job:
         with _named(self.folder):
             self.temporary.mkdir(parents=True, exist_ok=True)
             put(self.temporary / f"{name}.safetensors", self._blocks(checksums))
-            index = index_text(f"{name}.safetensors", staging.rows, checksums)
+            index = index_text(f"{name}.safetensors", staging.header, staging.rows, checksums)
             put(self.temporary / f"{name}.json", [index])
             if self.upload:
                 self.upload.open(self.temporary / f"{name}.safetensors", index)

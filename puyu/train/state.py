@@ -177,10 +177,11 @@ def state_text(progress: Progress, *, identity: str, indexes: Mapping[str, bytes
     return text.encode() + b"\n"
 
 
-def index_text(file: str, rows: Sequence[Row], checksums: Sequence[Sequence[int]]) -> bytes:
+def index_text(file: str, header: bytes, rows: Sequence[Row], checksums: Sequence[Sequence[int]]) -> bytes:
     """part-RANK.json, a row a line."""
     lines = [json.dumps([*row, sums]) for row, sums in zip(rows, checksums, strict=True)]
-    return (f'{{"file": {json.dumps(file)}, "rows": [\n' + ",\n".join(lines) + "\n]}\n").encode()
+    about = f'{{"file": {json.dumps(file)}, "header": {[len(header), zlib.crc32(header)]}, "rows": [\n'
+    return (about + ",\n".join(lines) + "\n]}\n").encode()
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -194,6 +195,17 @@ class Stored(NamedTuple):
     checksums: Sequence[int]
 
 
+def _checked_state(text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+        value: dict[str, Any] = found["state"]
+        if hash_json(value) == found["checksum"]:
+            return value
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TornError(f"{STATE}: {error}") from error
+    raise TornError(f"{STATE} does not match its checksum")
+
+
 class State:
     """A state whose indexes are good; its tensors are verified as they are read."""
 
@@ -201,16 +213,14 @@ class State:
         """TornError where an index is missing or wrong."""
         self.shelf = shelf
         try:
-            found = json.loads(shelf.whole(STATE))
-            value = found["state"]
-            if hash_json(value) != found["checksum"]:
-                raise TornError(f"{STATE} does not match its checksum")
+            value = _checked_state(shelf.whole(STATE))
             self.identity: str = value["identity"]
             self.progress = Progress(value["step"], value["tokens"], value["source"], value["extra"])
             self.rows: dict[str, list[Stored]] = {}
+            self._headers: dict[str, tuple[int, int]] = {}  # of the files that were not yet looked into
             for name, digest in value["parts"].items():
                 self._add(name, digest)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
             raise TornError(str(error).splitlines()[0]) from error
 
     def _add(self, name: str, digest: str) -> None:
@@ -218,6 +228,7 @@ class State:
         if hash_bytes(text) != digest:
             raise TornError(f"{name} does not match its checksum")
         part = json.loads(text)
+        self._headers[part["file"]] = tuple(part["header"])
         for entry in part["rows"]:
             name, shape, start, size, kind, offset, checksums = entry
             row = Row(name, tuple(shape), tuple(start), tuple(size), kind, offset)
@@ -254,6 +265,9 @@ class State:
 
     def _read(self, stored: Stored, window: Sequence[tuple[int, int]]) -> Tensor:
         """That window of the whole tensor, out of one row; only the chunks that hold it are read."""
+        size, wanted = self._headers.pop(stored.file, (0, 0))
+        if zlib.crc32(self.shelf.span(stored.file, 0, size)) != wanted:
+            raise TornError(f"{stored.file} does not match its checksum")
         row, inside = stored.row, [(a - o, b - o) for (a, b), o in zip(window, stored.row.start, strict=True)]
         line = row.nbytes // row.size[0] if row.size else row.nbytes
         first, last = inside[0] if inside else (0, 1)
