@@ -10,8 +10,9 @@ bench.
 
 Crashes: the file operations of a save are recorded, and what the disk holds after each of them and after each byte of
 each write is loaded, once as it stands and once without all that was not synced; one and two processes, a new state and
-one in the place of another of its step (which happens to a torn one). Then each file of a state is cut at each byte, and each bit of it is turned. Wrong is what
-loads with other values than those that were saved, and a crash during a new state that loses the one before.
+one in the place of another of its step (which happens to a torn one). Then each file of a state is cut at each byte,
+and each bit of it is turned. Wrong is what loads with other values than those that were saved, and a crash during a new
+state that loses the one before.
 """
 
 from __future__ import annotations
