@@ -13,7 +13,7 @@ from puyu.device import table_peak
 from puyu.model.attention import PackedPlan
 from puyu.model.config import ExpertShape, ModelConfig
 from puyu.train.meter import Meter, work_of
-from puyu.train.objectives import LossOutput, lm_loss, means
+from puyu.train.objectives import lm_loss, means
 from puyu.train.optim import PARTS, part_of
 from puyu.train.trainer import Trainer, TrainerConfig
 from tests.train import toys
@@ -162,10 +162,10 @@ def test_norms_by_part_are_those_of_the_averaged_gradient(tmp_path):
 
     def objective(model, batch):
         output = lm_loss(model, batch)
-        grads = torch.autograd.grad(output.loss_sum / output.weight_sum, list(model.parameters()), retain_graph=True)
+        grads = torch.autograd.grad(output.loss_sum / output.weight_sum, list(model.parameters()))
         for (name, _), grad in zip(model.named_parameters(), grads, strict=True):
             seen.setdefault(part_of(name), []).append(grad.flatten())
-        return LossOutput(*output)
+        return lm_loss(model, batch)
 
     config = TrainerConfig(steps=1, group_norms_every=1)
     Trainer(toys.model(), objective, toys.source(), config, out=tmp_path).fit()
