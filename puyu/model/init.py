@@ -22,7 +22,7 @@ def init_weights(model: nn.Module, *, seed: int, std: float = 0.02) -> None:
             parameter.copy_(initial_value(name, tuple(parameter.shape), seed=seed, std=std))
 
 
-def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
+def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float = 0.02) -> Tensor:
     """The initial value of one parameter, fp32, drawn from a generator of its own."""
     if name.endswith("norm.weight"):
         return torch.ones(shape)

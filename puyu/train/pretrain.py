@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import Field
 
 from puyu.configure import Config, dump
@@ -23,17 +25,18 @@ from puyu.data.mix import Mixture, check_weights, expected_use
 from puyu.data.packing import PretrainSource, pack_pieces, piece_of
 from puyu.data.rows import Packing, Stretch
 from puyu.data.shards import TokenShard
-from puyu.device import pick_device
+from puyu.device import pick_device, pick_dtype
 from puyu.dist import current_world
 from puyu.errors import ConfigError
 from puyu.log import say
 from puyu.model.checkpoint import load_model, read_config
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
-from puyu.model.init import init_weights
+from puyu.model.init import init_weights, initial_value
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.corpus import Corpus, open_corpus
 from puyu.train.evaluate import GoOn, sampling
+from puyu.train.layouts import Blank
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
@@ -165,12 +168,12 @@ def run(
         shards, rules = out / "shards", config.classes
         writes = current_world().is_main
         corpus = open_corpus(config.data, tokenizer, shards, heldout=config.heldout, classes=rules, writes=writes)
-        model = place(first_model(config, tokenizer), dtype=config.dtype, device=device)
+        model, blank = first_model(config, tokenizer, device=device)
         parameters = count_parameters(model)
         phases = Phases(config, corpus, model)
         steps = sum(phase.steps for phase in config.phases)
         settings = config.trainer(steps, name="pretrain", identity=identity)
-        trainer = Trainer(model, lm_loss, phases.source, settings, out=out)
+        trainer = Trainer(model, lm_loss, phases.source, settings, out=out, blank=blank)
         trainer.on_step = on_step
         trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save)
         trainer.about = {"config": dump(config), "phases": phases.bands()}
@@ -194,10 +197,28 @@ def run(
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
 
-def first_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
-    """The model before the first step: a new one, or the base with room for the longest phase."""
-    if config.base is None:
-        return new_model(config, tokenizer)
+def first_model(config: PretrainConfig, tokenizer: Tokenizer, *, device: torch.device) -> tuple[CausalLM, Blank | None]:
+    """The model before the first step: the base with room for the longest phase, or a new one.
+
+    On several processes a new one has no numbers yet: its layout gives each process those of its part.
+    """
+    if config.base is not None:
+        return place(base_model(config, tokenizer), dtype=config.dtype, device=device), None
+    shape = new_shape(config, tokenizer)
+    if current_world().size == 1:
+        model = CausalLM(shape)
+        init_weights(model, seed=config.seed)
+        return place(model, dtype=config.dtype, device=device), None
+    with torch.device("meta"):
+        model = CausalLM(shape)
+    compute = pick_dtype(config.dtype, device)
+    model = place(model, dtype=str(compute).removeprefix("torch."), device=torch.device("meta"))
+    return model, Blank(device, partial(initial_value, seed=config.seed))
+
+
+def base_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
+    """The checkpoint that continued pretraining begins with; ConfigError or CheckpointError where it cannot."""
+    assert config.base is not None
     if "model" in config.model_fields_set:
         raise ConfigError("base and model are both given", remedy="leave model out: the base has its own shape")
     shape = read_config(config.base)
@@ -211,14 +232,12 @@ def first_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
     return model
 
 
-def new_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
-    """A model with initial weights that depend on the seed and the parameters' names only."""
+def new_shape(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The shape of a new model, with the tokenizer's special ids."""
     if config.model.vocab_size:
         check_vocabulary(tokenizer, config.model.vocab_size, folder=config.tokenizer)
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    model = CausalLM(model_config(config, tokenizer).with_(**ids))
-    init_weights(model, seed=config.seed)
-    return model
+    return model_config(config, tokenizer).with_(**ids)
 
 
 def model_config(config: PretrainConfig, tokenizer: Tokenizer | None = None) -> ModelConfig:

@@ -29,7 +29,7 @@ from puyu.model.heads import CausalLM
 from puyu.train import optim, parallel, state
 from puyu.train.evaluate import OnEvaluate, undisturbed
 from puyu.train.health import Heartbeat, Journal, Pace, StopSignal, Verdict, Watch, probe
-from puyu.train.layouts import make_layout
+from puyu.train.layouts import Blank, make_layout
 from puyu.train.memory import keep_freed_pages
 from puyu.train.meter import Meter
 from puyu.train.monitor import Tracer
@@ -78,14 +78,26 @@ class Trainer:
     """Owns model, optimizer and source for the length of a run."""
 
     def __init__(
-        self, model: nn.Module, objective: Objective, source: BatchSource, config: TrainerConfig, *, out: Path
+        self,
+        model: nn.Module,
+        objective: Objective,
+        source: BatchSource,
+        config: TrainerConfig,
+        *,
+        out: Path,
+        blank: Blank | None = None,
     ) -> None:
+        """`blank`: the model is on the meta device, and this is what its parameters become."""
         self.model, self.source, self.config, self.out = model, source, config, out
-        self.device = next(model.parameters()).device
+        self.device = blank.device if blank else next(model.parameters()).device
         self.world = current_world()
         keep_freed_pages(self.device)
         self.layout = make_layout(config.layout, model, objective, device=self.device)
+        if blank:
+            self.layout.allocate()
         self.layout.make_optimizer(config.optim)
+        if blank:
+            self.layout.fill(blank)
         self.reader = self.layout.reader
         self.meter = Meter(model, self.device, peak_tflops=config.peak_tflops)
         self.tracer = Tracer(config, out, device=self.device, rank=self.world.rank)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from puyu.train.layouts.base import Layout
+from puyu.train.layouts.base import Blank, Layout
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.pipeline import PipelineLayout
 from puyu.train.objectives import Objective
 
-__all__ = ["Layout", "LayoutConfig", "make_layout"]
+__all__ = ["Blank", "Layout", "LayoutConfig", "make_layout"]
 
 
 def make_layout(config: LayoutConfig, model: nn.Module, objective: Objective, *, device: torch.device) -> Layout:

@@ -6,7 +6,8 @@ so a process that computes what a peer computes too returns zeros. One process i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,16 @@ from puyu.train.pieces import Piece
 
 Sums = dict[str, float]
 """`loss`, `weight`, then the objective's metrics."""
+
+
+class Blank(NamedTuple):
+    """What a model on the meta device becomes: where it will lie, and the value of each whole parameter.
+
+    So no process ever holds more than its part of the model and one whole parameter.
+    """
+
+    device: torch.device
+    value: Callable[[str, tuple[int, ...]], Tensor]
 
 
 class Layout:
@@ -62,6 +73,19 @@ class Layout:
         step = self.make_step(objective)
         place.shard(step, self.mesh)
         return step
+
+    def allocate(self) -> None:
+        """Memory for a model on the meta device, of what this process holds; before the optimizer is made."""
+        self.step.to_empty(device=self.device)
+
+    @torch.no_grad()
+    def fill(self, blank: Blank) -> None:
+        """Give what this process holds its values."""
+        name, whole = "", torch.empty(0)
+        for piece in self.pieces():
+            if piece.name != name:  # slices of one parameter come in a row
+                name, whole = piece.name, blank.value(piece.name, piece.shape)
+            piece.tensor.copy_(whole[piece.window])
 
     def make_step(self, objective: Objective) -> Step:
         """Model and objective as one module."""
