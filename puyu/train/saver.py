@@ -268,6 +268,8 @@ class Saver:
         """What to do where a state was not saved, on every process; the states before are good. ResourceError: the disk
         is full, or may not be written."""
         self._hot, self._uploads = Beside(), Beside()
+        self.committed = -1
+        """The step of the last state that `wait` has seen committed on every process."""
         self._run, self._count, self._uploaded = "", 0, 0
 
     def prepare(self) -> None:
@@ -340,6 +342,7 @@ class Saver:
                 job.drop()
                 self.on_error(error or _elsewhere())
                 return
+        self.committed = job.progress.step
         if upload := job.upload:
             error = _failure_of(lambda: upload.run(job.text, wait=False))
             failed = agree([float(error is not None)], self.layout.device)[0] > 0

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from puyu.data.mix import key_of
 from puyu.data.packing import Batch
 from puyu.dist import current_world
-from puyu.errors import TrainingError
-from puyu.files import read_jsonl, write_json
+from puyu.errors import ResourceError, RetryError, TrainingError
+from puyu.files import clear_folder, read_jsonl, write_json
 from puyu.log import MetricsWriter, Progress, say
 from puyu.model.heads import CausalLM
 from puyu.train import optim, parallel, state
 from puyu.train.evaluate import OnEvaluate, undisturbed
-from puyu.train.health import Heartbeat, Journal, Pace, StopSignal, Verdict, Watch, probe
+from puyu.train.health import Heartbeat, Journal, Pace, Rows, StopSignal, Verdict, Watch, probe
 from puyu.train.layouts import Blank, make_layout
 from puyu.train.memory import keep_freed_pages
 from puyu.train.meter import Meter
@@ -120,7 +120,9 @@ class Trainer:
         self.watch = Watch(config.health)
         self._pace, self._reading, self._seconds = Pace(config.health), 0.0, 0.0
         self.journal = Journal(out / state.FOLDER, name=config.name)
-        self._writer: MetricsWriter | None = None
+        self._rows: Rows | None = None
+        self._again = self._tried = False
+        self.saver.on_error = self._make_room
 
     def resume(self) -> int:
         """Load the newest good state, if there is one; returns the completed steps."""
@@ -143,6 +145,33 @@ class Trainer:
         progress = state.Progress(self.done, self.tokens, self.source.state(), extra)
         return self.saver.save(progress, wait=wait, last=last)
 
+    def _save(self, *, wait: bool, last: bool, due: bool) -> None:
+        """Save; RetryError where a state that must not be missed (`wait`) was not saved at the second try, either."""
+        self._again = False
+        for self._tried in (False, True) if wait else (not due,):
+            self.save(wait=wait, last=last)
+            if not wait or self.saver.committed == self.done:
+                return
+        raise RetryError(
+            f"step {self.done}: the state could not be saved, the disk is full",
+            remedy=f"free some space on {self.out} and run the same command again",
+        )
+
+    def _make_room(self, error: BaseException) -> None:
+        """A state was not saved. Where the disk is full, all older states but one go, and it is tried again once; the
+        training goes on. Any other error is raised. Called on every process."""
+        full = self._agreed({"full": float(isinstance(error, ResourceError))})["full"]
+        if not full:
+            raise error
+        removed = [folder.path for folder in state.saved(self.out)[1:]]
+        if self.world.is_main:
+            for path in removed:
+                clear_folder(path)
+        self._again = not self._tried
+        room = "older states were removed" if removed else "there is no older state to remove"
+        then = "it is tried again" if self._again else "training goes on without"
+        self._note("disk full", f"{str(error).partition(chr(10))[0]}; {room}; {then}")
+
     def fit(self) -> dict[str, Any]:
         """Run (or go on) to the last step; returns steps, tokens, first and last loss, tokens per second."""
         self.saver.prepare()
@@ -155,8 +184,8 @@ class Trainer:
                 self._loop(stop, heart)
         finally:
             self.saver.close()
-            if self._writer:
-                self._writer.close()
+            if self._rows:
+                self._rows.close()
         self._check_share()
         return summarize(self.out / "metrics.jsonl")
 
@@ -170,11 +199,14 @@ class Trainer:
 
     def _open_metrics(self) -> None:
         """Rank 0 writes the rows of the steps from here on; rows of steps that are made again go."""
-        if self._writer:
-            self._writer.close()
+        if self._rows:
+            self._rows.close()
         if self.world.is_main:
-            path, boards = self.out / "metrics.jsonl", {"tensorboard": self.config.tensorboard}
-            self._writer = MetricsWriter(path, from_step=self.done + 1, wandb=self.config.wandb, **boards)
+            self._rows = Rows(self._metrics_from, self.journal, step=self.done + 1)
+
+    def _metrics_from(self, step: int) -> MetricsWriter:
+        config, path = self.config, self.out / "metrics.jsonl"
+        return MetricsWriter(path, from_step=step, tensorboard=config.tensorboard, wandb=config.wandb)
 
     def _description(self) -> dict[str, Any]:
         config = self.config
@@ -188,7 +220,7 @@ class Trainer:
 
     def _loop(self, stop: StopSignal, heart: Heartbeat) -> None:
         config = self.config
-        bar = Progress(config.name, config.steps, unit=config.unit, start=self.done) if self._writer else None
+        bar = Progress(config.name, config.steps, unit=config.unit, start=self.done) if self._rows else None
         while self.done < config.steps:
             heart.begin(self.done + 1)
             self.tracer.begin(self.done + 1)
@@ -200,8 +232,8 @@ class Trainer:
             if config.evaluate_every and self.done % config.evaluate_every == 0:
                 metrics |= self._evaluated()
             metrics |= self._compared(metrics)
-            if self._writer and bar:
-                self._writer.write(self.done, metrics)
+            if self._rows and bar:
+                self._rows.write(self.done, metrics)
                 notes = {name: metrics[name] for name in ("loss", "lr") if name in metrics}
                 bar.update(self.done - bar.done, work=metrics["step_tokens"], **notes)
             heart.at("callback")
@@ -211,9 +243,10 @@ class Trainer:
                 export(self.out, self.done, self.on_export)
             last = self.done == config.steps
             # While steps are bad the weights are suspect: no state is saved that a roll-back would go to.
-            if asked or last or (_due(self.done, config.checkpoint_every) and not self.watch.streak):
+            due = _due(self.done, config.checkpoint_every)
+            if asked or last or ((due or self._again) and not self.watch.streak):
                 with self.meter.span("save"):
-                    self.save(wait=asked or last, last=last)
+                    self._save(wait=asked or last, last=last, due=due)
             if asked and not last:
                 say(f"  {config.name}: stopped by a signal after step {self.done}, state saved; run again to go on")
                 raise SystemExit(143)

@@ -1,5 +1,6 @@
 """Runs that fall ill: what is found, what is done about it, and that the rest is the run without the bad batches."""
 
+import errno
 import math
 import os
 import signal
@@ -7,9 +8,10 @@ import signal
 import pytest
 import torch
 
-from puyu.errors import TrainingError
-from puyu.files import read_jsonl
-from puyu.train import state
+from puyu.errors import CheckpointError, RetryError, TrainingError
+from puyu.files import disk_errors, read_jsonl
+from puyu.log import MetricsWriter
+from puyu.train import saver, state
 from puyu.train.health import HealthConfig
 from puyu.train.objectives import LossOutput, lm_loss
 from tests.train import toys
@@ -162,3 +164,82 @@ def test_a_setting_of_the_watch_does_not_change_a_healthy_run(tmp_path):
     one.fit()
     two.fit()
     same(one, two)
+
+
+class Disk:
+    """A disk that is full for some writes of parts (counted from 1), or of rows."""
+
+    def __init__(self, monkeypatch, *, parts=(), rows=()):
+        self.parts, self.rows, self.count = parts, rows, {"parts": 0, "rows": 0}
+        put, write = saver.put, MetricsWriter.write
+
+        def put_or_fail(path, blocks):
+            if path.suffix == ".safetensors":
+                self.fail_at("parts", parts)
+            put(path, blocks)
+
+        def write_or_fail(writer, step, values):
+            with disk_errors(writer.path):
+                self.fail_at("rows", rows)
+            write(writer, step, values)
+
+        monkeypatch.setattr(saver, "put", put_or_fail)
+        monkeypatch.setattr(MetricsWriter, "write", write_or_fail)
+
+    def fail_at(self, what, full):
+        self.count[what] += 1
+        if self.count[what] in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+DENSE = {"steps": 12, "checkpoint_every": 3, "checkpoint_wait": 30.0}
+
+
+def test_a_full_disk_makes_room_and_the_save_is_tried_again(tmp_path, monkeypatch):
+    Disk(monkeypatch, parts=[3])
+    run = trainer(tmp_path / "full", **DENSE)
+    run.before_step = lambda _: run.saver._hot.idle(None)
+    run.fit()
+    (row,) = read_jsonl(run.out / state.FOLDER / "health.jsonl")
+    assert row["event"] == "disk full" and "disk full while writing" in row["text"]
+    assert row["text"].endswith("older states were removed; it is tried again")
+    assert [shelf.path.name for shelf in state.saved(run.out)] == ["step-00000012", "step-00000010"]
+    same(run, without(tmp_path / "clean", set(), **DENSE))
+
+
+def test_training_goes_on_without_saving_and_a_last_state_that_fails_is_no_success(tmp_path, monkeypatch):
+    Disk(monkeypatch, parts=range(2, 100))
+    run = trainer(tmp_path, **DENSE)
+    run.before_step = lambda _: run.saver._hot.idle(None)
+    with pytest.raises(RetryError, match="step 12: the state could not be saved") as caught:
+        run.fit()
+    assert caught.value.exit_code == 75
+    assert len(losses(tmp_path)) == 12 and [p.path.name for p in state.saved(tmp_path)] == ["step-00000003"]
+    assert any(
+        "training goes on without" in row["text"] for row in read_jsonl(tmp_path / state.FOLDER / "health.jsonl")
+    )
+    monkeypatch.undo()
+    again = trainer(tmp_path, model=toys.model(seed=9), **DENSE)
+    again.fit()
+    same(again, without(tmp_path / "clean", set(), **DENSE))
+
+
+def test_another_failure_to_save_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(saver, "put", lambda path, blocks: os.close(-1))
+    with pytest.raises(CheckpointError, match="could not be written"):
+        trainer(tmp_path, **DENSE).fit()
+
+
+def test_rows_wait_for_room_and_none_is_lost(tmp_path, monkeypatch):
+    Disk(monkeypatch, rows=[4, 5, 6])
+    run = trainer(tmp_path / "full")
+    run.fit()
+    assert [row["step"] for row in rows(run.out)] == list(range(1, 10))
+    assert events(run.out) == [("disk full", 4)]
+    same(run, without(tmp_path / "clean", set()))
+
+
+def test_rows_that_cannot_be_written_at_all_are_no_success(tmp_path, monkeypatch):
+    Disk(monkeypatch, rows=range(4, 100))
+    with pytest.raises(RetryError, match=r"6 rows of metrics\.jsonl could not be written"):
+        trainer(tmp_path).fit()
