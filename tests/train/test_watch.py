@@ -20,11 +20,11 @@ class Naive:
         self.held = []
 
     def expected(self, name):
-        return statistics.median(self.good[name][-(self.config.window // 4) :])
+        return statistics.median(self.good[name][-(self.config.window // 8) :])
 
     def spike(self, name, value, floor):
         errors = self.errors[name][-self.config.window :]
-        if len(errors) < 16:
+        if len(errors) < 32:
             return False
         center = statistics.median(errors)
         deviation = 1.4826 * statistics.median([abs(e - center) for e in errors])

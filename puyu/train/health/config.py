@@ -14,9 +14,10 @@ class HealthConfig(Config):
     """Bad steps in a row (not finite, or a spike) before the run goes back to a saved state; 0 stops at the first."""
     rollbacks: int = Field(default=2, ge=0)
     """How often a run goes back because of one place before it stops."""
-    spike: float = Field(default=10.0, ge=0)
-    """A loss or gradient norm this many deviations (by the median) above its level is a spike; 0: none is."""
-    window: int = Field(default=64, ge=32)
+    spike: float = Field(default=20.0, ge=0)
+    """A loss or gradient norm this many deviations (by the median) above its level is a spike; 0: none is. (Batches
+    of few documents lie far off now and then; the threshold leaves them alone.)"""
+    window: int = Field(default=128, ge=32)
     """Steps that level and deviations are taken from."""
     hang_seconds: float = Field(default=300.0, ge=0)
     """A process that makes no progress for so long hangs (ten times that in the first step, while saving and in

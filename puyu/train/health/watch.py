@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from puyu.train.health.config import HealthConfig
 
-_ENOUGH = 16
+_ENOUGH = 32
 """Forecasts that a threshold needs: so many steps after the start and after a change of phase are not judged."""
 _SIGMA = 1.4826
 """Standard deviations of a normal distribution in one median absolute deviation."""
@@ -47,7 +47,7 @@ class Series:
     """Recent values of one quantity, and how far each lay above the median of those before it."""
 
     def __init__(self, window: int) -> None:
-        self.values: deque[float] = deque(maxlen=window // 4)
+        self.values: deque[float] = deque(maxlen=window // 8)
         self.errors: deque[float] = deque(maxlen=window)
         self._held: list[float] = []
 
