@@ -219,7 +219,7 @@ class Trial:
     def bit_flip(self) -> None:
         """Killed; one bit of its newest state turns; begun again."""
         done, out = self.run("bit", kind="kill", at=self.steps // 2 + 10)
-        newest = sorted((out / "train_state").glob("step-*"))[-1]
+        newest = sorted((out / "train_state").glob("step-????????"))[-1]
         part = next(newest.glob("*.safetensors"))
         data = bytearray(part.read_bytes())
         data[len(data) // 2] ^= 1

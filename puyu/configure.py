@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -28,6 +28,8 @@ class Config(BaseModel):
     """Base of every config: frozen, unknown keys refused, docstrings under fields become help."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    free: ClassVar[Set[str]] = frozenset()
+    """Fields that change nothing of what is made: a run goes on when they are changed."""
 
     def inputs(self) -> list[tuple[str, Path]]:
         """(dotted field, path) of everything that this config reads: each value typed as a Path."""

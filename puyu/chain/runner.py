@@ -62,8 +62,9 @@ def stage_key(stage: Stage, config: Config) -> tuple[str, tuple[Input, ...]]:
         groups.setdefault(name, []).append(path)
     inputs = tuple(_input(name, paths) for name, paths in groups.items())
     keys = {item.path: item.key for item in inputs}
+    values = {name: value for name, value in dump(config).items() if name not in config.free}
     covered = [[item.name, item.key] for item in inputs]
-    return hash_json([stage.verb, stage.version, without_paths(dump(config), keys), covered]), inputs
+    return hash_json([stage.verb, stage.version, without_paths(values, keys), covered]), inputs
 
 
 def _input(name: str, paths: list[Path]) -> Input:

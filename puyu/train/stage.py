@@ -35,6 +35,8 @@ M = TypeVar("M", CausalLM, ScalarModel)
 class TrainingConfig(RunSettings):
     """The fields that every training stage has."""
 
+    free = FREE
+
     device: str = "auto"
     """auto, cpu or cuda."""
 

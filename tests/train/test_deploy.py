@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from puyu.chain.runner import stage_key
+from puyu.chain.stages import stage_of
 from puyu.configure import build
 from puyu.files import read_jsonl
 from puyu.train import pretrain
@@ -78,6 +80,16 @@ def test_auto_resume_goes_on_after_a_kill_bit_for_bit(world, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "ended with code -9: beginning again" in done.stderr and "going on from step" in done.stderr
     assert toys.losses(out) == losses
+
+
+def test_a_run_goes_on_when_only_its_layout_or_its_watch_is_changed(world):
+    root, _ = world
+    values = json.loads((root / "my.yaml").read_text())
+
+    def key(**changed):
+        return stage_key(stage_of("pretrain"), build(pretrain.PretrainConfig, values | changed))[0]
+
+    assert key() == key(health={"spike": 0}, layout={"params": "replica"}, checkpoint_every=7) != key(seed=1)
 
 
 SRUN = """#!/usr/bin/env bash
