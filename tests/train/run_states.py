@@ -43,7 +43,7 @@ def interrupted(out, **config):
 
 
 def full_disk(out):
-    """The second process cannot write the second state; without a hook both stop, with one both go on."""
+    """The second process cannot write the second state: both stop where the hook raises, else both go on."""
     real, calls = saver.put, []
 
     def put(path, blocks):
@@ -55,7 +55,9 @@ def full_disk(out):
     saver.put = put
     found = {}
     try:
-        trainer(out / "stops").fit()
+        stops = trainer(out / "stops")
+        stops.saver.on_error = saver._raise
+        stops.fit()
     except PuyuError as error:
         found["stops"] = [type(error).__name__, error.message]
     goes = trainer(out / "goes")

@@ -195,6 +195,7 @@ def test_what_fails_in_the_thread_is_raised_in_the_next_step(tmp_path, monkeypat
 
     monkeypatch.setattr(saver, "put", full)
     run, done = trainer(tmp_path / "stops"), []
+    run.saver.on_error = saver._raise
     run.on_step = lambda step, _: done.append(step) or (step == 7 and run.saver._hot.idle(None))
     with pytest.raises(ResourceError, match=r"disk full while writing .*step-00000006(.|\n)*remedy"):
         run.fit()
