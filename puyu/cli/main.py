@@ -53,7 +53,7 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb("generate", "answer every record of a file; resumable", "puyu.cli.generate"),
         Verb("serve", "OpenAI-compatible server", "puyu.cli.serve"),
         Verb("keys", "API keys of a server: make, list, revoke", "puyu.cli.keys"),
-        Verb("plan", "what serving a model will need: weights, KV cache, memory", "puyu.cli.plan"),
+        Verb("plan", "what a training run needs, and its fastest layout; with --serve: a server", "puyu.cli.plan"),
         Verb("bench", "quick numbers of the engine here, or load on any server", "puyu.cli.bench"),
         Verb("agent", "answer one task with tools", "puyu.cli.agent"),
     ),

@@ -186,9 +186,16 @@ def _read_shape(value: Mapping[str, Any]) -> Shape:
     )
 
 
+_ABOUT = "What serving a model will need. For a training run: puyu plan CONFIG.yaml --gpus N --device h100"
+
+
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code."""
-    options = argparse.ArgumentParser(prog="puyu plan", description="What serving a model will need.")
+    if not any(word.startswith("--serve") for word in argv) and set(argv) - {"-h", "--help"}:
+        from puyu.cli.plan_train import main as train
+
+        return train(argv)
+    options = argparse.ArgumentParser(prog="puyu plan", description=_ABOUT)
     options.add_argument("--serve", required=True, metavar="MODEL", help=f"folder, or one of {', '.join(SHAPES)}")
     options.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights [bf16]")
     options.add_argument("--kv", choices=tuple(KV_BYTES), default="bf16", help="of keys and values [bf16]")

@@ -1,0 +1,203 @@
+"""Peak of live tensor memory of one process: the parts of a trace put together along one step.
+
+The step is walked through: forward block by block, head and loss, backward, again for each micro-batch, then the
+update. At each point the live bytes are a sum of named kinds, and the largest sum is the peak.
+
+    peak_of(job, LayoutConfig(), processes=8).total
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from puyu.dist import World
+from puyu.model.config import ModelConfig
+from puyu.train.layouts.config import Extent, LayoutConfig
+from puyu.train.layouts.mesh import Mesh
+from puyu.train.layouts.schedules import Action, plan
+from puyu.train.layouts.stages import cut
+from puyu.train.planning.job import Job
+from puyu.train.planning.live import Stretch
+from puyu.train.planning.trace import Part, Trace
+
+TOKEN_BYTES = 28
+"""Of a batch: token, position, target (int64 each) and weight."""
+
+
+@dataclass
+class Peak:
+    """The largest sum of live bytes, where it stands, and what it is made of."""
+
+    total: int = 0
+    where: str = ""
+    kinds: dict[str, int] = field(default_factory=dict)
+
+
+class Walk:
+    """Live bytes by kind as a step goes by."""
+
+    def __init__(self, **kinds: int) -> None:
+        self.live, self.peak = dict(kinds), Peak()
+
+    def add(self, **kinds: int) -> None:
+        """Bytes that come (or, below 0, go)."""
+        for name, count in kinds.items():
+            self.live[name] = self.live.get(name, 0) + count
+
+    def touch(self, where: str, **above: int) -> None:
+        """A moment with these bytes more than the live ones."""
+        total = sum(self.live.values()) + sum(above.values())
+        if total > self.peak.total:
+            kinds = {name: self.live.get(name, 0) + above.get(name, 0) for name in {**self.live, **above}}
+            self.peak = Peak(total, where, {name: count for name, count in kinds.items() if count})
+
+
+def peak_of(job: Job, layout: LayoutConfig, *, processes: int = 1, accumulate: int = 1) -> Peak:
+    """Of one process (of a pipeline the fullest of the first and the last)."""
+    mesh = Mesh(layout, World(0, processes))
+    stages, tokens = layout.pipeline, job.batch_tokens // (mesh.data * accumulate * layout.sequence)
+    micro = accumulate if layout.schedule == "gpipe" else min(accumulate, max(2, 3 * stages))
+    orders = plan(layout.schedule, stages, micro, layout.virtual)
+    peaks = [_Step(job, mesh, tokens, rank).walk(orders[rank]) for rank in sorted({0, stages - 1})]
+    return max(peaks, key=lambda peak: peak.total)
+
+
+def trace_of(job: Job, mesh: Mesh, accumulate: int) -> Trace:
+    """The parts of a model as one process of that mesh computes a micro-batch."""
+    return job.trace(mesh.config.tensor, job.batch_tokens // (mesh.data * accumulate * mesh.config.sequence))
+
+
+def extent(kind: Extent, mesh: Mesh) -> int:
+    """Processes that share a state of that extent."""
+    return {"replica": 1, "partial": mesh.config.shard_size, "full": mesh.peers}[kind]
+
+
+class _Step:
+    """One step of one process, as its schedule orders it. `block`: bytes of a whole block's master weights here."""
+
+    def __init__(self, job: Job, mesh: Mesh, tokens: int, rank: int) -> None:
+        config, model = mesh.config, job.slice(mesh.config.tensor)
+        self.config, self.trace = config, job.trace(config.tensor, tokens)
+        self.block, table = job.block(config.tensor) * job.master, model.vocab_size * model.hidden_size * job.master
+        costs = [float(self.block)] * model.num_layers
+        costs[-1] += table
+        self.cuts, self.last = cut(costs, parts=config.chunks), config.chunks - 1
+        mine = range(rank, config.chunks, config.pipeline)
+        tables = (0 in mine) + (self.last in mine and not (model.tie_embeddings and 0 in mine))
+        self.root = tables * table
+        whole = self.root + self.block * sum(len(self.cuts[chunk]) for chunk in mine)
+        self.params, self.grads, states = (extent(kind, mesh) for kind in (config.params, config.grads, config.states))
+        self.share = max(self.params, self.grads)
+        self.largest = max(table * min(tables, 1), 2 * model.intermediate_size * model.hidden_size * job.master)
+        self.divided = self.share > 1 or states > 1
+        self._activations(model, tokens, job.dtype.itemsize)
+        self.has_gradients: set[int] = set()
+        batch = TOKEN_BYTES * job.batch_tokens // (mesh.data * config.sequence)
+        self.now = Walk(weights=whole // self.params, states=2 * whole // states, batch=batch)
+
+    def _activations(self, model: ModelConfig, tokens: int, size: int) -> None:
+        """What layouts add to, and take from, the counted ones."""
+        config, heads = self.config, model.num_heads + 2 * model.num_kv_heads
+        self.passed = tokens * model.hidden_size * size // config.tensor
+        self.tile, kept = 0, -round(2 * self.trace.norm * (1 - 1 / config.tensor))  # norms see a part of the tokens
+        if config.sequence > 1 and config.attention == "ulysses":  # queries, keys and values as they came
+            kept += tokens * heads * model.head_dim * size
+        elif config.sequence > 1:  # scores of a block of queries, three times
+            self.tile = 3 * max(4, size) * model.num_heads * min(512, tokens) * tokens
+        forward, *backward = self.trace.block
+        block = Part(_shifted(forward, kept), *(_shifted(part, -kept) for part in backward))
+        self.trace = self.trace._replace(block=block)
+
+    def walk(self, order: Sequence[Action]) -> Peak:
+        """The peak of a step in this order."""
+        for kind, chunk, _ in order:
+            if kind != "W":  # zero-bubble's later half: what it still holds is small beside what B gives back
+                (self._forward if kind == "F" else self._backward)(chunk)
+        self.now.live |= {"activations": 0, "gathered": 0, "buffers": 0, "reducing": 0}
+        self.now.touch("the update", buffers=self.largest if self.divided else 0)
+        return self.now.peak
+
+    def _run(self, where: str, stretch: Stretch) -> None:
+        self.now.touch(where, activations=stretch.peak + (self.tile if "block" in where else 0))
+        self.now.add(activations=stretch.stays)
+
+    def _forward(self, chunk: int) -> None:
+        layers, block = len(self.cuts[chunk]), self.trace.block.forward
+        if self.params > 1 and not self.now.live.get("gathered"):
+            self.now.live["gathered"] = self.root
+            self.now.touch("gathering embedding and head", buffers=self.root)
+            self.now.live["buffers"] = self.root
+        if chunk:
+            self.now.add(activations=self.passed)
+        else:
+            self._run("the embedding", self.trace.embedding.forward)
+        for layer in _ends(layers):
+            if layer == layers - 2:
+                self.now.add(activations=max(0, layers - 4) * block.stays)
+            if self.params > 1:  # the buffer of the block before is freed when this one's has come
+                self.now.touch("gathering a block", buffers=self.block)
+                self.now.live["buffers"] = self.block
+                self.now.add(gathered=self.block)
+            self._run("a block, forward", block)
+            self.now.add(gathered=-self.block if self.params > 1 else 0)
+        if chunk == self.last:
+            self._run("head and loss", self.trace.head.forward)
+        else:
+            self.now.add(activations=-self.passed if layers else 0)  # what is passed on is freed once it is sent
+        self.now.live["buffers"] = 0
+
+    def _backward(self, chunk: int) -> None:
+        layers, first = len(self.cuts[chunk]), chunk not in self.has_gradients
+        if chunk == self.last:
+            self._part("head and loss, backward", self.trace.head, 0, first=first)
+        else:
+            self.now.add(activations=self.passed)
+        for layer in reversed(_ends(layers)):
+            if layer == 1:
+                self._skip(max(0, layers - 4), first=first)
+            if self.params > 1:
+                self.now.live["buffers"] = self.block
+                self.now.add(gathered=self.block)
+                self.now.touch("gathering a block")
+                self.now.live["buffers"] = self.block if layer else 0  # the next one's comes meanwhile
+            self._part("a block, backward", self.trace.block, self.block, first=first)
+        if chunk:
+            self.now.add(activations=-2 * self.passed)
+        else:
+            self._part("the embedding, backward", self.trace.embedding, self.root, first=first)
+        self.now.live |= {"buffers": 0}
+        self.has_gradients.add(chunk)
+        if self.config.pipeline == 1:
+            self.now.live |= {"activations": 0, "gathered": 0}
+
+    def _skip(self, layers: int, *, first: bool) -> None:
+        """The backward pass of layers that are not looked at."""
+        self.now.add(activations=layers * self.trace.block.later.stays)
+        if first:
+            self.now.add(gradients=layers * (self.block // self.share))
+
+    def _part(self, where: str, part: Part, weights: int, *, first: bool) -> None:
+        """A part's backward pass; gradients of sharded weights are summed and divided at once."""
+        if self.share == 1:
+            self._run(where, part.first if first else part.later)
+            fresh = weights if first else 0  # the head's table comes with the head, the sum is the same
+            self.now.add(activations=-fresh, gradients=fresh)
+            return
+        self._run(where, part.first)
+        if weights:
+            self.now.add(gathered=-weights if self.params > 1 else 0)
+            self.now.live["reducing"] = 0
+            self.now.touch(f"summing gradients, {where}", reducing=weights + weights // self.share)
+            self.now.add(activations=-weights, gradients=weights // self.share if first else 0)
+            self.now.live["reducing"] = weights if self.params > 1 else 0
+
+
+def _ends(layers: int) -> list[int]:
+    """The first and last two layers: between them all grows in a line."""
+    return sorted({*range(min(2, layers)), *range(max(0, layers - 2), layers)})
+
+
+def _shifted(stretch: Stretch, kept: int) -> Stretch:
+    """The same where more (or less) is kept, or given back."""
+    return stretch._replace(peak=stretch.peak + max(kept, 0), stays=stretch.stays + kept)

@@ -1,0 +1,143 @@
+"""Memory and work of the parts of a model, counted on its own code: two micro-batches pass through three blocks of fake
+tensors, whatever the sizes. Embedding, one block and the head (with its loss) are told apart by hooks; a plan puts them
+together for any depth. Parameters are not counted, new gradients are.
+
+    trace_model(config, tokens=4096, row=4096, dtype=torch.bfloat16).block.forward.stays
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from puyu.model.attention import PackedPlan
+from puyu.model.config import ModelConfig
+from puyu.model.heads import CausalLM
+from puyu.train import objectives
+from puyu.train.planning.live import LiveBytes, Stretch
+
+LONG = 2048
+"""Rows from here on run through a flash kernel everywhere, and all grows in a line with the tokens."""
+
+
+class Part(NamedTuple):
+    """One part: forward; backward when it makes gradients; backward when it adds to those of a micro-batch before."""
+
+    forward: Stretch
+    first: Stretch
+    later: Stretch
+
+
+class Trace(NamedTuple):
+    """The parts of a model, and what the forward pass of a norm keeps."""
+
+    embedding: Part
+    block: Part
+    head: Part
+    norm: int
+
+
+def trace_model(config: ModelConfig, *, tokens: int, row: int, dtype: torch.dtype, cpu: bool = False) -> Trace:
+    """Count one process's micro-batch of `tokens` tokens in documents of `row`, computed in `dtype` on a GPU or CPU.
+
+    `tokens` may be a part of a long row, and is then a part of the work on it.
+    """
+    with _default(torch.float64 if dtype == torch.float64 else torch.float32):
+        head = _trace_head(config, tokens, dtype, "cpu" if cpu else "meta")
+        if row < LONG:
+            embedding, block, norm = _trace_trunk(config, tokens, min(row, tokens), dtype)
+            return Trace(embedding, block, head, norm)
+        low, high = (_trace_trunk(config, times * row, row, dtype) for times in (1, 2))
+    share = tokens / row - 1
+    return Trace(_between(low[0], high[0], share), _between(low[1], high[1], share), head, low[2] * tokens // row)
+
+
+def _between(low: Part, high: Part, share: float) -> Part:
+    return Part(*(a.towards(b, share) for a, b in zip(low, high, strict=True)))
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """Master weights are made in this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _trace_trunk(config: ModelConfig, tokens: int, row: int, dtype: torch.dtype) -> tuple[Part, Part, int]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():  # tensors that say they are a CPU's: its attention keeps what a GPU's flash kernel does
+        model = CausalLM(config.with_(num_layers=3, windows=()))
+        model.set_compute_dtype(dtype)
+        return _count_trunk(model, tokens, row)
+
+
+def _count_trunk(model: CausalLM, tokens: int, row: int) -> tuple[Part, Part, int]:
+    live = LiveBytes(model.parameters())
+    found: dict[str, list[Stretch]] = {}
+
+    def mark(name: str) -> None:
+        found.setdefault(name, []).append(live.mark())
+
+    for index, block in enumerate(model.trunk.layers):
+        block.register_forward_pre_hook(partial(_entered, mark, index))
+        block.register_forward_hook(partial(_left, mark, index))
+    ids, plan = torch.zeros(tokens, dtype=torch.long), PackedPlan.build(range(0, tokens, row), tokens)
+    with live:
+        for _ in range(2):
+            mark("between")
+            hidden_TD = model.trunk(ids, ids, plan)
+            mark("norm")
+            grad_TD = torch.empty_like(hidden_TD)
+            mark("gradient")
+            hidden_TD.backward(grad_TD)
+            del hidden_TD, grad_TD
+            mark("backward -1")
+    first, middle = (Part(found[f"forward {i}"][0], *found[f"backward {i}"]) for i in (-1, 1))
+    # What a block keeps is what its backward pass gives back: its input may be alive at one mark and not at the other.
+    return first, middle._replace(forward=middle.forward._replace(stays=-middle.later.stays)), found["norm"][0].stays
+
+
+def _entered(mark: Callable[[str], None], index: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    if index == 0:  # what enters the others is what left the one before
+        mark("forward -1")
+        inputs[0].register_hook(lambda _: mark("backward 0"))
+
+
+def _left(mark: Callable[[str], None], index: int, _: nn.Module, inputs: object, output: Tensor) -> None:
+    mark(f"forward {index}")
+    output.register_hook(lambda _: mark(f"backward {index + 1}"))
+
+
+def _trace_head(config: ModelConfig, tokens: int, dtype: torch.dtype, device: str) -> Part:
+    """Norm and loss: on a CPU a few tokens for real, because its loss is native code."""
+    if device == "cpu" and tokens > 2 * objectives.CHUNK_ROWS:
+        low, high = (_trace_head(config, times * objectives.CHUNK_ROWS, dtype, device) for times in (1, 2))
+        return _between(low, high, tokens / objectives.CHUNK_ROWS - 1)
+    found = []
+    with torch.device(device):
+        model = CausalLM(config.with_(num_layers=1, windows=()))
+        ids, weights = torch.zeros(tokens, dtype=torch.long), torch.ones(tokens, dtype=torch.float32)
+        live = LiveBytes([*model.parameters(), ids, weights])
+        for _ in range(2):
+            with live:
+                x_TD = torch.zeros(tokens, config.hidden_size, dtype=dtype, requires_grad=True)
+                live.mark()
+                hidden_TD = model.trunk.norm(x_TD)
+                loss, _ = objectives.chunked_cross_entropy(hidden_TD, objectives.head_weight(model), ids, weights)
+                del hidden_TD
+                found.append(live.mark())
+                loss.backward()
+                del loss, _
+                found.append(live.mark())
+                del x_TD
+    return Part(found[0], found[1], found[3])

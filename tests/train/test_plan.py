@@ -1,0 +1,193 @@
+"""`puyu plan`: counts against real models, memory against real steps, legal layouts against a naive twin, rows for the
+shapes of InternLM."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import product
+
+import pytest
+import torch
+
+from bench import plan_worker
+from puyu.cli.main import main
+from puyu.model.config import ExpertShape, ModelConfig
+from puyu.model.heads import CausalLM
+from puyu.train.layouts.config import LayoutConfig
+from puyu.train.layouts.schedules import bubble
+from puyu.train.layouts.schedules import plan as order
+from puyu.train.planning.job import Job, parameters
+from puyu.train.planning.live import LiveBytes
+from puyu.train.planning.memory import peak_of
+from puyu.train.planning.search import layouts, search
+from puyu.train.planning.speed import DEVICES, bubble_share, seconds_of
+from tests.conftest import ROOT
+
+TINY = {"vocab_size": 256, "hidden_size": 64, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2}
+TINY |= {"intermediate_size": 176}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_embeddings": True, "num_kv_heads": 1},
+        {"family": "internlm", "qkv_bias": True, "out_bias": True, "num_kv_heads": 4},
+        {"family": "qwen3", "head_dim": 32},
+        {"family": "mixtral", "experts": ExpertShape(count=4, per_token=2, size=48)},
+        {
+            "family": "qwen2_moe",
+            "qkv_bias": True,
+            "experts": ExpertShape(count=4, per_token=2, size=48, shared_size=80),
+        },
+    ],
+)
+def test_parameters_by_kind_are_those_of_the_model(changes):
+    config = ModelConfig(**(TINY | changes))
+    with torch.device("meta"):
+        model = CausalLM(config)
+    assert parameters(config).total() == sum(parameter.numel() for parameter in model.parameters())
+    job = Job(config, 64, 64)
+    whole = job.block(1) * 6 + parameters(config)["embedding"] + parameters(config)["head"] + 64  # the last norm
+    assert whole == job.kinds.total() == job.held(1) + 64
+
+
+def test_live_bytes_follow_storages():
+    kept = torch.zeros(100)
+    with LiveBytes([kept]) as live:
+        assert live.now() == 400
+        view = kept[10:]
+        other = view + 1  # 360 more
+        other.untyped_storage().resize_(0)
+        del view
+        big = torch.ones(1000)
+        del big
+        stretch = live.mark()
+    assert (stretch.peak, stretch.stays) == (4000, 0) and stretch.work.products == 0
+    with LiveBytes() as live:
+        a = torch.ones(8, 16) @ torch.ones(16, 4)
+        assert live.mark().work.products == 2 * 8 * 16 * 4 and a.shape == (8, 4)
+
+
+CASES = [
+    {"model": TINY, "rows": 2, "row": 128, "dtype": "float32", "settings": {}},
+    {"model": TINY, "rows": 2, "row": 64, "dtype": "bfloat16", "settings": {"accumulate": 3}},
+    {
+        "model": TINY | {"vocab_size": 9000, "tie_embeddings": True},
+        "rows": 1,
+        "row": 96,
+        "dtype": "float32",
+        "settings": {},
+    },
+    {"model": TINY | {"num_layers": 1}, "rows": 4, "row": 64, "dtype": "float64", "settings": {}},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peak_of_live_bytes_is_the_measured_one(case, tmp_path):
+    accumulate = case["settings"].get("accumulate", 1)
+    tokens = case["rows"] * case["row"] * accumulate
+    job = Job(ModelConfig(**case["model"]), case["row"], tokens, getattr(torch, case["dtype"]), cpu=True)
+    said = peak_of(job, LayoutConfig(), accumulate=accumulate)
+    found = plan_worker.measured(case, tmp_path, count=True)["peak"]
+    assert said.total == pytest.approx(found, rel=0.03)
+    assert sum(said.kinds.values()) == said.total
+
+
+def naive_layouts(processes: int, heads: int, kv_heads: int, layers: int) -> set[tuple]:
+    """Sizes and extents by the rules as a person would say them."""
+    found = set()
+    depth = {"replica": 0, "partial": 1, "full": 2}
+    for tensor, sequence, pipeline in product(range(1, processes + 1), repeat=3):
+        if processes % (tensor * sequence * pipeline) or kv_heads % tensor or pipeline > layers:
+            continue
+        peers = processes // (tensor * pipeline)
+        for attention, schedule in product(("ulysses", "ring"), ("gpipe", "1f1b", "interleaved", "zero-bubble")):
+            heads_fit = heads % (tensor * sequence) == 0 and (
+                kv_heads // tensor % sequence == 0 or sequence % (kv_heads // tensor) == 0
+            )
+            if (sequence == 1 and attention == "ring") or (sequence > 1 and attention == "ulysses" and not heads_fit):
+                continue
+            if (pipeline == 1 and schedule != "1f1b") or (schedule == "interleaved" and 2 * pipeline > layers):
+                continue
+            for params, grads, states in product(depth, repeat=3):
+                kinds = {params, grads, states}
+                if peers == 1 and kinds != {"full"}:
+                    continue  # all the same
+                if "partial" in kinds and (peers < 4 or peers % 2):
+                    continue
+                if depth[params] > depth[states] or depth[grads] > depth[states]:
+                    continue
+                if params != "replica" and grads not in ("replica", params):
+                    continue
+                if schedule == "zero-bubble" and params != "replica" and peers > 1:
+                    continue
+                found.add((tensor, sequence, pipeline, attention, schedule, params, grads, states))
+    return found
+
+
+@pytest.mark.parametrize(("processes", "heads", "kv_heads", "layers"), [(8, 8, 2, 6), (4, 4, 4, 1), (6, 6, 3, 3)])
+def test_legal_layouts_are_those_of_a_naive_twin(processes, heads, kv_heads, layers):
+    sizes = {"vocab_size": 720, "hidden_size": 48, "intermediate_size": 720, "head_dim": 8}
+    model = ModelConfig(num_layers=layers, num_heads=heads, num_kv_heads=kv_heads, **sizes)
+    refused = Counter()
+    found = [
+        (x.tensor, x.sequence, x.pipeline, x.attention, x.schedule, x.params, x.grads, x.states)
+        for x in layouts(processes, model, refused)
+    ]
+    assert len(found) == len(set(found)) and set(found) == naive_layouts(processes, heads, kv_heads, layers)
+    assert refused.total() > 0
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero-bubble"])
+def test_idle_share_is_that_of_the_schedule(schedule):
+    layout = LayoutConfig(pipeline=4, schedule=schedule)
+    idle = bubble(order(schedule, 4, 16, layout.virtual if schedule == "interleaved" else 1))
+    assert bubble_share(layout, 16) == pytest.approx(idle / (1 - idle), rel=1e-9)
+
+
+def published(name: str) -> ModelConfig:
+    shapes = {"1.8b": (2048, 24, 16, 8, 8192), "7b": (4096, 32, 32, 8, 14336), "20b": (6144, 48, 48, 8, 16384)}
+    hidden, layers, heads, kv_heads, inner = shapes[name]
+    return ModelConfig(
+        vocab_size=92544, hidden_size=hidden, num_layers=layers, num_heads=heads, num_kv_heads=kv_heads,
+        intermediate_size=inner,
+    )  # fmt: skip
+
+
+def test_rows_of_the_published_shapes():
+    job = Job(published("7b"), 4096, 4194304)
+    found = search(job, DEVICES["h100"], processes=8)
+    best = found.best[0]
+    assert best.peak.total < 80e9 and found.refused["needs too much memory"]
+    assert [row.seconds.total for row in found.best] == sorted(row.seconds.total for row in found.best)
+    # 6 N + 12 L d T of 4,194,304 tokens on 8 x 989 TFLOP/s are 26.8 s: a step takes between 1.5 and 4 times that
+    assert 1.5 < best.seconds.total / 26.8 < 4
+    # weights, gradients and moments alone: 16 B x 7.74 B / 8
+    assert best.peak.total > 15.4e9
+    one = peak_of(Job(published("1.8b"), 4096, 4096), LayoutConfig(), accumulate=1)
+    assert 16 * 1.889e9 < one.total < 80e9  # a single card holds it
+    many = peak_of(Job(published("20b"), 4096, 64 * 4096), LayoutConfig(), processes=64)
+    few = peak_of(Job(published("20b"), 4096, 16 * 4096), LayoutConfig(), processes=16)
+    assert few.total - many.total == pytest.approx(16 * 19.86e9 * (1 / 16 - 1 / 64), rel=0.4)
+    slow = seconds_of(job, LayoutConfig(), DEVICES["a100"], processes=8, accumulate=128).total
+    assert slow > 2 * seconds_of(job, LayoutConfig(), DEVICES["h100"], processes=8, accumulate=128).total
+
+
+def test_the_command(capsys):
+    recipe = str(ROOT / "recipes" / "internlm2_7b.yaml")
+    assert main(["plan", recipe, "--gpus", "4", "--device", "h200", "--json", "--set", "batch_tokens=131072"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["pick"] == value["best"][0] and value["pick"]["memory"]["peak"] < 141e9
+    assert sum(v for k, v in value["pick"]["seconds"].items() if k != "step") == pytest.approx(
+        value["pick"]["seconds"]["step"]
+    )
+    assert main(["plan", recipe, "--gpus", "1", "--memory", "40", "--set", "batch_tokens=8192"]) == 1
+    assert "nothing fits: the least is" in capsys.readouterr().out
+    assert main(["plan", recipe, "--gpus", "4", "--phase", "9"]) != 0
+    assert "has 3 phases" in capsys.readouterr().err
+    small = ["--set", "batch_tokens=8192", "--set", "model.num_layers=4", "--set", "model.hidden_size=512"]
+    assert main(["plan", recipe, "--gpus", "2", "--explain", *small]) == 0
+    text = capsys.readouterr().out
+    assert "a block keeps" in text and "refused" in text and "pick:" in text
