@@ -29,8 +29,33 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product(x, self.weight, self.bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., I], W [O, I] -> x W^T + b in the dtype of x; no copy of W in that dtype lives longer than the product."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if weight.dtype == x.dtype or not torch.is_grad_enabled():
+        return F.linear(x, weight.to(x.dtype), bias)
+    found: Tensor = _CastProduct.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _CastProduct(torch.autograd.Function):
+    """F.linear that casts W again for the backward pass: else all copies together would be a second model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows, (of_x, of_weight, of_bias) = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+        grad_x = (rows @ weight.to(grad.dtype)).view(x.shape) if of_x else None
+        grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if of_weight else None
+        return grad_x, grad_weight, rows.sum(0) if of_bias else None
 
 
 _KERNEL_GROUPS = (256, 128, 64, 32)

@@ -4,14 +4,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from puyu.errors import ConfigError, TrainingError
 from puyu.files import read_json, write_json
 from puyu.model.config import ExpertShape
+from puyu.model.linear import Linear
 from puyu.model.packed import PackedPlan
 from puyu.train.layouts import LayoutConfig, make_layout
 from puyu.train.layouts.certify import DENSE, REPLICA, Case, advance, make_model, spawn, start
 from puyu.train.layouts.ring import RingPlan
+from puyu.train.layouts.shares import Dim
+from puyu.train.layouts.tensor import slice_model
 from puyu.train.objectives import lm_loss, ranking_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.pieces import gather_whole
@@ -163,6 +167,32 @@ def test_the_ring_of_one_is_packed_attention(window, dtype, limit):
     ours, theirs = (torch.autograd.grad((output * weights).sum(), inputs) for output in (found, wanted))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=4 * limit)
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_no_copy_of_a_matrix_waits_for_the_backward_pass(sliced):
+    """bf16 products of fp32 masters: what autograd keeps, and gradients against those of a cast that it keeps."""
+    model, batch, kept = toys.model(dtype=torch.float32, qkv_bias=True, out_bias=True), toys.source().next_batch(), []
+    model.set_compute_dtype(torch.bfloat16)
+    if sliced:  # the modules of tensor parallelism, with one process
+        slice_model(model, Dim())
+
+    def keep(tensor):
+        kept.append((tensor.shape, tensor.dtype))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = lm_loss(model, batch).loss_sum
+    loss.backward()
+    shapes = {module.weight.shape for module in model.trunk.layers.modules() if isinstance(module, Linear)}
+    assert len(shapes) == 4 and {(shape, torch.float32) for shape in shapes} <= set(kept)  # the masters
+    turned = {torch.Size(reversed(shape)) for shape in shapes}
+    assert not {(shape, torch.bfloat16) for shape in shapes | turned} & set(kept)
+    layer, x = model.trunk.layers[0].attention.out, torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
+    x, grads = x.bfloat16().requires_grad_(), []
+    for y in (layer(x), F.linear(x, layer.weight.to(x.dtype)) + layer.bias.to(x.dtype)):
+        grads.append(torch.autograd.grad(y.square().sum(), (x, layer.weight, layer.bias)))
+    assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
 
 
 def test_muon_on_shards_and_products_in_bf16(tmp_path):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM
 from puyu.model.layers import GatedMLP, RMSNorm
-from puyu.model.linear import Linear
+from puyu.model.linear import Linear, product
 from puyu.model.transformer import Block
 from puyu.train.layouts.comm import Group, gather_tokens, row_range, scatter_tokens
 from puyu.train.layouts.shares import Cut, Dim
@@ -38,7 +38,7 @@ class ScatterLinear(Linear):
     group: Group = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = scatter_tokens(F.linear(x, self.weight.to(x.dtype)), self.group)
+        y = scatter_tokens(product(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
