@@ -24,10 +24,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"{'largest difference of a loss':<48} processes  float64  float32: step 1  all {steps:<4} bits")
     for row in certify(cases, steps=steps):
         failed += not row.holds
-        numbers = {"float64": row.float64, "first": row.first, "float32": row.float32, "weights": row.weights}
+        numbers = {"float64": row.float64, "first": row.first, "float32": row.float32}
         if given.json:
             about = {"layout": row.case.name, "world": row.case.world, "like": row.case.like, "holds": row.holds}
-            print(json.dumps(about | numbers | {"bits": row.bits}), flush=True)
+            more = {"weights": row.weights, "norms": row.norms, "bits": row.bits}
+            print(json.dumps(about | numbers | more), flush=True)
             continue
         bits = "" if row.bits < 0 else "equal" if row.bits == 0 else f"{row.bits} differ"
         words = f"{row.float64:>10.1e} {row.first:>15.1e} {row.float32:>9.1e}  {bits:<10}"

@@ -51,7 +51,8 @@ class MuonAdamW(torch.optim.Optimizer):
             self.state[parameter]["momentum"] = torch.zeros_like(parameter)
             return
         zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        self.state[parameter] = {"step": torch.zeros(()), **zeros}
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)  # where the fused step wants it
+        self.state[parameter] = {"step": step, **zeros}
 
     def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Matrices of one shape: their products run as one batch."""

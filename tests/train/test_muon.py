@@ -35,6 +35,13 @@ def test_groups_without_momentum_take_exactly_torchs_adamw_step():
     assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters(), strict=True))
 
 
+def test_the_count_of_steps_lies_where_the_parameter_lies():
+    weight = nn.Parameter(torch.zeros(4, device="meta"))
+    optimizer = MuonAdamW([{"params": [weight]}], betas=(0.9, 0.95), eps=1e-8)
+    optimizer.allocate()
+    assert {state.device.type for state in optimizer.state[weight].values()} == {"meta"}
+
+
 def test_a_muon_step_has_the_size_of_its_rate():
     weight = nn.Parameter(torch.zeros(16, 4))
     optimizer = MuonAdamW([{"params": [weight], "lr": 0.1, "momentum": 0.95}], betas=(0.9, 0.95), eps=1e-8)

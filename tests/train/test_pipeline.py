@@ -19,7 +19,7 @@ from puyu.model.config import ExpertShape
 from puyu.train import pretrain, state
 from puyu.train.layouts import LayoutConfig, make_layout
 from puyu.train.layouts.shares import Dim
-from puyu.train.layouts.stages import LateWeights, add_products, cut
+from puyu.train.layouts.stages import LateWeights, add_products, costs, cut
 from puyu.train.layouts.tensor import slice_model
 from puyu.train.objectives import lm_loss, ranking_loss
 from puyu.train.optim import OptimConfig
@@ -195,6 +195,16 @@ def test_late_gradients_of_weights_are_bitwise_those_of_one_pass(compute, sliced
     for one, two in zip(plain.parameters(), late.parameters(), strict=True):
         assert torch.equal(one.grad, two.grad)
     assert "forward" not in vars(late.trunk.layers[0].mlp.down)
+
+
+def test_tensor_peers_cut_alike():
+    """163 words in two slices, 82 rows and 81; a block costs what 82 rows do, so the fewer would move the cut."""
+    cuts = []
+    for rank in range(2):
+        model = toys.model(vocab_size=163, num_layers=4, intermediate_size=36, qkv_bias=True, out_bias=True)
+        slice_model(model, Dim(rank, 2))
+        cuts.append(cut(costs(model, slices=2), parts=2))
+    assert cuts[0] == cuts[1]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])

@@ -136,6 +136,7 @@ class Layout:
         sums: Sums = {"loss": 0.0, "weight": 0.0}
         for batch in batches:
             add_sums(sums, self.step(self.part(batch.to(self.device))))
+        place.forget_whole(self.step)
         return sums if self.tells else dict.fromkeys(sums, 0.0)
 
     def norm(self) -> float:

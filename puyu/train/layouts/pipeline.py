@@ -163,7 +163,7 @@ class PipelineLayout(Layout):
         dist.all_reduce(torch.zeros((), device=self.device), group=group)  # NCCL: all must meet before pairs do
         self.line = Line(group)
         self.tied = model.head is None and self.line.rank in (0, config.pipeline - 1)
-        cuts = cut(costs(model), parts=config.chunks)
+        cuts = cut(costs(model, slices=config.tensor), parts=config.chunks)
         return Stage(model, cuts, rank=self.line.rank, stages=config.pipeline, slices=config.tensor)
 
     def make_optimizer(self, config: OptimConfig) -> None:
@@ -213,6 +213,7 @@ class PipelineLayout(Layout):
             for name, value in self._evaluate(self.part(batch.to(self.device))).items():
                 sums[name] = sums.get(name, 0.0) + value
         self.line.settle()
+        place.forget_whole(self.step)
         return sums if self.tells else dict.fromkeys(sums, 0.0)
 
     def _evaluate(self, batch: Batch) -> Sums:

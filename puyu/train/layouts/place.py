@@ -75,6 +75,13 @@ def synchronize(step: Step, mesh: Mesh, *, last: bool) -> None:
         step.set_is_last_backward(last)
 
 
+def forget_whole(step: Step) -> None:
+    """After passes without gradients: give back the whole weights that FSDP2 keeps, which a later write to the shards
+    would not reach."""
+    for module in _sharded(step):
+        module.reshard()
+
+
 def _sharded(step: Step) -> list[FSDPModule]:
     return [module for module in step.modules() if isinstance(module, FSDPModule)]
 

@@ -34,10 +34,13 @@ class Absent(nn.Module):
     """A part of the model that another process holds; calling it is an error."""
 
 
-def costs(model: CausalLM) -> list[float]:
-    """Cost of each block, in weights; the head counts with the last one, the embedding is a look-up."""
+def costs(model: CausalLM, *, slices: int = 1) -> list[float]:
+    """Cost of each block, in weights; the head counts with the last one, the embedding is a look-up.
+
+    The same on all `slices` tensor-parallel processes, whose slices of the head are not: the largest counts.
+    """
     found = [float(sum(parameter.numel() for parameter in block.parameters())) for block in model.trunk.layers]
-    found[-1] += head_weight(model).numel()
+    found[-1] += -(-model.config.vocab_size // slices) * model.config.hidden_size
     return found
 
 
