@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from puyu.data.packing import Batch
 from puyu.dist import World, current_world
+from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.train import optim, parallel
 from puyu.train.layouts import place, sequence
@@ -67,9 +68,11 @@ class Layout:
 
     def place(self, objective: Objective) -> Step:
         """Spread the model, in place; returns what this process computes of a micro-batch."""
-        assert isinstance(self.model, CausalLM | ScalarModel)
-        self.mesh.check_model(self.model.config)
-        self.cuts |= place.cut(self.model, self.mesh, objective)
+        if isinstance(self.model, CausalLM | ScalarModel):
+            self.mesh.check_model(self.model.config)
+            self.cuts |= place.cut(self.model, self.mesh, objective)
+        elif self.mesh.world.size > 1:
+            raise ConfigError(f"{type(self.model).__name__} trains in one process", remedy="start it without torchrun")
         step = self.make_step(objective)
         place.shard(step, self.mesh)
         return step
@@ -118,7 +121,8 @@ class Layout:
 
     def part(self, batch: Batch) -> Batch:
         """What this process computes of a batch that its sequence and tensor peers read too."""
-        assert isinstance(self.model, CausalLM | ScalarModel)
+        if not isinstance(self.model, CausalLM | ScalarModel):
+            return batch
         return sequence.part(batch, self.mesh, words=self.model.config.vocab_size)
 
     def propagate(self, loss: Tensor) -> None:
