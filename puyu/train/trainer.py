@@ -93,6 +93,7 @@ class Trainer:
         self.world = current_world()
         keep_freed_pages(self.device)
         self.layout = make_layout(config.layout, model, objective, device=self.device)
+        self.layout.check_micro(config.accumulate)
         if blank:
             self.layout.allocate()
         self.layout.make_optimizer(config.optim)
@@ -378,10 +379,11 @@ class Trainer:
         if not self.world.is_main:
             yield None
             return
-        with torch.device(self.device):
+        with torch.device("meta"):
             copy = CausalLM(model.config)
-        copy.load_state_dict(weights, assign=False)
-        copy.set_compute_dtype(model.trunk.compute_dtype)
+        dtype = model.trunk.compute_dtype  # which all weights are cast to when they are used
+        copy.load_state_dict({name: w.to(device=self.device, dtype=dtype) for name, w in weights.items()}, assign=True)
+        copy.set_compute_dtype(dtype)
         yield copy.eval()
 
     def full_weights(self) -> dict[str, Tensor]:

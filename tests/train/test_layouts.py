@@ -6,6 +6,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from puyu.dist import current_world
 from puyu.errors import ConfigError, TrainingError
 from puyu.files import read_json, write_json
 from puyu.model.config import ExpertShape
@@ -18,7 +19,7 @@ from puyu.train.layouts.shares import Dim
 from puyu.train.layouts.tensor import slice_model
 from puyu.train.objectives import lm_loss, ranking_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.pieces import gather_whole
+from puyu.train.pieces import gather_whole, plain_piece
 from tests.train import toys
 
 TIED = DENSE.with_(tie_embeddings=True, vocab_size=67)
@@ -217,11 +218,34 @@ def others(path):
     layout = make_layout(LayoutConfig(), make_model(case, torch.float64), lm_loss, device=torch.device("cpu"))
     layout.make_optimizer(OptimConfig(kind="muon", lr=1e-3, muon_lr=0.01))
     advance(case, layout, range(3))
-    state, losses = gather_whole([*layout.pieces(), *layout.moments()]), []
-    for config in ({"tensor": world}, {"sequence": world}, {"sequence": world, "attention": "ring"}, {}):
+    state, losses = gather_whole([*layout.pieces(), *layout.moments()]) | frozen(world), []
+    for config in ({"tensor": world}, {"sequence": world}, RING if world > 1 else {}, {}):
         layout = start(Case("bf16", world, config), torch.float32)
         layout.model.set_compute_dtype(torch.bfloat16)
         losses.append([loss for loss, *_ in advance(case, layout, range(2))])
     if state:
         save_file(state, path)
         write_json(path.with_suffix(".json"), losses)
+
+
+def frozen(world):
+    """Two steps of a model whose biases, embedding and first layer do not train: losses and weights of each layout."""
+    found, shape = {}, FIRST.with_(num_layers=4)
+    line = {"pipeline": world, "schedule": "interleaved"} if world > 1 else {}
+    for number, config in enumerate(({"tensor": world}, ZERO | {"grads": "full"}, {}, line)):
+        case = Case("frozen", world, config, shape, accumulate=2)
+        model = make_model(case, torch.float64)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not any(part in name for part in ("bias", "embedding", "layers.0.")))
+        layout = make_layout(LayoutConfig(**config), model, lm_loss, device=torch.device("cpu"))
+        layout.make_optimizer(OptimConfig(lr=1e-3))
+        rows = torch.tensor(advance(case, layout, range(2)))
+        whole = gather_whole([*layout.pieces(), plain_piece("rows", rows, owner=current_world().is_main)])
+        found |= {f"frozen {number}: {name}": tensor for name, tensor in whole.items()}
+    if world > 1:
+        model = make_model(Case("frozen", world), torch.float64)
+        model.trunk.requires_grad_(False)
+        layout = make_layout(LayoutConfig(pipeline=world), model, lm_loss, device=torch.device("cpu"))
+        with pytest.raises(ConfigError, match="rank 0 has nothing to train"):
+            layout.make_optimizer(OptimConfig())
+    return found

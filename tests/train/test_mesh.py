@@ -7,7 +7,8 @@ import pytest
 
 from puyu.dist import World
 from puyu.errors import ConfigError
-from puyu.model.config import ModelConfig
+from puyu.model.config import ExpertShape, ModelConfig
+from puyu.train.layouts import mesh as mesh_module
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.mesh import Mesh
 from tests.train import toys
@@ -38,12 +39,30 @@ def test_coordinates_count_from_the_innermost(pipeline, sequence, tensor):
         ({"params": "full", "states": "replica"}, 4, "params full with states replica"),
         ({"params": "replica", "grads": "full", "states": "replica"}, 4, "grads full with states replica"),
         ({"params": "partial", "shard_size": 2}, 4, "grads full with params partial"),
+        ({"schedule": "gpipe"}, 4, "schedule=gpipe has no use: layout.pipeline is 1"),
+        ({"pipeline": 2, "virtual": 3}, 4, "virtual=3 has no use: layout.schedule"),
+        ({"attention": "ring"}, 4, "attention=ring has no use: layout.sequence is 1"),
         ({"expert": 2, "params": "replica", "grads": "replica", "states": "partial", "shard_size": 2}, 4, "expert"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused_by_name(config, size, words):
     with pytest.raises(ConfigError, match=words):
         Mesh(LayoutConfig(**config), World(0, size)).check()
+
+
+def test_a_group_that_cannot_reach_the_cpu_is_refused(monkeypatch):
+    monkeypatch.setattr(mesh_module.dist, "get_backend_config", lambda: "cuda:nccl")
+    with pytest.raises(ConfigError, match=r"moves nothing between CPUs(.|\n)*cpu:gloo,cuda:nccl"):
+        Mesh.build(LayoutConfig(), World(0, 2), device_type="cuda")
+
+
+def test_only_dense_layers_need_slices_of_the_intermediate_size():
+    mesh, sparse = Mesh(LayoutConfig(tensor=2), World(0, 2)), SHAPE.with_(intermediate_size=33)
+    with pytest.raises(ConfigError, match="intermediate_size, 33"):
+        mesh.check_model(sparse)
+    mesh.check_model(sparse.with_(family="mixtral", experts=ExpertShape(count=4, per_token=2, size=8)))
+    with pytest.raises(ConfigError, match=r"too many for 1 words(.|\n)*smaller layout.tensor"):
+        mesh.check_model(SHAPE.with_(vocab_size=1))
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,21 @@ def work(rank: int, size: int, port: int, root: str) -> None:
         if rank == 1:
             layout.shares[-1].update.grad.fill_(torch.nan)
         assert layout.bad_gradient() == "head.weight"  # on both processes
+        model = toys.model(dtype=torch.float32)
+        model.set_compute_dtype(torch.bfloat16)
+        layouts, out = {"pipeline": 2, "schedule": "interleaved", "virtual": 1}, Path(root) / "whole"
+        trainer = Trainer(
+            model, lm_loss, toys.source(), TrainerConfig(steps=1, layout=LayoutConfig(pipeline=2)), out=out
+        )
+        weights = trainer.full_weights()
+        with trainer.whole_model() as copy:  # no wider than it computes
+            assert (copy is None) == bool(rank)
+            for name, value in copy.state_dict().items() if copy else ():
+                assert value.dtype == torch.bfloat16 and torch.equal(value, weights[name].bfloat16())
+        with pytest.raises(ConfigError, match=r"accumulate 1 is not a multiple of layout.pipeline 2"):
+            Trainer(
+                toys.model(), lm_loss, toys.source(), TrainerConfig(steps=1, layout=LayoutConfig(**layouts)), out=out
+            )
         many = LayoutConfig(pipeline=2, schedule="interleaved", virtual=2)
         with pytest.raises(ConfigError, match=r"pipeline=2 makes 4 chunks of 2 layers(.|\n)*virtual"):
             make_layout(many, toys.model(), lm_loss, device=torch.device("cpu"))

@@ -101,10 +101,15 @@ class Layout:
             cut = self.cuts.get(name) or Cut.none(parameter)
             spread = place.spread_of(name, parameter, self.mesh, sliced=name in self.cuts)
             share = Share(name, parameter, cut, spread, whole_matrices=config.kind == "muon")
-            if share.spread.early:
+            if share.spread.early and parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda _, share=share: share.reduce_early())
             self.shares.append(share)
-        named = [(share.name, share.update) for share in self.shares if share.update.numel()]
+        named = [(s.name, s.update) for s in self.shares if s.update.numel() and s.update.requires_grad]
+        if idle := first_of("" if named else f"rank {current_world().rank}"):  # raised everywhere, nobody waits
+            raise ConfigError(
+                f"{idle} has nothing to train: all that it holds is frozen, or others have all its rows",
+                remedy="use fewer stages or processes, or train more of the model",
+            )
         self.optimizer = optim.make_optimizer(named, config)
 
     def backward(self, batches: Sequence[Batch], *, scale: float = 1.0) -> Sums:
@@ -124,6 +129,9 @@ class Layout:
         if not isinstance(self.model, CausalLM | ScalarModel):
             return batch
         return sequence.part(batch, self.mesh, words=self.model.config.vocab_size)
+
+    def check_micro(self, count: int) -> None:
+        """ConfigError where an update cannot be made of that many micro-batches."""
 
     def propagate(self, loss: Tensor) -> None:
         """Gradients of one micro-batch."""

@@ -46,6 +46,11 @@ class Mesh:
         mesh.check()
         if world.size == 1:
             return mesh
+        if "cpu" not in dist.get_backend_config():
+            raise ConfigError(
+                "the process group moves nothing between CPUs, which saving and sampling need",
+                remedy='join it with the backend "cpu:gloo,cuda:nccl"',
+            )
         # An explicit device type: with a visible GPU and a gloo group, the default would pick the GPU.
         views = tuple(_device_mesh(view, device_type, dist.group.WORLD) for view in mesh.shapes())
         return Mesh(config, world, views)
@@ -170,15 +175,20 @@ class Mesh:
                 "layout.expert with partial sharding is not supported", remedy="use replica or full with experts"
             )
         _check_extents(config)
+        _check_used(config)
 
     def check_model(self, shape: ModelConfig) -> None:
         """ConfigError where a model of this shape cannot be cut so."""
         config = self.config
         if config.tensor > 1:
             _divides("tensor", config.tensor, "num_kv_heads", shape.num_kv_heads)
-            _divides("tensor", config.tensor, "intermediate_size", shape.intermediate_size)
+            if shape.experts is None or shape.experts.dense_layers:  # experts stay whole
+                _divides("tensor", config.tensor, "intermediate_size", shape.intermediate_size)
             if row_range(shape.vocab_size, config.tensor - 1, config.tensor)[1] < 1:
-                raise ConfigError(f"layout.tensor={config.tensor} is too many for {shape.vocab_size} words")
+                raise ConfigError(
+                    f"layout.tensor={config.tensor} is too many for {shape.vocab_size} words",
+                    remedy="use a smaller layout.tensor",
+                )
         if config.sequence > 1 and config.attention == "ulysses":
             _divides("tensor x sequence", config.tensor * config.sequence, "num_heads", shape.num_heads)
             heads, parts = shape.num_kv_heads // config.tensor, config.sequence
@@ -203,6 +213,18 @@ def _divides(field_name: str, size: int, what: str, count: int) -> None:
         raise ConfigError(
             f"layout.{field_name}={size} does not divide {what}, {count}", remedy="choose sizes that divide it"
         )
+
+
+def _check_used(config: LayoutConfig) -> None:
+    """What has no use is not what was meant."""
+    for name, idle, why in (
+        ("schedule", config.pipeline == 1, "layout.pipeline is 1"),
+        ("virtual", config.schedule != "interleaved", "layout.schedule is not interleaved"),
+        ("attention", config.sequence == 1, "layout.sequence is 1"),
+    ):
+        value = getattr(config, name)
+        if idle and value != LayoutConfig.model_fields[name].default:
+            raise ConfigError(f"layout.{name}={value} has no use: {why}", remedy=f"leave layout.{name} out")
 
 
 def _check_extents(config: LayoutConfig) -> None:

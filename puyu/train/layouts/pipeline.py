@@ -130,7 +130,9 @@ class Run:
         """Gradients of what the chunk read, and of its weights, unless those come later."""
         _, chunk, micro = action
         x_TD, output = self._graphs.pop((chunk, micro))
-        torch.autograd.backward(output, self.line.take(action) if chunk < self.stage.last else None)
+        grad = self.line.take(action) if chunk < self.stage.last else None
+        if output.requires_grad:  # all of a first chunk may be frozen
+            torch.autograd.backward(output, grad)
         if x_TD is not None:
             assert x_TD.grad is not None
             self.line.post(Action("B", chunk - 1, micro), x_TD.grad)
@@ -171,6 +173,9 @@ class PipelineLayout(Layout):
         if self.tied and self.line.rank:  # the first stage speaks for the embedding that both have
             share = self._embedding
             share.spread = replace(share.spread, speaks=False)
+
+    def check_micro(self, count: int) -> None:
+        _programs(self.config.schedule, self.config.pipeline, count, self.config.virtual)
 
     @property
     def _embedding(self) -> Share:

@@ -110,7 +110,7 @@ class _Slicer:
             made = kind(linear.in_features, linear.out_features, bias=linear.bias is not None)
         made.weight = self.parameter(f"{name}.weight", linear.weight, dim=int(columns), halves=halves)
         if linear.bias is not None:
-            rows = nn.Parameter(linear.bias.detach())
+            rows = nn.Parameter(linear.bias.detach(), requires_grad=linear.bias.requires_grad)
             made.bias = rows if columns else self.parameter(f"{name}.bias", linear.bias, halves=halves)
         made.out_features, made.in_features = made.weight.shape
         if isinstance(made, GatherLinear | ScatterLinear):
