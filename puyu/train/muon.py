@@ -9,7 +9,7 @@ update's effect independent of a matrix's shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.adamw import adamw
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+BATCH_BYTES = 1 << 30
+"""Whole matrices that a process holds at once for their products."""
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -33,7 +36,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["momentum"] > 0:
-                for same in _by_shape(params):
+                for same in _alike(params):
                     self._muon(same, group)
             elif params:
                 self._adamw(params, group)
@@ -90,11 +93,15 @@ class MuonAdamW(torch.optim.Optimizer):
         )
 
 
-def _by_shape(params: list[Tensor]) -> list[list[Tensor]]:
-    groups: dict[torch.Size, list[Tensor]] = {}
+def _alike(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Matrices of one shape that lie alike, so many at a time as `BATCH_BYTES` hold whole; one order everywhere."""
+    groups: dict[Any, list[Tensor]] = {}
     for parameter in params:
-        groups.setdefault(parameter.shape, []).append(parameter)
-    return list(groups.values())
+        place = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else None
+        groups.setdefault((parameter.shape, place), []).append(parameter)
+    for same in groups.values():
+        few = max(1, BATCH_BYTES // max(1, same[0].numel() * same[0].element_size()))
+        yield from (same[first : first + few] for first in range(0, len(same), few))
 
 
 def _orthogonal_like(updates: list[Tensor]) -> list[Tensor]:

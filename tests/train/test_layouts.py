@@ -1,5 +1,7 @@
 """Every layout against one process, in float64: losses, weights and moments, then on in another layout."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -219,6 +221,12 @@ def others(path):
     layout.make_optimizer(OptimConfig(kind="muon", lr=1e-3, muon_lr=0.01))
     advance(case, layout, range(3))
     state, losses = gather_whole([*layout.pieces(), *layout.moments()]) | frozen(world), []
+    # the shared expert has the shape of the others, but it is sharded, and they are whole
+    case = Case("experts", world, {"expert": world}, SPARSE.with_(experts=replace(SPARSE.experts, shared_size=24)))
+    layout = make_layout(LayoutConfig(**case.layout), make_model(case, torch.float64), lm_loss, device=layout.device)
+    layout.make_optimizer(OptimConfig(kind="muon", lr=1e-3, muon_lr=0.01))
+    advance(case, layout, range(2))
+    state |= {f"experts: {name}": tensor for name, tensor in gather_whole(layout.pieces()).items()}
     for config in ({"tensor": world}, {"sequence": world}, RING if world > 1 else {}, {}):
         layout = start(Case("bf16", world, config), torch.float32)
         layout.model.set_compute_dtype(torch.bfloat16)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from puyu.train import muon
 from puyu.train.muon import MuonAdamW, orthogonal
 from puyu.train.optim import OptimConfig, make_optimizer, set_rate
 
@@ -40,6 +41,21 @@ def test_the_count_of_steps_lies_where_the_parameter_lies():
     optimizer = MuonAdamW([{"params": [weight]}], betas=(0.9, 0.95), eps=1e-8)
     optimizer.allocate()
     assert {state.device.type for state in optimizer.state[weight].values()} == {"meta"}
+
+
+def test_few_matrices_at_a_time_are_updated_as_all_at_once(monkeypatch):
+    found, sizes, whole = [], [], muon.orthogonal
+    monkeypatch.setattr(muon, "orthogonal", lambda batch: sizes.append(len(batch)) or whole(batch))
+    for limit in (1 << 30, 2 * 6 * 4 * 4):
+        monkeypatch.setattr(muon, "BATCH_BYTES", limit)
+        generator = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(6, 4, generator=generator)) for _ in range(5)]
+        for weight in weights:
+            weight.grad = torch.randn(6, 4, generator=generator)
+        MuonAdamW([{"params": weights, "lr": 0.1, "momentum": 0.9}], betas=(0.9, 0.95), eps=1e-8).step()
+        found.append(torch.stack(weights).detach())
+    assert sizes == [5, 2, 2, 1]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-3)
 
 
 def test_a_muon_step_has_the_size_of_its_rate():
