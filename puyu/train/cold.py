@@ -80,9 +80,10 @@ class ColdTier:
         whole = set(self.names())
         self.drop([name for name in self._all() if name not in whole])
 
-    def trim(self) -> None:
-        """Keep the last ones."""
-        self.drop(self.names()[self.keep :] if self.keep else [])
+    def trim(self, newest: str) -> None:
+        """Keep this one and the last ones before it; newer ones are of a run that went back, and do not count."""
+        older = [name for name in self.names() if name[:13] <= newest[:13] and name != newest]
+        self.drop(older[self.keep - 1 :] if self.keep else [])
 
     def drop(self, names: Sequence[str]) -> None:
         """Remove; state.json goes first, so that a half-removed state is never read."""
@@ -130,7 +131,7 @@ class Upload:
                         raise CheckpointError(f"{self.path} was given up: a part of it is missing")
                     self.tier.files.invalidate_cache()
             self.tier.files.pipe_file(f"{self.path}/{STATE}", text)
-            self.tier.trim()
+            self.tier.trim(self.path.rpartition("/")[2])
 
 
 @contextmanager

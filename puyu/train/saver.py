@@ -157,9 +157,9 @@ class Job:
             self.temporary.mkdir(parents=True, exist_ok=True)
             put(self.temporary / f"{name}.safetensors", self._blocks(checksums))
             index = index_text(f"{name}.safetensors", staging.header, staging.rows, checksums)
-            put(self.temporary / f"{name}.json", [index])
-            if self.upload:
+            if self.upload:  # before the mark: after it the folder may get its name at any moment
                 self.upload.open(self.temporary / f"{name}.safetensors", index)
+            put(self.temporary / f"{name}.json", [index])
 
     def _blocks(self, checksums: list[list[int]]) -> Iterator[bytes | memoryview]:
         """The bytes of the file; the checksums of each row are added as it is passed on."""
@@ -189,8 +189,9 @@ class Job:
             put(self.temporary / STATE, [self.text])
             sync_folder(self.temporary)
             _move(self.temporary, self.folder)
-            for old in saved(self.folder.parents[1])[self.keep :] if self.keep else ():
-                clear_folder(old.path)
+            older = [old.path for old in saved(self.folder.parents[1]) if old.path.name <= self.folder.name]
+            for path in older[self.keep :] if self.keep else ():
+                remove(path)
 
     def drop(self) -> None:
         """Remove what a failed save has written."""
@@ -205,10 +206,19 @@ def _move(temporary: Path, folder: Path) -> None:
     """Rename; a folder of that name (an older, torn or rolled back state of the same step) makes room first."""
     aside = folder.with_name(f"{temporary.name}-old")
     if folder.exists():
+        clear_folder(aside)  # of a move that was killed
         os.rename(folder, aside)
     os.rename(temporary, folder)
     sync_folder(folder.parent)
-    clear_folder(aside)
+    remove(aside)
+
+
+def remove(folder: Path) -> None:
+    """Remove what is no longer needed; what does not go (NFS keeps files that are open) is a warning."""
+    try:
+        clear_folder(folder)
+    except OSError as error:
+        logger.warning("%s was not removed: %s", folder, error)
 
 
 @contextmanager
@@ -276,7 +286,7 @@ class Saver:
         """Remove what a killed run left half-written; ask for the staging memory."""
         if self.world.is_main:
             for leftover in (self.out / FOLDER).glob("step-*.tmp-*"):
-                clear_folder(leftover)
+                remove(leftover)
             if self.cold:
                 self.cold.sweep()
         if self.settings.checkpoint_every:
@@ -376,18 +386,19 @@ class Saver:
 
     def restore(self, *, before: int | None = None) -> tuple[Progress, Shelf] | None:
         """Fill the layout from the newest good state of both tiers; with `before` (a roll-back), from one of an earlier
-        step than that, and the states after it are removed."""
+        step than that. Local states that are newer are removed, and uploaded ones after a roll-back."""
         for beside in (self._hot, self._uploads):
             if error := beside.end(GRACE):
                 logger.warning("a state was not saved: %s", error)
         found = restore(self._shelves(before), layout=self.layout, identity=self.identity)
-        if found and before is not None and self.world.is_main:
-            step = found[0].step
+        if found and self.world.is_main:
+            progress, shelf = found
             for state in saved(self.out):
-                if step_of(state.path.name) > step:
-                    clear_folder(state.path)
-            if self.cold:
-                self.cold.drop([name for name in self.cold.names() if step_of(name) > step])
+                step = step_of(state.path.name)
+                if step > progress.step or (step == progress.step and state != shelf):
+                    remove(state.path)
+            if self.cold and before is not None:
+                self.cold.drop([name for name in self.cold.names() if step_of(name) > progress.step])
         barrier()
         return found
 

@@ -303,7 +303,8 @@ def saved(out: Path) -> list[Folder]:
 
 
 def restore(shelves: Sequence[Shelf], *, layout: Layout, identity: str) -> tuple[Progress, Shelf] | None:
-    """Fill the layout from the first good state; CheckpointError when that is of another run.
+    """Fill the layout from the first good state; CheckpointError when that is of another run, or where none of several
+    is good.
 
     Every process calls it with the same states. One that is torn for any process is passed over by all, and named. The
     last one is verified before it is used: there is none behind it that would fill again what it filled.
@@ -320,6 +321,9 @@ def restore(shelves: Sequence[Shelf], *, layout: Layout, identity: str) -> tuple
         if current_world().is_main:
             where = "going on from the state before it" if not last else "there is none before it"
             logger.warning("%s is torn (%s): %s", shelf, problem, where)
+    if len(shelves) > 1:  # those before the last have left something in the layout
+        remedy = "put back one of them from a copy, or remove them all to start over"
+        raise CheckpointError(f"none of {len(shelves)} saved states is whole, the last is {shelves[-1]}", remedy=remedy)
     return None
 
 
@@ -338,16 +342,3 @@ def _tried(shelf: Shelf, layout: Layout, identity: str, *, copy: bool) -> tuple[
     except (TornError, OSError) as error:
         return None, str(error).splitlines()[0]
     return state.progress, ""
-
-
-def find_state(out: Path) -> Path | None:
-    """The newest state of which every byte is as it was saved; those that are torn are named and passed over."""
-    for folder in saved(out):
-        try:
-            for _ in State(folder).tensors():
-                pass
-        except (TornError, OSError) as error:
-            logger.warning("%s is torn (%s)", folder, str(error).splitlines()[0])
-            continue
-        return folder.path
-    return None

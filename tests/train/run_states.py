@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from puyu.dist import barrier, current_world, world
-from puyu.errors import PuyuError
+from puyu.errors import CheckpointError, PuyuError
 from puyu.train import saver, state
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
@@ -42,6 +42,14 @@ def interrupted(out, **config):
     raise AssertionError("it was to be interrupted")
 
 
+def tear(out, step, rank=0):
+    """Another last byte in that part of a state."""
+    part = out / state.FOLDER / f"step-{step:08d}" / f"part-{rank:05d}.safetensors"
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+
+
 def full_disk(out):
     """The second process cannot write the second state: both stop where the hook raises, else both go on."""
     real, calls = saver.put, []
@@ -71,12 +79,19 @@ def wrong_for_one(out):
     """A byte that only the second process reads is wrong: both go back."""
     interrupted(out, stop=7)
     if current_world().is_main:
-        part = out / state.FOLDER / "step-00000006" / "part-00001.safetensors"
-        data = bytearray(part.read_bytes())
-        data[-1] ^= 1
-        part.write_bytes(data)
+        tear(out, 6, rank=1)
     barrier()
-    return trainer(out, seed=5).resume()
+    found = [trainer(out, seed=5).resume(), len(state.saved(out))]
+    trainer(out, seed=5, keep=0, steps=6).fit()
+    if current_world().is_main:
+        tear(out, 3, rank=1)
+        tear(out, 6, rank=0)
+    barrier()
+    try:
+        trainer(out, seed=5).resume()
+    except CheckpointError as error:
+        found.append(error.message.partition(",")[0])
+    return found
 
 
 def main(out):

@@ -153,7 +153,7 @@ def test_both_signals_save_and_stop(tmp_path, number):
     run.on_step = lambda done, _: os.kill(os.getpid(), number) if done == 2 else None
     with pytest.raises(SystemExit) as caught:
         run.fit()
-    assert caught.value.code == 143 and state.find_state(tmp_path).name == "step-00000003"
+    assert caught.value.code == 143 and state.saved(tmp_path)[0].path.name == "step-00000003"
 
 
 def test_a_setting_of_the_watch_does_not_change_a_healthy_run(tmp_path):

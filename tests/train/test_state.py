@@ -363,4 +363,8 @@ def test_a_process_that_cannot_write_stops_all_or_none(two):
 
 
 def test_a_state_that_is_torn_for_one_process_is_passed_over_by_all(two):
-    assert [row["wrong"] for row in two[1]] == [3, 3]
+    assert [row["wrong"][:2] for row in two[1]] == [[3, 1], [3, 1]]
+
+
+def test_states_that_are_torn_for_either_process_stop_both(two):
+    assert [row["wrong"][2] for row in two[1]] == ["none of 2 saved states is whole"] * 2
