@@ -16,11 +16,22 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from puyu.dist import World
-from puyu.errors import CheckpointError, ConfigError, DependencyError
+from puyu.errors import CheckpointError, ConfigError, DependencyError, PuyuError
 from puyu.train.state import STATE, part_name
 
 _BLOCK = 16 << 20
 _POLL = 0.2
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """What a store raises (botocore, aiohttp, ... have classes of their own) is an OSError."""
+    try:
+        yield
+    except (OSError, PuyuError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 class Shelf(NamedTuple):
@@ -33,10 +44,12 @@ class Shelf(NamedTuple):
         return f"{self.files.unstrip_protocol(self.path)}"
 
     def span(self, name: str, start: int, stop: int) -> memoryview:
-        return memoryview(bytearray(self.files.cat_file(f"{self.path}/{name}", start=start, end=stop)))
+        with _as_os_error():
+            return memoryview(bytearray(self.files.cat_file(f"{self.path}/{name}", start=start, end=stop)))
 
     def whole(self, name: str) -> bytes:
-        return self.files.cat_file(f"{self.path}/{name}")
+        with _as_os_error():
+            return self.files.cat_file(f"{self.path}/{name}")
 
 
 class ColdTier:
@@ -57,8 +70,9 @@ class ColdTier:
         self.keep = keep
 
     def names(self) -> list[str]:
-        """Uploaded states that are whole, newest first."""
-        return [name for name in self._all() if self.files.exists(f"{self.root}/{name}/{STATE}")]
+        """Uploaded states that are whole, newest first; OSError when the store cannot be read."""
+        with _as_os_error():
+            return [name for name in self._all() if self.files.exists(f"{self.root}/{name}/{STATE}")]
 
     def _all(self) -> list[str]:
         self.files.invalidate_cache()
@@ -78,7 +92,8 @@ class ColdTier:
     def sweep(self) -> None:
         """Remove what a killed run left half-uploaded."""
         whole = set(self.names())
-        self.drop([name for name in self._all() if name not in whole])
+        with _as_os_error():
+            self.drop([name for name in self._all() if name not in whole])
 
     def trim(self, newest: str) -> None:
         """Keep this one and the last ones before it; newer ones are of a run that went back, and do not count."""
@@ -87,11 +102,12 @@ class ColdTier:
 
     def drop(self, names: Sequence[str]) -> None:
         """Remove; state.json goes first, so that a half-removed state is never read."""
-        for name in names:
-            state = f"{self.root}/{name}/{STATE}"
-            if self.files.exists(state):
-                self.files.rm_file(state)
-            self.files.rm(f"{self.root}/{name}", recursive=True)
+        with _as_os_error():
+            for name in names:
+                state = f"{self.root}/{name}/{STATE}"
+                if self.files.exists(state):
+                    self.files.rm_file(state)
+                self.files.rm(f"{self.root}/{name}", recursive=True)
 
 
 class Upload:
@@ -107,8 +123,8 @@ class Upload:
         """Hold on to this process's part."""
         self._stream, self._index = part.open("rb"), index
 
-    def run(self, text: bytes, *, wait: bool = True) -> None:
-        """Send the part, then its mark; the first process commits, after `wait`ing for the others."""
+    def run(self, text: bytes) -> None:
+        """Send the part, then its mark; the first process waits for those of the others and commits."""
         assert self._stream is not None, "the part is opened when it is written"
         name, files = f"{self.path}/{part_name(self.world.rank)}", self.tier.files
         with _named(self.path), self._stream as stream:
@@ -119,7 +135,7 @@ class Upload:
             if self.cancelled.is_set():
                 raise CheckpointError(f"{self.path} was given up")
             files.pipe_file(f"{name}.json", self._index)
-        if wait and self.world.is_main:
+        if self.world.is_main:
             self.commit(text)
 
     def commit(self, text: bytes) -> None:
@@ -137,6 +153,7 @@ class Upload:
 @contextmanager
 def _named(path: str) -> Iterator[None]:
     try:
-        yield
+        with _as_os_error():
+            yield
     except OSError as error:
         raise CheckpointError(f"{path} could not be uploaded: {error}", remedy="see that the store is there") from error

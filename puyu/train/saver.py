@@ -15,9 +15,9 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from torch import Tensor
 
 from puyu.configure import Config
 from puyu.dist import World, barrier, current_world
-from puyu.errors import CheckpointError, PuyuError
+from puyu.errors import CheckpointError, ConfigError, PuyuError, RetryError
 from puyu.files import clear_folder, disk_errors
 from puyu.log import logger, say
+from puyu.train.beside import Beside
 from puyu.train.cold import ColdTier, Upload
 from puyu.train.layouts import Layout
 from puyu.train.layouts.base import first_of
@@ -57,7 +58,11 @@ from puyu.train.state import (
 POLL = 0.02
 """Seconds between two looks for the marks of the other parts."""
 GRACE = 30.0
-"""Seconds that one of several processes which ends early gives to the state that it is writing."""
+"""Seconds that a process which ends early gives to an upload, and one of several to the state that it is writing."""
+TURN = 0.5
+"""Seconds between two looks at how the others are doing."""
+SHARED = 90.0
+"""Seconds until a new file must be seen by all: NFS remembers for 60 s that a name was not there."""
 
 
 class SavingSettings(Config):
@@ -144,10 +149,13 @@ class Job:
             self.part()
             self.commit()
         except PuyuError:
-            self.drop()
             if not self.cancelled.is_set():
+                self.drop()
                 raise
-        return not self.cancelled.is_set()
+        if self.cancelled.is_set():
+            self.drop()
+            return False
+        return True
 
     def part(self) -> None:
         """Write this process's part, then its index: the mark that the part is whole."""
@@ -194,12 +202,14 @@ class Job:
                 remove(path)
 
     def drop(self) -> None:
-        """Remove what a failed save has written."""
-        mine = self.temporary.glob(f"{part_name(self.world.rank)}.*")
-        for path in mine if not self.world.is_main else ():
-            path.unlink(missing_ok=True)
+        """Remove what a failed save has written here; also a folder that a slow process has made again."""
         if self.world.is_main:
             shutil.rmtree(self.temporary, ignore_errors=True)
+            return
+        with suppress(OSError):
+            for path in self.temporary.glob(f"{part_name(self.world.rank)}.*"):
+                path.unlink(missing_ok=True)
+            self.temporary.rmdir()
 
 
 def _move(temporary: Path, folder: Path) -> None:
@@ -232,41 +242,6 @@ def _named(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} could not be written: {error}", remedy=remedy) from error
 
 
-def give_way() -> None:
-    """Let the calling thread run only where the training leaves a processor idle (Linux; elsewhere nothing)."""
-    if hasattr(os, "sched_setscheduler"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-
-
-class Beside:
-    """One piece of work at a time beside the training; what it raised stays until it is taken."""
-
-    def __init__(self) -> None:
-        self._future: Future[None] | None = None
-        self._cancelled = threading.Event()
-
-    def start(self, work: Callable[[], None], cancelled: threading.Event) -> None:
-        assert self.idle(), "one at a time"
-        pool = ThreadPoolExecutor(1, initializer=give_way)
-        self._future, self._cancelled = pool.submit(work), cancelled
-        pool.shutdown(wait=False)
-
-    def idle(self, seconds: float | None = 0.0) -> bool:
-        """Whether nothing is being done, after at most that time (None: however long it takes)."""
-        return self._future is None or not wait([self._future], seconds).not_done
-
-    @property
-    def failed(self) -> bool:
-        return self._future is not None and self._future.done() and self._future.exception() is not None
-
-    def end(self, seconds: float | None = 0.0) -> BaseException | None:
-        """Give it that time, then cancel it; returns what it raised, once."""
-        if not self.idle(seconds):
-            self._cancelled.set()
-        future, self._future = self._future, None
-        return future.exception() if future else None
-
-
 class Saver:
     """States of one run: saved to `out`/train_state and the cold tier, restored from both. Every process has one."""
 
@@ -278,19 +253,40 @@ class Saver:
         """What to do where a state was not saved, on every process; the states before are good. ResourceError: the disk
         is full, or may not be written."""
         self._hot, self._uploads = Beside(), Beside()
+        self._job: Job | None = None
         self.committed = -1
         """The step of the last state that `wait` has seen committed on every process."""
         self._run, self._count, self._uploaded = "", 0, 0
 
     def prepare(self) -> None:
-        """Remove what a killed run left half-written; ask for the staging memory."""
+        """Remove what a killed run left half-written; ask for the staging memory. ConfigError: `out` is not shared."""
+        self._check_shared()
         if self.world.is_main:
             for leftover in (self.out / FOLDER).glob("step-*.tmp-*"):
                 remove(leftover)
             if self.cold:
-                self.cold.sweep()
+                _warned(self.cold.sweep)
         if self.settings.checkpoint_every:
             self.staging.fit(self._pieces())
+
+    def _check_shared(self) -> None:
+        """Whether every process sees what the first one writes."""
+        if self.world.size == 1:
+            return
+        path, name, until = self.out, "", time.monotonic() + SHARED
+        if self.world.is_main:
+            name = f".shared-{secrets.token_hex(4)}"
+            path.mkdir(parents=True, exist_ok=True)
+            put(path / name, [b""])
+        path /= first_of(name)
+        while not path.exists() and time.monotonic() < until:
+            time.sleep(POLL)
+        blind = agree([float(not path.exists())], self.layout.device)[0]
+        if self.world.is_main:
+            path.unlink()
+        if blind:
+            text = f"{self.out}: {blind:.0f} of {self.world.size} processes do not see what the first one writes there"
+            raise ConfigError(text, remedy="choose an --out on a file system that all machines share")
 
     def _pieces(self) -> list[Piece]:
         return [*self.layout.pieces(), *self.layout.moments()]
@@ -302,50 +298,66 @@ class Saver:
 
         The `last` one of a run is uploaded in any case.
         """
-        idle = self._hot.idle(None if wait else self.settings.checkpoint_wait)
-        busy, failed = agree([float(not idle), float(self._hot.failed)], self.layout.device)
+        busy, failed = self._look(self._hot, None if wait else self.settings.checkpoint_wait)
         if failed:
-            self.on_error(self._hot.end() or _elsewhere())
+            self._lost()
         elif busy:
             if self.world.is_main:
                 say(f"  the state of step {progress.step} is left out: the one before is still being written")
             return False
         self._hot.end()
-        job = self._job(progress, last=last, upload=last or not wait)
+        self._job = job = self._new_job(progress, last=last)
         self.staging.take(self._pieces())
         if wait:
-            self._now(job)
+            self._now(job, last=last)
         else:
             self._hot.start(lambda: self._beside(job), job.cancelled)
         return True
 
-    def _job(self, progress: Progress, *, last: bool, upload: bool) -> Job:
+    def _look(self, beside: Beside, seconds: float | None) -> tuple[bool, bool]:
+        """Whether it is still busy on a process, and whether it has failed on one, after that time (None: until one of
+        both is certain). No process waits alone: what it waits for may be the part of one that has failed."""
+        while True:
+            idle = beside.idle(TURN if seconds is None else seconds)
+            busy, failed = agree([float(not idle), float(beside.failed)], self.layout.device)
+            if failed or not busy or seconds is not None:
+                return busy > 0, failed > 0
+
+    def _lost(self) -> None:
+        """A state was not saved: what there is of it goes, on every process."""
+        error = self._hot.end() or _elsewhere()
+        if self._job:
+            self._job.drop()
+        self.on_error(error)
+
+    def _new_job(self, progress: Progress, *, last: bool) -> Job:
         self._run = self._run or first_of(secrets.token_hex(4) if self.world.is_main else "")
         self._count += 1
         folder, attempt = self.out / FOLDER / f"step-{progress.step:08d}", f"{self._run}-{self._count}"
         job = Job(folder, attempt, progress, self.identity, self.staging, self.world, self.settings.keep)
         due = last or progress.step - self._uploaded >= max(self.settings.cold_every, 1)
-        if self.cold and upload and due and self._room(last):
+        if self.cold and due and self._room(last):
             self._uploaded = progress.step
             job.upload = self.cold.upload(f"{folder.name}-{attempt}", self.world)
         return job
 
     def _room(self, last: bool) -> bool:
-        """Whether the upload before is done, on every process."""
-        idle = self._uploads.idle(None if last else self.settings.checkpoint_wait)
-        busy = agree([float(not idle)], self.layout.device)[0] > 0
-        if busy and self.world.is_main:
-            say("  the upload before is not done: this state stays local")
-        if not busy and (error := self._uploads.end()):
+        """Whether the upload before is done, or given up, on every process."""
+        busy, failed = self._look(self._uploads, None if last else self.settings.checkpoint_wait)
+        if busy and not failed:
+            if self.world.is_main:
+                say("  the upload before is not done: this state stays local")
+            return False
+        if error := self._uploads.end():
             logger.warning("cold tier: %s", error)
-        return not busy
+        return True
 
     def _beside(self, job: Job) -> None:
         if job.run() and (upload := job.upload):
             self._uploads.start(lambda: upload.run(job.text), upload.cancelled)
 
-    def _now(self, job: Job) -> None:
-        """In this thread; a failure anywhere is raised on every process."""
+    def _now(self, job: Job, *, last: bool) -> None:
+        """In this thread; a failure anywhere is raised on every process. The `last` upload is awaited."""
         for act in (job.part, job.commit):
             error = _failure_of(act)
             if agree([float(error is not None)], self.layout.device)[0]:
@@ -354,12 +366,9 @@ class Saver:
                 return
         self.committed = job.progress.step
         if upload := job.upload:
-            error = _failure_of(lambda: upload.run(job.text, wait=False))
-            failed = agree([float(error is not None)], self.layout.device)[0] > 0
-            if self.world.is_main and not failed:
-                error = _failure_of(lambda: upload.commit(job.text))
-            if error:
-                logger.warning("cold tier: %s", error)
+            self._uploads.start(lambda: upload.run(job.text), upload.cancelled)
+            if last:
+                self._room(last)
 
     # --- what went wrong ---
 
@@ -374,44 +383,62 @@ class Saver:
             if self.world.is_main:
                 logger.warning("cold tier: %s", error)
         if sums.pop("save_failed"):
-            self.on_error(self._hot.end() or _elsewhere())
+            self._lost()
 
     def close(self) -> None:
-        """Let what is being written be finished; alone for as long as it takes."""
-        for beside in (self._hot, self._uploads):
-            if error := beside.end(None if self.world.size == 1 else GRACE):
-                logger.warning("a state was not saved: %s", error)
+        """Let what is being written be finished; alone for as long as it takes, an upload only for `GRACE`."""
+        if error := self._hot.end(None if self.world.size == 1 else GRACE):
+            logger.warning("a state was not saved: %s", error)
+        if error := self._uploads.end(GRACE):
+            logger.warning("cold tier: %s", error)
 
     # --- going on ---
 
     def restore(self, *, before: int | None = None) -> tuple[Progress, Shelf] | None:
         """Fill the layout from the newest good state of both tiers; with `before` (a roll-back), from one of an earlier
-        step than that. Local states that are newer are removed, and uploaded ones after a roll-back."""
+        step than that. Local states that are newer are removed, and uploaded ones after a roll-back. RetryError: no
+        local state is good, and what was uploaded cannot be read."""
         for beside in (self._hot, self._uploads):
             if error := beside.end(GRACE):
                 logger.warning("a state was not saved: %s", error)
-        found = restore(self._shelves(before), layout=self.layout, identity=self.identity)
-        if found and self.world.is_main:
-            progress, shelf = found
-            for state in saved(self.out):
-                step = step_of(state.path.name)
-                if step > progress.step or (step == progress.step and state != shelf):
-                    remove(state.path)
-            if self.cold and before is not None:
-                self.cold.drop([name for name in self.cold.names() if step_of(name) > progress.step])
+        names, problem = self._names()
+        shelves = [self._shelf(*name.split()) for name in names if before is None or step_of(name) < before]
+        found = restore(shelves, layout=self.layout, identity=self.identity)
+        if problem and not found:
+            text = f"no local state is good, and {self.settings.cold} cannot be read: {problem}"
+            raise RetryError(text, remedy="see that the store is there, then run the same command again")
+        if found:
+            self._went_back(found[0].step, found[1], names, rolled=before is not None)
         barrier()
         return found
 
-    def _shelves(self, before: int | None) -> list[Shelf]:
-        """Both tiers, newest first, local ones before uploaded ones; the first process looks, for all."""
-        names: list[str] = []
+    def _went_back(self, step: int, shelf: Shelf, names: list[str], *, rolled: bool) -> None:
+        """Forget the states that are newer than the one that was loaded."""
+        uploaded = [name.split()[0] for name in names if name.endswith(" cold")]
+        self._uploaded = max((at for name in uploaded if (at := step_of(name)) <= step), default=0)
+        if not self.world.is_main:
+            return
+        for state in saved(self.out):
+            at = step_of(state.path.name)
+            if at > step or (at == step and state != shelf):
+                remove(state.path)
+        if (cold := self.cold) and rolled:
+            _warned(lambda: cold.drop([name for name in uploaded if step_of(name) > step]))
+
+    def _names(self) -> tuple[list[str], str]:
+        """The states of both tiers, newest first, local ones before uploaded ones, and why the cold tier could not be
+        looked into; the first process looks, for all."""
+        names, problem = [], ""
         if self.world.is_main:
-            local = [f"{state.path.name} hot" for state in saved(self.out)]
-            names = local + [f"{name} cold" for name in (self.cold.names() if self.cold else ())]
-        found = first_of("\n".join(["-", *names]) if self.world.is_main else "").split("\n")[1:]
-        early = [name for name in found if before is None or step_of(name) < before]
-        early.sort(key=lambda name: (step_of(name), name.endswith(" hot")), reverse=True)
-        return [self._shelf(*name.split()) for name in early]
+            names = [f"{state.path.name} hot" for state in saved(self.out)]
+            try:
+                names += [f"{name} cold" for name in (self.cold.names() if self.cold else ())]
+            except OSError as error:
+                problem = " ".join(f"{type(error).__name__}: {error}".split())
+                logger.warning("cold tier: it cannot be read, only local states are used: %s", problem)
+        problem, *names = first_of("\n".join([f"-{problem}", *names]) if self.world.is_main else "").split("\n")
+        names.sort(key=lambda name: (step_of(name), name.endswith(" hot")), reverse=True)
+        return names, problem[1:]
 
     def _shelf(self, name: str, tier: str) -> Shelf:
         if tier == "hot":
@@ -422,6 +449,14 @@ class Saver:
 
 def _raise(error: BaseException) -> None:
     raise error
+
+
+def _warned(act: Callable[[], None]) -> None:
+    """Do something in the cold tier that can wait."""
+    try:
+        act()
+    except OSError as error:
+        logger.warning("cold tier: %s", error)
 
 
 def _elsewhere() -> CheckpointError:
@@ -441,9 +476,13 @@ def _failure_of(act: Callable[[], None]) -> PuyuError | None:
     return None
 
 
+def export_folder(out: Path, step: int) -> Path:
+    return out / "exports" / f"step-{step:08d}"
+
+
 def export(out: Path, step: int, write: Callable[[Path], None]) -> Path:
     """`exports/step-N` as `write` makes it, renamed when it is whole. Every process must call it; the first renames."""
-    folder = out / "exports" / f"step-{step:08d}"
+    folder = export_folder(out, step)
     temporary = folder.with_name(f"{folder.name}.tmp")
     main = current_world().is_main
     if main:

@@ -23,7 +23,7 @@ from puyu.data.mix import key_of
 from puyu.data.packing import Batch
 from puyu.dist import current_world
 from puyu.errors import ResourceError, RetryError, TrainingError
-from puyu.files import clear_folder, read_jsonl, write_json
+from puyu.files import read_jsonl, write_json
 from puyu.log import MetricsWriter, Progress, say
 from puyu.model.heads import CausalLM
 from puyu.train import optim, parallel, state
@@ -35,7 +35,7 @@ from puyu.train.meter import Meter
 from puyu.train.monitor import Tracer
 from puyu.train.objectives import Objective, means
 from puyu.train.pieces import gather_whole
-from puyu.train.saver import Saver, export
+from puyu.train.saver import Saver, export, export_folder, remove
 from puyu.train.settings import RunSettings
 
 Metrics = dict[str, Any]
@@ -167,7 +167,7 @@ class Trainer:
         removed = [folder.path for folder in state.saved(self.out)[1:]]
         if self.world.is_main:
             for path in removed:
-                clear_folder(path)
+                remove(path)
         self._again = not self._tried
         room = "older states were removed" if removed else "there is no older state to remove"
         then = "it is tried again" if self._again else "training goes on without"
@@ -177,6 +177,7 @@ class Trainer:
         """Run (or go on) to the last step; returns steps, tokens, first and last loss, tokens per second."""
         self.saver.prepare()
         self.resume()
+        self._export(owed=True)
         self._open_metrics()
         if self.world.is_main:
             write_json(self.out / "run.json", self._description())
@@ -230,7 +231,10 @@ class Trainer:
             if verdict.action in ("roll back", "stop"):
                 self._roll_back(verdict)
                 continue
-            if config.evaluate_every and self.done % config.evaluate_every == 0:
+            last = self.done == config.steps
+            stopping = asked and not last  # whoever asked may not wait: the state comes first
+            evaluates = _due(self.done, config.evaluate_every)
+            if evaluates and not stopping:
                 metrics |= self._evaluated()
             metrics |= self._compared(metrics)
             if self._rows and bar:
@@ -240,19 +244,30 @@ class Trainer:
             heart.at("callback")
             if self.on_step:
                 self.on_step(self.done, metrics)
-            if self.on_export and _due(self.done, config.export_every):
-                export(self.out, self.done, self.on_export)
-            last = self.done == config.steps
+            exports = not stopping and self._export()
+            if evaluates or exports:  # they take long: who asked meanwhile does not wait for another step
+                asked = self._agreed({"asked": float(asked or stop.asked)})["asked"] > 0
             # While steps are bad the weights are suspect: no state is saved that a roll-back would go to.
             due = _due(self.done, config.checkpoint_every)
             if asked or last or ((due or self._again) and not self.watch.streak):
                 with self.meter.span("save"):
                     self._save(wait=asked or last, last=last, due=due)
             if asked and not last:
-                say(f"  {config.name}: stopped by a signal after step {self.done}, state saved; run again to go on")
+                left = ", its evaluation left out" if evaluates and stopping else ""
+                text = f"stopped by a signal after step {self.done}{left}, state saved; run again to go on"
+                say(f"  {config.name}: {text}")
                 raise SystemExit(143)
         if bar:
             bar.close()
+
+    def _export(self, *, owed: bool = False) -> bool:
+        """Whether an export of this step was due; it is made, `owed` only where a stop has left it out."""
+        if not self.on_export or not self.done or not _due(self.done, self.config.export_every):
+            return False
+        if owed and not self._agreed({"missing": float(not export_folder(self.out, self.done).exists())})["missing"]:
+            return False
+        export(self.out, self.done, self.on_export)
+        return True
 
     def _step(self, stop: StopSignal) -> tuple[Metrics, bool, Verdict]:
         """One update, or none; returns its metrics, whether any rank was asked to stop, and how it was judged."""

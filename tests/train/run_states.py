@@ -1,5 +1,6 @@
 """Runs that several processes save and continue: `torchrun -m tests.train.run_states FOLDER`, for test_state.py."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import torch
 
 from puyu.dist import barrier, current_world, world
-from puyu.errors import CheckpointError, PuyuError
-from puyu.train import saver, state
+from puyu.errors import CheckpointError, ConfigError, PuyuError, RetryError
+from puyu.train import cold, saver, state
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.trainer import Trainer, TrainerConfig
@@ -94,12 +95,69 @@ def wrong_for_one(out):
     return found
 
 
+def apart(out):
+    """Each process has a folder of its own."""
+    saver.SHARED, before = 0.2, saver.SHARED
+    try:
+        trainer(out / str(current_world().rank)).saver.prepare()
+    except ConfigError as error:
+        return error.message
+    finally:
+        saver.SHARED = before
+    return ""
+
+
+def late(out):
+    """A state fails on the second process, then an upload, and no step comes in which the first would hear of it."""
+    errors, real, send = [], saver.put, cold.Upload.run
+
+    def put(path, blocks):
+        if current_world().rank == 1 and "step-00000001" in str(path):
+            raise OSError(28, "No space left on device")
+        real(path, blocks)
+
+    def upload(self, text):
+        if current_world().rank == 1 and "step-00000003" in self.path:
+            raise CheckpointError("the store is not there")
+        send(self, text)
+
+    saver.put, cold.Upload.run = put, upload
+    config = {"cold": str(out / "cold")} if importlib.util.find_spec("fsspec") else {}
+    run = trainer(out / "run", checkpoint_every=0, keep=0, **config)
+    run.saver.on_error = lambda error: errors.append(type(error).__name__)
+    for run.done in (1, 2, 3, 4):
+        run.save(wait=run.done % 2 == 0, last=run.done == 4)
+    run.saver.close()
+    saver.put, cold.Upload.run = real, send
+    return [errors, [folder.path.name for folder in state.saved(run.out)]]
+
+
+def no_store(out):
+    """The first process cannot look into the cold tier: with a local state and without."""
+    if not importlib.util.find_spec("fsspec"):
+        return [3, "RetryError"]
+    interrupted(out, stop=5)
+    names, found = cold.ColdTier.names, []
+    if current_world().is_main:
+        cold.ColdTier.names = lambda self: Path("/nothing/there").read_text()
+    for folder in (out, out / "empty"):
+        try:
+            found.append(trainer(folder, seed=5, cold=str(out / "cold")).resume())
+        except RetryError as error:
+            found.append(type(error).__name__)
+    cold.ColdTier.names = names
+    return found
+
+
 def main(out):
     found = {}
     trainer(out / "back", seed=5).fit()
     interrupted(out / "there", stop=5)
     found |= full_disk(out / "full")
     found["wrong"] = wrong_for_one(out / "wrong")
+    found["apart"] = apart(out / "apart")
+    found["late"] = late(out / "late")
+    found["no store"] = no_store(out / "no store")
     (out / f"found-{current_world().rank}.json").write_text(json.dumps(found))
 
 

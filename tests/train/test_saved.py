@@ -1,13 +1,19 @@
 """What stays of saved states, and how a run goes on, where something is torn, in the way or not there."""
 
+import os
+import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
 
-from puyu.errors import CheckpointError
-from puyu.train import saver, state
+from puyu.dist import World
+from puyu.errors import CheckpointError, RetryError
+from puyu.train import cold, saver, state
 from puyu.train.cold import ColdTier
 from puyu.train.saver import export
+from tests.train import toys
 from tests.train.crashes import small, write
 from tests.train.run_states import interrupted, tear, trainer
 
@@ -73,7 +79,7 @@ def test_the_folder_may_be_renamed_as_soon_as_the_mark_is_there(tmp_path, url, m
     run = trainer(tmp_path, cold=url)
     progress = state.Progress(3, 0, {})
     run.saver.staging.take(run.saver._pieces())
-    job = run.saver._job(progress, last=True, upload=True)
+    job = run.saver._new_job(progress, last=True)
     job.part()
     job.upload.run(b"{}")
     assert run.saver.cold.names() == [job.upload.path.rpartition("/")[2]]
@@ -103,3 +109,98 @@ def test_an_export_that_was_killed_while_it_was_renamed_is_made_again(tmp_path):
     export(tmp_path, 4, writes("three"))
     assert [path.name for path in folder.parent.iterdir()] == ["step-00000004"]
     assert (folder / "model").read_text() == "three"
+
+
+# --- a stop, what fails beside, a store that is down ------------------------------------------------------------------
+
+
+def test_who_asks_for_a_stop_gets_the_state_first_and_the_export_is_made_later(tmp_path):
+    run, seen = trainer(tmp_path, checkpoint_every=0, evaluate_every=4, export_every=4), []
+    run.on_export = lambda folder: seen.append(("export", run.done)) or folder.mkdir(parents=True)
+    run.evaluations = [lambda step, _: seen.append(("evaluation", step)) or {}]
+    run.on_step = lambda done, _: os.kill(os.getpid(), signal.SIGTERM) if done == 3 else None
+    with pytest.raises(SystemExit):
+        run.fit()
+    assert seen == [] and names(tmp_path) == ["step-00000004"]
+    run = trainer(tmp_path, checkpoint_every=0, evaluate_every=4, export_every=4)
+    run.on_export = lambda folder: seen.append(("export", run.done)) or folder.mkdir(parents=True)
+    run.evaluations = [lambda step, _: seen.append(("evaluation", step)) or {}]
+    run.fit()
+    assert seen == [("export", 4), ("evaluation", 8), ("export", 8)] and len(toys.losses(tmp_path)) == 9
+
+
+def test_a_stop_that_is_asked_for_in_an_evaluation_waits_for_no_other_step(tmp_path):
+    run = trainer(tmp_path, checkpoint_every=0, evaluate_every=4)
+    run.evaluations = [lambda step, _: os.kill(os.getpid(), signal.SIGTERM) or {"extra": 1.0}]
+    with pytest.raises(SystemExit):
+        run.fit()
+    assert names(tmp_path) == ["step-00000004"]
+
+
+def test_a_state_of_a_stop_is_uploaded_too(tmp_path, url):
+    run = trainer(tmp_path, checkpoint_every=0, cold=url)
+    run.on_step = lambda done, _: os.kill(os.getpid(), signal.SIGTERM) if done == 3 else None
+    with pytest.raises(SystemExit):
+        run.fit()
+    assert [name[:13] for name in run.saver.cold.names()] == ["step-00000004"]
+
+
+def test_an_upload_that_hangs_keeps_no_run_from_ending(tmp_path, url, monkeypatch, caplog):
+    never = threading.Event()
+    monkeypatch.setattr(cold.Upload, "run", lambda *_: never.wait())
+    monkeypatch.setattr("puyu.train.beside.GRACE", 0.05)
+    monkeypatch.setattr(saver, "GRACE", 0.05)
+    interrupted(tmp_path, stop=4, cold=url)
+    never.set()
+    assert "cold tier: it does not end" in caplog.text and names(tmp_path) == ["step-00000003"]
+
+
+def test_after_a_roll_back_the_next_upload_is_counted_from_the_last_that_is_left(tmp_path, url):
+    run = trainer(tmp_path, cold=url, cold_every=6, steps=9, keep=0)
+    run.fit()
+    assert run.saver.restore(before=8) and run.saver._uploaded == 6
+    assert run.saver.restore(before=5) and run.saver._uploaded == 0 and not run.saver.cold.names()
+
+
+class DownError(Exception):
+    """As botocore's: no OSError."""
+
+
+def down(*_, **__):
+    raise DownError("could not connect to the endpoint")
+
+
+def test_where_the_store_is_down_the_local_states_are_used(tmp_path, url, monkeypatch, caplog):
+    interrupted(tmp_path, stop=7, cold=url)
+    run = trainer(tmp_path, seed=5, cold=url)
+    monkeypatch.setattr(type(run.saver.cold.files), "ls", down)
+    run.fit()
+    assert "only local states are used: OSError: DownError: could not connect" in caplog.text
+    assert run.saver.restore(before=9)[0].step == 6
+    shutil.rmtree(tmp_path / "train_state")
+    with pytest.raises(RetryError, match="no local state is good, and memory://saved cannot be read"):
+        trainer(tmp_path, cold=url).resume()
+
+
+def test_a_store_that_breaks_off_while_it_is_read_makes_no_other_error(tmp_path, url, monkeypatch):
+    interrupted(tmp_path, stop=7, cold=url)
+    shutil.rmtree(tmp_path / "train_state")
+    run = trainer(tmp_path, cold=url)
+    monkeypatch.setattr(type(run.saver.cold.files), "cat_file", down)
+    with pytest.raises(CheckpointError, match="none of 2 saved states is whole"):
+        run.resume()
+
+
+def test_a_slow_process_does_not_leave_the_folder_of_a_state_that_the_first_gave_up(tmp_path, monkeypatch):
+    write(tmp_path, small(1, 2), step=1)
+    staging = saver.Staging()
+    staging.take(small(1, 2)[1])
+    folder = tmp_path / "train_state" / "step-00000002"
+    first, slow = (saver.Job(folder, "x", state.Progress(2, 0, {}), "", staging, World(rank, 2), 0) for rank in (0, 1))
+    first.drop()
+    slow.part()
+    slow.drop()  # what every process does when it hears of it
+    assert not slow.temporary.exists()
+    real = saver.put
+    monkeypatch.setattr(saver, "put", lambda *args: slow.cancelled.set() if args[0].suffix == ".json" else real(*args))
+    assert not slow.run() and not slow.temporary.exists()

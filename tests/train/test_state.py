@@ -368,3 +368,16 @@ def test_a_state_that_is_torn_for_one_process_is_passed_over_by_all(two):
 
 def test_states_that_are_torn_for_either_process_stop_both(two):
     assert [row["wrong"][2] for row in two[1]] == ["none of 2 saved states is whole"] * 2
+
+
+def test_no_process_waits_for_the_part_of_one_that_has_failed(two):
+    names = [f"step-0000000{step}" for step in (4, 3, 2)]
+    assert [row["late"] for row in two[1]] == [[["CheckpointError"], names], [["ResourceError"], names]]
+
+
+def test_folders_that_are_not_one_are_found_out(two):
+    assert all("1 of 2 processes do not see what the first one writes" in row["apart"] for row in two[1])
+
+
+def test_a_store_that_the_first_process_cannot_reach_is_the_same_for_all(two):
+    assert [row["no store"] for row in two[1]] == [[3, "RetryError"]] * 2
