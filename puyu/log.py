@@ -123,7 +123,7 @@ class MetricsWriter:
                 if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
         if self._wandb:
-            self._wandb.log(dict(values), step=step)
+            self._wandb.log({"step": step, **values})
 
     def close(self) -> None:
         self._stream.close()
@@ -142,11 +142,18 @@ def _summary_writer(folder: Path) -> Any:
 
 
 def _wandb_run(folder: Path, project: str) -> Any:
-    """A W&B run in `folder`/wandb; the same folder is the same run again. No network unless WANDB_MODE asks for it."""
+    """A W&B run in `folder`/wandb; the same folder is the same run again. No network unless WANDB_MODE asks for it.
+
+    Its own step only grows and drops what comes later with a smaller one, as rows after a roll-back do: the axis is the
+    field `step`.
+    """
     try:
         import wandb
     except ImportError as error:
         raise DependencyError(f"wandb: {project} needs Weights & Biases", remedy="pip install wandb") from error
     name = hash_bytes(str(folder.resolve()).encode())[:16]
     mode = os.environ.get("WANDB_MODE", "offline")
-    return wandb.init(project=project, dir=folder, name=folder.name, id=name, resume="allow", mode=mode)
+    run = wandb.init(project=project, dir=folder, name=folder.name, id=name, resume="allow", mode=mode)
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

@@ -34,11 +34,15 @@ def again(command: Sequence[str], *, tries: int, pause: float = 1.0) -> int:
     try:
         for left in range(tries, -1, -1):
             child = subprocess.Popen(command, env={**os.environ, SUPERVISED: "1"})
+            for number in asked:  # while it was being started
+                child.send_signal(number)
             code = child.wait()
             if asked or not left or not (code < 0 or code == RetryError.exit_code):
                 break
             say(f"  ended with code {code}: beginning again from the last saved state ({left} more times)")
             time.sleep(pause)
+            if asked:
+                break
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -72,14 +72,17 @@ class Tracer:
             torch.cuda.memory._record_memory_history()
 
     def end(self, step: int, *, last: bool = False) -> None:
-        """Step `step` has ended; the run's last one ends an unfinished trace, too."""
+        """Step `step` has ended; one that is `last` (the run ends, or goes back) ends an unfinished trace, too.
+
+        Each is made once: steps that are made again are not traced again."""
         if self._profiler and self.profile and (last or step - self.profile.step + 1 >= self.profile.steps):
             self._profiler.stop()
             path = self._path(f"steps-{self._first}-{step}", "json.gz")
             with disk_errors(path):
                 self._profiler.export_chrome_trace(str(path))
-            self._profiler = None
+            self.profile = self._profiler = None
         if step == self.snapshot:
+            self.snapshot = 0
             path = self._path(f"memory-{step}", "pickle")
             with disk_errors(path):
                 torch.cuda.memory._dump_snapshot(str(path))

@@ -135,7 +135,7 @@ class Trainer:
 
     def _load(self, progress: state.Progress, *, rolled_back: bool = False) -> None:
         self.source.load(progress.source)
-        self.watch.load(progress.extra["health"], rolled_back=rolled_back)
+        self.watch.load(progress.extra["health"], rolled_back=progress.step if rolled_back else None)
         for name in self.keeps.keys() & progress.extra.keys():
             self.keeps[name].load(progress.extra[name])
         self.done, self.tokens = progress.step, progress.tokens
@@ -224,11 +224,14 @@ class Trainer:
         config = self.config
         bar = Progress(config.name, config.steps, unit=config.unit, start=self.done) if self._rows else None
         while self.done < config.steps:
-            heart.begin(self.done + 1)
-            self.tracer.begin(self.done + 1)
+            step = self.done + 1
+            heart.begin(step)
+            self.tracer.begin(step)
             metrics, asked, verdict = self._step(stop)
-            self.tracer.end(self.done, last=asked or self.done == config.steps)
-            if verdict.action in ("roll back", "stop"):
+            goes_back = self.done < step
+            self.tracer.end(step, last=asked or goes_back or step == config.steps)
+            if goes_back:
+                heart.at("roll back")
                 self._roll_back(verdict)
                 continue
             last = self.done == config.steps

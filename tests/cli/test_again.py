@@ -56,6 +56,24 @@ def test_a_stop_that_was_asked_for_passes_through_and_ends_it(tmp_path, number):
     assert process.wait(timeout=30) == 75
 
 
+def test_a_stop_in_the_pause_ends_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    log = tmp_path / "log"
+    assert again([sys.executable, "-S", "-c", CHILD, str(log), "75", "0"], tries=3) == 75
+    assert log.read_text() == "1"
+
+
+def test_a_stop_while_the_command_is_being_started_reaches_it(monkeypatch):
+    start = subprocess.Popen
+
+    def stopped_meanwhile(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", stopped_meanwhile)
+    assert again([sys.executable, "-S", "-c", "import time; time.sleep(10)"], tries=3) == 143
+
+
 def test_the_flag_is_a_number():
     assert parse(["my.yaml", "--auto-resume", "3"]).auto_resume == 3
     with pytest.raises(ConfigError, match="--auto-resume takes a number"):

@@ -124,6 +124,37 @@ def test_saving_and_the_first_step_may_take_ten_times_as_long(tmp_path):
     assert sorted(ranks.left) == [(0, 75), (1, 75)]
 
 
+def test_a_process_that_dies_while_it_saves_is_found_gone(tmp_path):
+    ranks = Ranks(tmp_path, 2, hang_seconds=20)
+    step(ranks, 1)
+    step(ranks, 2, hung=[0], span="save")
+    ranks.run(30)
+    assert not ranks.left
+    ranks.run(8, silent=[0])
+    assert ranks.left == [(1, 75)]
+    (row,) = read_jsonl(tmp_path / "health.jsonl")
+    assert row["gone"] == [0] and "step 2, save" in row["text"]
+
+
+def test_a_part_of_a_step_may_take_three_times_the_longest_and_at_most_ten_times_the_setting(tmp_path):
+    ranks = Ranks(tmp_path, 2, hang_seconds=20)
+    for number in (1, 2, 3):
+        step(ranks, number)
+        ranks.run(50)
+    assert not ranks.left
+    step(ranks, 4)
+    ranks.run(149)
+    assert not ranks.left
+    ranks.run(6)
+    assert sorted(ranks.left) == [(0, 75), (1, 75)]
+    slow = Ranks(tmp_path / "slow", 2, hang_seconds=20)
+    step(slow, 1)
+    slow.run(150)
+    step(slow, 2)
+    slow.run(210)
+    assert sorted(slow.left) == [(0, 75), (1, 75)]
+
+
 def test_alone_and_unsupervised_it_only_tells(tmp_path, monkeypatch):
     monkeypatch.delenv(SUPERVISED, raising=False)
     ranks = Ranks(tmp_path, 1, hang_seconds=20)

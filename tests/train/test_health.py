@@ -13,6 +13,7 @@ from puyu.files import disk_errors, read_jsonl
 from puyu.log import MetricsWriter
 from puyu.train import saver, state
 from puyu.train.health import HealthConfig
+from puyu.train.health.heartbeat import PATIENT
 from puyu.train.objectives import LossOutput, lm_loss
 from tests.train import toys
 from tests.train.test_trainer import Interrupted, interrupt_at, trainer
@@ -92,6 +93,27 @@ def test_damaged_weights_go_back_to_a_state_before_and_the_replay_is_exact(tmp_p
     assert events(run.out) == [("bad step", 42), ("bad step", 43), ("bad step", 44), ("roll back", 30)]
     assert run.watch.skip == {39, 40, 41, 42, 43, 44}
     assert [row["step"] for row in rows(run.out)] == list(range(1, 61))
+    same(run, without(tmp_path / "without", run.watch.skip, **LONG))
+
+
+def test_a_restore_may_take_as_long_as_a_save(tmp_path):
+    run, seen = ill(tmp_path, {6: math.nan, 7: math.nan, 8: math.nan}, steps=24), []
+    restore = run.saver.restore
+
+    def watched(**options):
+        if options:
+            seen.append(run.meter.on_span.__self__.beat())
+        return restore(**options)
+
+    run.saver.restore = watched
+    run.fit()
+    assert [(beat.step, beat.span, beat.span in PATIENT) for beat in seen] == [(8, "roll back", True)]
+
+
+def test_going_back_to_a_younger_state_than_was_asked_for_skips_only_what_is_behind_it(tmp_path):
+    run = ill(tmp_path / "ill", {42: damage}, **LONG | {"checkpoint_every": 1, "checkpoint_wait": 30.0})
+    run.fit()
+    assert events(run.out)[-1] == ("roll back", 41) and run.watch.skip == {42, 43, 44}
     same(run, without(tmp_path / "without", run.watch.skip, **LONG))
 
 

@@ -18,11 +18,13 @@ from puyu.model.attention import PackedPlan
 from puyu.model.checkpoint import load_model
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train import pretrain, sft
+from puyu.train.monitor import Tracer
 from puyu.train.objectives import lm_loss
 from puyu.train.trainer import Trainer, TrainerConfig
 from tests.train import toys
 from tests.train.test_meter import rows
 
+CPU = torch.device("cpu")
 FAST = {"batch_tokens": 128, "dtype": "float64", "device": "cpu", "checkpoint_every": 2}
 WATCHED = {"evaluate_every": 2, "samples": ["the", "书生"], "sample_tokens": 5}
 
@@ -161,6 +163,18 @@ def test_a_trace_of_two_steps(tmp_path):
     assert [path.name for path in (tmp_path / "short" / "profile").iterdir()] == ["steps-4-4-rank0.json.gz"]
 
 
+def test_a_trace_ends_where_the_run_goes_back_and_is_not_made_again(tmp_path):
+    tracer = Tracer(TrainerConfig(steps=9, profile={"step": 2, "steps": 5}), tmp_path, device=CPU, rank=0)
+    for step in (1, 2, 3):
+        tracer.begin(step)
+        tracer.end(step, last=step == 3)
+    for step in range(1, 10):
+        tracer.begin(step)
+        assert tracer._profiler is None
+        tracer.end(step)
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["steps-2-3-rank0.json.gz"]
+
+
 def test_a_memory_snapshot_needs_a_gpu(tmp_path):
     with pytest.raises(ConfigError, match=r"memory_snapshot needs a GPU, this run is on cpu(.|\n)*memory_gib"):
         Trainer(toys.model(), lm_loss, toys.source(), TrainerConfig(steps=2, memory_snapshot=1), out=tmp_path)
@@ -177,14 +191,19 @@ def test_wandb_gets_every_row_offline(tmp_path, monkeypatch):
 
     def start(**values):
         calls.append(values)
-        return SimpleNamespace(log=lambda row, step: calls.append((step, row)), finish=lambda: calls.append("end"))
+        return SimpleNamespace(
+            log=calls.append,
+            finish=lambda: calls.append("end"),
+            define_metric=lambda name, **more: calls.append((name, more)),
+        )
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=start))
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    for first in (1, 3):
+    for first in (3, 1):  # goes back
         writer = MetricsWriter(tmp_path / "run" / "metrics.jsonl", from_step=first, wandb="mine")
         writer.write(first, {"loss": 2.5, "note": "text"})
         writer.close()
-    begun, row, end, again, *_ = calls
+    begun, axis, every, row, end, again, _, _, back, _ = calls
     assert (begun["project"], begun["mode"], begun["name"]) == ("mine", "offline", "run") and begun == again
-    assert row == (1, {"loss": 2.5, "note": "text"}) and end == "end"
+    assert (axis, every) == (("step", {}), ("*", {"step_metric": "step"})) and end == "end"
+    assert row == back | {"step": 3} == {"step": 3, "loss": 2.5, "note": "text"}

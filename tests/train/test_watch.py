@@ -160,6 +160,17 @@ def test_a_roll_back_forgets_what_was_seen_and_keeps_what_was_decided():
     for step in range(40, 60):
         watch.judge(step, 1.0, 1.0)
     watch.judge(60, math.nan, 1.0)
-    watch.load(saved, rolled_back=True)
+    watch.load(saved, rolled_back=39)
     after = watch.state()
     assert after["loss"] == saved["loss"] and after["skip"] == [59, 60] and after["rollbacks"] == [60, 1]
+
+
+def test_what_the_state_of_a_roll_back_was_trained_on_is_not_called_skipped():
+    watch = Watch(HealthConfig(patience=2))
+    watch.skip.add(3)
+    saved = watch.state()
+    for step in (10, 11):
+        watch.judge(step, math.nan, 1.0)
+    assert watch.skip == {3, 8, 9, 10, 11}
+    watch.load(saved, rolled_back=9)
+    assert watch.skip == {3, 10, 11}

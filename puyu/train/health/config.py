@@ -20,8 +20,8 @@ class HealthConfig(Config):
     window: int = Field(default=128, ge=32)
     """Steps that level and deviations are taken from."""
     hang_seconds: float = Field(default=300.0, ge=0)
-    """A process that makes no progress for so long hangs (ten times that in the first step, while saving and in
-    callbacks); 0: never."""
+    """A process that makes no progress for so long hangs (three times its longest part of a step, where that is longer;
+    ten times in the first step, while saving or loading a state and in callbacks, and at most); 0: never."""
     slow_factor: float = Field(default=1.5, gt=1)
     """A process that takes so many times the median is slow."""
     compare_every: int = Field(default=50, ge=0)

@@ -1,6 +1,6 @@
 """Which process hangs? In each, a watchdog thread writes how far its training thread has come, and reads the peers'.
 
-A process that has not moved for `hang_seconds` reads the heartbeats twice. Peers whose file did not change meanwhile
+A process that has not moved for `hang_seconds` (longer where its spans are) reads the heartbeats twice. Peers whose file did not change meanwhile
 are gone; among those that live, whoever is furthest behind is what the others wait for. It is named with step and span,
 dumps its stacks (faulthandler), and all leave with code 75, so that torchrun or Slurm starts them again from the last
 state. Files in `train_state/heartbeats` need only the file system that the states are on; they are read only when
@@ -31,8 +31,11 @@ from puyu.log import logger
 from puyu.train.health.config import HealthConfig
 from puyu.train.health.journal import Journal
 
-PATIENT = frozenset({"start", "save", "evaluate", "callback"})
+PATIENT = frozenset({"start", "save", "evaluate", "callback", "roll back"})
 """Spans that may take ten times as long: what they do is not known here."""
+_LONGER = 10
+_SLOWER = 3
+"""A span may take so many times the longest one of this process that came to its end."""
 _WIDTH = 512
 _CONFIRM = 3
 
@@ -92,18 +95,26 @@ class Heartbeat:
         self._position = (0, 0, "start", self.clock())
         self._count, self._start, self._seen_at = 0, 0, 0
         self._seen: dict[int, Beat] = {}
+        self._longest = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def begin(self, step: int) -> None:
         """The training thread begins a step (from 1)."""
         self._start = self._start or step
-        self._position = (step, 0, "begin", self.clock())
+        self._move(step, 0, "begin")
 
     def at(self, span: str) -> None:
         """The training thread begins a span of its step."""
         step, spans, _, _ = self._position
-        self._position = (step, spans + 1, span, self.clock())
+        self._move(step, spans + 1, span)
+
+    def _move(self, step: int, spans: int, span: str) -> None:
+        _, _, ended, since = self._position
+        now = self.clock()
+        if ended not in PATIENT:
+            self._longest = max(self._longest, now - since)
+        self._position = (step, spans, span, now)
 
     def beat(self) -> Beat:
         """Where this process stands now."""
@@ -125,14 +136,15 @@ class Heartbeat:
 
     def _limit(self, beat: Beat) -> float:
         slow = beat.span in PATIENT or beat.step == self._start  # the first step compiles, and warms up
-        return self.config.hang_seconds * (10 if slow else 1)
+        usual, most = self.config.hang_seconds, self.config.hang_seconds * _LONGER
+        return most if slow else min(max(usual, _SLOWER * self._longest), most)
 
     def _judge(self, mine: Beat) -> None:
         now = {**self._read(), mine.rank: mine}
         found = diagnose(self._seen, now, size=self.world.size)
+        self._seen_at = 0  # looked at anew next time: who saves now may die of it
         if not found.gone and any(beat.span in PATIENT and beat.still < self._limit(beat) for beat in found.late):
             return  # somebody saves or evaluates: that may take longer
-        self._seen_at = 0
         speaker = min(set(now) - set(found.gone), default=mine.rank)
         if any(beat.rank == mine.rank for beat in found.late) and not found.gone:
             self._dump()

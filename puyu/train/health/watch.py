@@ -160,16 +160,22 @@ class Watch:
             "rollbacks": [self._place, self._rollbacks],
         }
 
-    def load(self, state: Mapping[str, Any], *, rolled_back: bool = False) -> None:
-        """Continue from a saved state; after a roll-back what it has decided since then stays."""
+    def load(self, state: Mapping[str, Any], *, rolled_back: int | None = None) -> None:
+        """Continue from a saved state; after a roll-back to that step, what is decided of the steps behind it stays.
+
+        A state that is younger than was asked for was trained on some of the batches that were to be left out: these
+        are not skipped, as they were not.
+        """
         if not state:
             return
         self._phase = state["phase"]
         self._loss.load(state["loss"])
         self._norm.load(state["norm"])
-        if not rolled_back:
+        if rolled_back is None:
             self.streak, self.skip = list(state["streak"]), set(state["skip"])
             self._place, self._rollbacks = state["rollbacks"]
+        else:
+            self.skip = {step for step in self.skip if step > rolled_back} | set(state["skip"])
 
 
 def _log(norm: float) -> float:
