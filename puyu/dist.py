@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SUPERVISED = "PUYU_AUTO_RESUME"
 """Set in the environment by `--auto-resume`: somebody starts this process again."""
+FATAL = "PUYU_FATAL"
+"""Names a file: a process with an error that another start would meet again leaves its exit code there."""
 _PATIENCE = 1800.0
 
 

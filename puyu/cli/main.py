@@ -10,9 +10,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 from puyu import __version__
-from puyu.errors import PuyuError
+from puyu.dist import FATAL
+from puyu.errors import PuyuError, RetryError
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(arguments[0], arguments[1:])
     except PuyuError as error:
         print(f"error: {error}", file=sys.stderr)
+        if FATAL in os.environ and not isinstance(error, RetryError):
+            Path(os.environ[FATAL]).write_text(f"{error.exit_code}\n", encoding="utf-8")
         return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to go on", file=sys.stderr)

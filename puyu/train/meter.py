@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +85,10 @@ class Meter:
         self.peak = agree([flops], self.device)[0]
         if self.world.is_main:
             say(f"  {self.formula(source)}")
+
+    def enter_whole(self, lengths: Sequence[int]) -> None:
+        """Sequences of these lengths see themselves only: T is what a token's attention may see, on average."""
+        self.enter(round(sum(n * n for n in lengths) / sum(lengths)))
 
     def begin(self) -> Callable[[str], AbstractContextManager[None]]:
         """A step begins; returns `span`."""

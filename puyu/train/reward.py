@@ -84,6 +84,7 @@ def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> di
         objective = ranking_loss(gamma=config.gamma, penalty=config.penalty)
         trainer = Trainer(model, objective, source, config.trainer(steps, name="reward", identity=identity), out=out)
         trainer.on_step = on_step
+        trainer.meter.enter_whole([len(ids) for pair in source.pairs for ids in (pair.chosen, pair.rejected)])
         extra = {"reward_token_id": rubrics.reward_id, "reward_domains_hash": rubrics.key()}
         trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save, rubrics.save, extra=extra)
         numbers = trainer.fit()

@@ -82,8 +82,7 @@ def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None, go_on: G
         trainer = Trainer(model, lm_loss, source, config.trainer(steps, name="sft", identity=identity), out=out)
         trainer.on_step, trainer.about = on_step, {"config": dump(config)}
         trainer.evaluations = [*_validation(config, tokenizer), *sampling(config, tokenizer, go_on, chat=True)]
-        lengths = [len(ids) for ids, _ in source.docs]
-        trainer.meter.enter(round(sum(n * n for n in lengths) / sum(lengths)))  # what a token's attention may see
+        trainer.meter.enter_whole([len(ids) for ids, _ in source.docs])
         trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save)
         numbers = trainer.fit()
         save(trainer, out, tokenizer.save)

@@ -110,12 +110,13 @@ def slurm(tmp_path):
     for name, text in {"srun": SRUN, "scontrol": SCONTROL}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2"}
+    job = {"SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_SUBMIT_DIR": str(tmp_path)}
     return job | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REQUEUED": str(tmp_path / "requeued")}
 
 
 def test_the_batch_script_trains_with_a_task_for_each_process(world, slurm, tmp_path):
     root, losses = world
+    Path(slurm["SLURM_SUBMIT_DIR"], "puyu-4711.fatal").write_text("2\n")  # of the start before
     done = run(["bash", "deploy/pretrain.sbatch"], root, tmp_path / "run", **slurm)
     assert done.returncode == 0, done.stderr
     assert toys.losses(tmp_path / "run") == pytest.approx(losses, abs=1e-10)
@@ -138,3 +139,14 @@ def test_the_batch_script_goes_back_into_the_queue_only_where_that_helps(
     assert done.returncode == result, done.stderr
     assert (Path(slurm["REQUEUED"]).read_text() == "requeue 4711\n") if requeued else True
     assert Path(slurm["REQUEUED"]).exists() == requeued
+
+
+def test_an_error_of_one_task_ends_the_job_though_its_peers_ask_for_another_start(slurm, tmp_path):
+    python = tmp_path / "python"
+    text = f"import os, sys; sys.argv[1:] = ['pretrain', '{tmp_path}/none.yaml']; from puyu.cli.main import main; "
+    text += "sys.exit(main())"
+    python.write_text(f'#!/usr/bin/env bash\n[[ $RANK == 1 ]] && exec {sys.executable} -c "{text}"\nexit 75\n')
+    python.chmod(0o755)
+    done = run(["bash", "deploy/pretrain.sbatch"], tmp_path, tmp_path / "run", **slurm, PYTHON=str(python))
+    assert done.returncode in (2, 3), done.stderr
+    assert not Path(slurm["REQUEUED"]).exists() and not list(tmp_path.glob("*.fatal"))

@@ -16,6 +16,7 @@ from puyu.chain.sample import go_on
 from puyu.configure import build
 from puyu.data.packing import pack_documents
 from puyu.errors import CheckpointError, ConfigError, InputError
+from puyu.files import read_jsonl
 from puyu.model.checkpoint import load_model, load_scalar_model
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train import pretrain, reward, sft
@@ -128,6 +129,7 @@ def test_reward_numbers_rubrics_and_scores(world):
     heldout = numbers["reward"]["heldout"]
     assert set(heldout) == {"default", "helpful", "all"}
     assert heldout["all"]["pairs"] + numbers["reward"]["pairs"] == 24
+    assert all(row["mfu"] > 0 for row in read_jsonl(root / "reward" / "metrics.jsonl"))
     share = heldout["all"]["accuracy"]
     assert heldout["all"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / heldout["all"]["pairs"]))
     rewards = RewardModel.load(root / "reward")

@@ -1,6 +1,6 @@
 """Which process hangs? In each, a watchdog thread writes how far its training thread has come, and reads the peers'.
 
-A process that has not moved for `hang_seconds` (longer where its spans are) reads the heartbeats twice. Peers whose file did not change meanwhile
+A process that has not moved for `hang_seconds` reads the heartbeats twice. Peers whose file did not change meanwhile
 are gone; among those that live, whoever is furthest behind is what the others wait for. It is named with step and span,
 dumps its stacks (faulthandler), and all leave with code 75, so that torchrun or Slurm starts them again from the last
 state. Files in `train_state/heartbeats` need only the file system that the states are on; they are read only when
