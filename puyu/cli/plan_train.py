@@ -43,8 +43,19 @@ def main(argv: Sequence[str]) -> int:
     return 0 if found.best else 1
 
 
-def _options() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog="puyu plan", description="Legal layouts of a pretraining run, best first.")
+def dry_run(argv: Sequence[str]) -> int:
+    """`puyu pretrain CONFIG --dry-run`."""
+    given = _options("puyu pretrain --dry-run").parse_args([word for word in argv if word != "--dry-run"])
+    from puyu.train.planning.dry_run import dry_run as lines
+
+    config = read_config(Path(given.config), given.set)
+    job = job_of(config, given)
+    print("\n".join(lines(config, job, device_of(given.device, job), processes=given.gpus)))
+    return 0
+
+
+def _options(name: str = "puyu plan") -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog=name, description="Legal layouts of a pretraining run, best first.")
     options.add_argument("config", help="config of `puyu pretrain`, or a recipe")
     options.add_argument("--gpus", type=int, default=1, help="processes [1]")
     options.add_argument("--device", choices=("h100", "h200", "a100", "cpu"), default="h100", help="[h100]")

@@ -4,6 +4,7 @@
     puyu sft my.yaml --out runs/mine                    a config of this stage alone
     puyu sft --base DIR --set lr=1e-3 --out runs/mine   no file at all
 
+`puyu pretrain CONFIG --dry-run [--gpus N --device h100]` explains the numbers that follow from a config.
 With `--auto-resume N` a stage that was killed, or ended with code 75, is begun again up to N times.
 
 All three go through the chain's runner: resumable, skipped when nothing changed, with a lineage.
@@ -25,6 +26,10 @@ from puyu.log import duration, say
 
 
 def main(arguments: Sequence[str]) -> int:
+    if arguments[0] == "pretrain" and "--dry-run" in arguments:
+        from puyu.cli.plan_train import dry_run
+
+        return dry_run(arguments[1:])
     verb, options = arguments[0], parse(arguments[1:])
     from puyu.chain.stages import stage_of
 

@@ -184,7 +184,7 @@ def test_the_command(capsys):
         value["pick"]["seconds"]["step"]
     )
     assert main(["plan", recipe, "--gpus", "1", "--memory", "40", "--set", "batch_tokens=8192"]) == 1
-    assert "nothing fits: the least is" in capsys.readouterr().out
+    assert "nothing fits\nthe least is" in capsys.readouterr().out
     assert main(["plan", recipe, "--gpus", "4", "--phase", "9"]) != 0
     assert "has 3 phases" in capsys.readouterr().err
     small = ["--set", "batch_tokens=8192", "--set", "model.num_layers=4", "--set", "model.hidden_size=512"]

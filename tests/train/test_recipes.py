@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from puyu.cli.main import main
 from puyu.configure import build, load_yaml
 from puyu.errors import CheckpointError
 from puyu.model.heads import CausalLM
@@ -40,6 +41,54 @@ def test_recipes_have_the_published_numbers(name):
     assert config.rate(0) == pytest.approx(3e-4 / warmup) and config.rate(warmup) == pytest.approx(3e-4)
     assert config.rate(steps - 1) == pytest.approx(3e-5) and config.rate(steps) < 1e-6
     assert config.rate(steps + config.phases[2].steps - 1) == pytest.approx(3e-6)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_dry_run_explains_the_numbers(name, capsys):
+    path = ROOT / "recipes" / f"{name}.yaml"
+    assert main(["pretrain", str(path), "--dry-run", "--gpus", "1", "--device", "h200"]) == 0
+    text, config = capsys.readouterr().out, recipe(name)
+    first, second, third = config.phases
+    assert f"parameters      {PARAMETERS[name]:,} = " in text
+    rest = PARAMETERS[name] - 2 * 92544 * config.model.hidden_size
+    assert f"non-embedding   {rest:,} = " in text
+    assert (
+        f"tokens          {first.steps * config.batch_tokens:,} = {first.steps:,} steps x {config.batch_tokens:,}"
+        in text
+    )
+    steps = first.steps + second.steps
+    assert f"from step 1: {round(steps * 0.01):,} steps up to 0.0003, cosine" in text
+    assert f"from step {steps + 1:,}: {round(third.steps * 0.01):,} steps up to 3e-05" in text
+    assert f"3e-05 at step {steps:,}" in text and f"3e-06 at step {steps + third.steps:,}" in text
+    shape = config.model
+    matrices = rest - (2 * shape.num_layers + 1) * shape.hidden_size + 92544 * shape.hidden_size
+    flops = 6 * matrices + 12 * shape.num_layers * shape.num_heads * 128 * 4096
+    work = f"FLOPs           {flops * first.steps * config.batch_tokens:.4g} = tokens x {flops / 1e9:.4g} G"
+    assert work in text and "missing         data/corpus" in text
+    if name != "internlm2_1.8b":
+        assert "does not fit" in text
+        return
+    work = [float(line.split()[1]) for line in text.splitlines() if line.startswith("FLOPs")]
+    days = [float(line.split()[4]) for line in text.splitlines() if line.startswith("on 1 x")]
+    assert all(0.25 < flops / (day * 86400 * 989e12) < 0.7 for flops, day in zip(work, days, strict=True))
+
+
+def test_a_dry_run_with_data_says_how_often_sources_are_seen(tmp_path, capsys):
+    toys.tokenizer(tmp_path / "tokenizer")
+    toys.corpus(tmp_path / "data")
+    given = [
+        "model.hidden_size=64",
+        "batch_tokens=512",
+        f"data={tmp_path / 'data'}",
+        f"tokenizer={tmp_path / 'tokenizer'}",
+    ]
+    given += ["phases=[{steps: 100, seq_len: 128, weights: {web: 3, code: 1}}]"]
+    path = tmp_path / "my.yaml"
+    path.write_text("data: x\ntokenizer: y\n")
+    assert main(["pretrain", str(path), "--dry-run", *(word for pair in given for word in ("--set", pair))]) == 0
+    lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("source")}
+    tokens, times = (float(lines["web"].split()[i].replace(",", "")) for i in (3, 6))
+    assert times * tokens == pytest.approx(0.75 * 100 * 512, rel=0.02) and set(lines) == {"web", "code"}
 
 
 def test_the_row_for_104_billion():

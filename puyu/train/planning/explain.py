@@ -14,7 +14,7 @@ from puyu.train.layouts.mesh import Mesh
 from puyu.train.meter import work_of
 from puyu.train.planning.job import Job
 from puyu.train.planning.memory import extent, trace_of
-from puyu.train.planning.search import RESERVED, USABLE, Found, Row, usable
+from puyu.train.planning.search import RESERVED, USABLE, Found, Row, usable, words_of
 from puyu.train.planning.speed import HIDDEN, MOVED, Device
 
 GB = 1e9
@@ -55,8 +55,10 @@ def table(job: Job, found: Found, device: Device, *, processes: int, memory: flo
     if found.best:
         yield f"\npick: {found.best[0].words}"
     else:
-        yield "nothing fits" + (f": the least is {found.smallest.peak.total / GB:.1f} GB, with {found.smallest.words}"
-                                if found.smallest else "")  # fmt: skip
+        yield "nothing fits"
+    if found.smallest:
+        least, layout, accumulate = found.smallest
+        yield f"the least is {least / GB:.1f} GB or more, with {words_of(layout, accumulate)}"
     for reason, count in found.refused.most_common():
         yield f"refused {count:5}: {reason}"
 

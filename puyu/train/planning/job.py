@@ -14,7 +14,7 @@ import torch
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
 from puyu.train.optim import part_of
-from puyu.train.planning.trace import Trace, trace_model
+from puyu.train.planning.trace import Compute, Trace, Trunk, trace_model, trace_trunks
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Job:
     dtype: torch.dtype = torch.bfloat16
     cpu: bool = False
     """Whether it runs on a CPU, whose attention and loss work in smaller pieces."""
-    _traces: dict[tuple[int, int], Trace] = field(default_factory=dict, compare=False)
-    _blocks: dict[int, int] = field(default_factory=dict, compare=False)
+    _traces: dict[tuple[int, int], Trace] = field(default_factory=dict, init=False, compare=False)
+    _trunks: dict[int, tuple[Trunk, ...]] = field(default_factory=dict, init=False, compare=False)
+    _blocks: dict[int, int] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def master(self) -> int:
@@ -58,9 +59,11 @@ class Job:
             dense, moe = self.slice(tensor), self.model.experts
             if moe:  # a token's experts together are as wide as one MLP
                 dense = dense.with_(experts=None, intermediate_size=moe.per_token * moe.size + moe.shared_size)
-            self._traces[tensor, tokens] = trace_model(
-                dense, tokens=tokens, row=self.row, dtype=self.dtype, cpu=self.cpu
-            )
+            if tensor not in self._trunks:
+                self._trunks[tensor] = trace_trunks(dense, row=self.row, dtype=self.dtype)
+            like = Compute(self.dtype, self.cpu)
+            found = trace_model(dense, self._trunks[tensor], tokens=tokens, row=self.row, like=like)
+            self._traces[tensor, tokens] = found
         return self._traces[tensor, tokens]
 
     def block(self, tensor: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from puyu.dist import World
 from puyu.model.config import ModelConfig
@@ -58,7 +59,7 @@ def peak_of(job: Job, layout: LayoutConfig, *, processes: int = 1, accumulate: i
     mesh = Mesh(layout, World(0, processes))
     stages, tokens = layout.pipeline, job.batch_tokens // (mesh.data * accumulate * layout.sequence)
     micro = accumulate if layout.schedule == "gpipe" else min(accumulate, max(2, 3 * stages))
-    orders = plan(layout.schedule, stages, micro, layout.virtual)
+    orders = _orders(layout.schedule, stages, micro, layout.virtual)
     peaks = [_Step(job, mesh, tokens, rank).walk(orders[rank]) for rank in sorted({0, stages - 1})]
     return max(peaks, key=lambda peak: peak.total)
 
@@ -73,6 +74,14 @@ def extent(kind: Extent, mesh: Mesh) -> int:
     return {"replica": 1, "partial": mesh.config.shard_size, "full": mesh.peers}[kind]
 
 
+@lru_cache(maxsize=64)
+def _cuts(layers: int, block: int, table: int, chunks: int) -> list[range]:
+    return cut([float(block)] * (layers - 1) + [float(block + table)], parts=chunks)
+
+
+_orders = lru_cache(maxsize=256)(plan)
+
+
 class _Step:
     """One step of one process, as its schedule orders it. `block`: bytes of a whole block's master weights here."""
 
@@ -80,9 +89,7 @@ class _Step:
         config, model = mesh.config, job.slice(mesh.config.tensor)
         self.config, self.trace = config, job.trace(config.tensor, tokens)
         self.block, table = job.block(config.tensor) * job.master, model.vocab_size * model.hidden_size * job.master
-        costs = [float(self.block)] * model.num_layers
-        costs[-1] += table
-        self.cuts, self.last = cut(costs, parts=config.chunks), config.chunks - 1
+        self.cuts, self.last = _cuts(model.num_layers, self.block, table, config.chunks), config.chunks - 1
         mine = range(rank, config.chunks, config.pipeline)
         tables = (0 in mine) + (self.last in mine and not (model.tie_embeddings and 0 in mine))
         self.root = tables * table

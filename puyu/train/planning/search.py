@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from puyu.dist import World
@@ -20,7 +20,7 @@ from puyu.model.config import ModelConfig
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.mesh import Mesh
 from puyu.train.planning.job import Job
-from puyu.train.planning.memory import Peak, peak_of
+from puyu.train.planning.memory import Peak, extent, peak_of, trace_of
 from puyu.train.planning.speed import Device, Seconds, seconds_of
 
 RESERVED = 1.5e9
@@ -41,8 +41,13 @@ class Row:
     @property
     def words(self) -> str:
         """The settings that differ from the default, as `--set` takes them."""
-        given = self.layout.model_dump(exclude_defaults=True)
-        return " ".join([*(f"layout.{k}={v}" for k, v in given.items()), f"accumulate={self.accumulate}"])
+        return words_of(self.layout, self.accumulate)
+
+
+def words_of(layout: LayoutConfig, accumulate: int) -> str:
+    """The settings that differ from the default, as `--set` takes them."""
+    given = layout.model_dump(exclude_defaults=True)
+    return " ".join([*(f"layout.{k}={v}" for k, v in given.items()), f"accumulate={accumulate}"])
 
 
 @dataclass(frozen=True)
@@ -51,26 +56,44 @@ class Found:
 
     best: tuple[Row, ...]
     refused: Counter[str]
-    smallest: Row | None
-    """Of those that need too much memory, the one that needs least."""
+    smallest: tuple[float, LayoutConfig, int] | None
+    """Where nothing fits: the least bytes that anything needs, its layout and micro-batches."""
 
 
-def search(job: Job, device: Device, *, processes: int, memory: float = 0.0) -> Found:
-    """Look at everything; `memory`: bytes of a device (0: the device's own)."""
+def search(job: Job, device: Device, *, processes: int, memory: float = 0.0, enough: int = 40) -> Found:
+    """Look at all, the fastest first, until `enough` fit; `memory`: bytes of a device (0: the device's own)."""
     room = usable(memory or device.capacity, device)
-    rows, refused, smallest = [], Counter[str](), None
+    refused, rows, floors, timed = Counter[str](), list[Row](), list[tuple[float, LayoutConfig, int]](), []
     for layout in layouts(processes, job.model, refused, group=device.group):
         for accumulate in micro_batches(job, layout, processes, refused):
-            seconds = seconds_of(job, layout, device, processes=processes, accumulate=accumulate)
-            row = Row(layout, accumulate, peak_of(job, layout, processes=processes, accumulate=accumulate), seconds)
-            if row.peak.total <= room:
-                rows.append(row)
+            floor = floor_of(job, layout, processes=processes, accumulate=accumulate)
+            if floor > room:
+                refused["needs too much memory"] += 1
+                floors.append((floor, layout, accumulate))
                 continue
+            seconds = seconds_of(job, layout, device, processes=processes, accumulate=accumulate)
+            timed.append(Row(layout, accumulate, Peak(), seconds))
+    timed.sort(key=lambda row: (row.seconds.total, len(row.words)))
+    for number, row in enumerate(timed):
+        peak = peak_of(job, row.layout, processes=processes, accumulate=row.accumulate)
+        if peak.total > room:
             refused["needs too much memory"] += 1
-            smallest = row if smallest is None or row.peak.total < smallest.peak.total else smallest
-    rows.sort(key=lambda row: (row.seconds.total, row.peak.total, len(row.words)))
-    alike = {(row.seconds.total, row.peak.total): row for row in reversed(rows)}  # the simplest of its kind
-    return Found(tuple(reversed(alike.values())), refused, smallest)
+            floors.append((peak.total, row.layout, row.accumulate))
+        elif not rows or (row.seconds.total, peak.total) != (rows[-1].seconds.total, rows[-1].peak.total):
+            rows.append(replace(row, peak=peak))
+        if len(rows) == enough:
+            refused["slower than those below, memory not looked at"] = len(timed) - number - 1
+            break
+    return Found(tuple(rows), refused, None if rows or not floors else min(floors, key=lambda item: item[0]))
+
+
+def floor_of(job: Job, layout: LayoutConfig, *, processes: int, accumulate: int) -> float:
+    """Bytes that a process needs at least: weights, states, and what the blocks of one micro-batch keep."""
+    mesh = Mesh(layout, World(0, processes))
+    weights = job.held(layout.tensor) * job.master / layout.pipeline
+    kept = trace_of(job, mesh, accumulate).block.forward.stays / layout.tensor
+    held = weights / extent(layout.params, mesh) + 2 * weights / extent(layout.states, mesh)
+    return held + (job.model.num_layers // layout.pipeline) * kept
 
 
 def usable(memory: float, device: Device) -> float:

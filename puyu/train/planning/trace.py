@@ -2,7 +2,8 @@
 tensors, whatever the sizes. Embedding, one block and the head (with its loss) are told apart by hooks; a plan puts them
 together for any depth. Parameters are not counted, new gradients are.
 
-    trace_model(config, tokens=4096, row=4096, dtype=torch.bfloat16).block.forward.stays
+    trunks = trace_trunks(config, row=4096, dtype=torch.bfloat16)
+    trace_model(config, trunks, tokens=4096, row=4096, like=Compute(torch.bfloat16)).block.forward.stays
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ LONG = 2048
 """Rows from here on run through a flash kernel everywhere, and all grows in a line with the tokens."""
 
 
+class Compute(NamedTuple):
+    """How: the dtype of activations, and whether on a CPU (whose loss works in smaller pieces) or a GPU."""
+
+    dtype: torch.dtype
+    cpu: bool = False
+
+
 class Part(NamedTuple):
     """One part: forward; backward when it makes gradients; backward when it adds to those of a micro-batch before."""
 
@@ -42,19 +50,32 @@ class Trace(NamedTuple):
     norm: int
 
 
-def trace_model(config: ModelConfig, *, tokens: int, row: int, dtype: torch.dtype, cpu: bool = False) -> Trace:
-    """Count one process's micro-batch of `tokens` tokens in documents of `row`, computed in `dtype` on a GPU or CPU.
+Trunk = tuple[Part, Part, int]
+"""Embedding, block, and what a norm keeps."""
 
-    `tokens` may be a part of a long row, and is then a part of the work on it.
+
+def trace_model(config: ModelConfig, trunks: tuple[Trunk, ...], *, tokens: int, row: int, like: Compute) -> Trace:
+    """Count one process's micro-batch of `tokens` tokens in documents of `row`.
+
+    `tokens` may be a part of a long row, and is then a part of the work on it: on the line through one row and two,
+    `trunks`, which may be counted once (`trace_trunks`) for all numbers of tokens.
     """
+    dtype, cpu = like
     with _default(torch.float64 if dtype == torch.float64 else torch.float32):
         head = _trace_head(config, tokens, dtype, "cpu" if cpu else "meta")
         if row < LONG:
             embedding, block, norm = _trace_trunk(config, tokens, min(row, tokens), dtype)
             return Trace(embedding, block, head, norm)
-        low, high = (_trace_trunk(config, times * row, row, dtype) for times in (1, 2))
-    share = tokens / row - 1
+    (low, high), share = trunks, tokens / row - 1
     return Trace(_between(low[0], high[0], share), _between(low[1], high[1], share), head, low[2] * tokens // row)
+
+
+def trace_trunks(config: ModelConfig, *, row: int, dtype: torch.dtype) -> tuple[Trunk, ...]:
+    """The trunk at one row and at two, where rows are long."""
+    if row < LONG:
+        return ()
+    with _default(torch.float64 if dtype == torch.float64 else torch.float32):
+        return tuple(_trace_trunk(config, times * row, row, dtype) for times in (1, 2))
 
 
 def _between(low: Part, high: Part, share: float) -> Part:
@@ -72,7 +93,7 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _trace_trunk(config: ModelConfig, tokens: int, row: int, dtype: torch.dtype) -> tuple[Part, Part, int]:
+def _trace_trunk(config: ModelConfig, tokens: int, row: int, dtype: torch.dtype) -> Trunk:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():  # tensors that say they are a CPU's: its attention keeps what a GPU's flash kernel does
@@ -81,7 +102,7 @@ def _trace_trunk(config: ModelConfig, tokens: int, row: int, dtype: torch.dtype)
         return _count_trunk(model, tokens, row)
 
 
-def _count_trunk(model: CausalLM, tokens: int, row: int) -> tuple[Part, Part, int]:
+def _count_trunk(model: CausalLM, tokens: int, row: int) -> Trunk:
     live = LiveBytes(model.parameters())
     found: dict[str, list[Stretch]] = {}
 
