@@ -154,7 +154,7 @@ def why_not(layout: LayoutConfig, model: ModelConfig, processes: int) -> str:
 
 def _rule(message: str) -> str:
     """An error's sentence without its numbers."""
-    return re.sub(r"=?\b\d+\b,? ?", "", message).strip(" ,")
+    return re.sub(r",? \d+\b|=\d+", "", message)
 
 
 def micro_batches(job: Job, layout: LayoutConfig, processes: int, refused: Counter[str]) -> Iterator[int]:
