@@ -7,7 +7,7 @@ Loshchilov and Hutter 2019; betas (0.9, 0.95), eps 1e-8, decay on matrices only,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,21 +15,24 @@ from pydantic import Field
 from torch import nn
 
 from puyu.configure import Config
-from puyu.train.muon import MuonAdamW
+from puyu.train.adam8 import AdamW8
+from puyu.train.muon import MuonAdamW, Parts
 from puyu.train.schedule import Kind, lr_at
 
 
 class OptimConfig(Config):
     """Optimizer and learning-rate schedule."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    """adamw; or muon for the matrices of the blocks and AdamW for the rest."""
+    kind: Literal["adamw", "muon", "adamw8"] = "adamw"
+    """adamw; muon for the matrices of the blocks and AdamW for the rest; adamw8 with moments of one byte a number."""
     lr: float = 1e-3
     """Peak learning rate (AdamW)."""
     muon_lr: float = 0.03
     """Peak learning rate of Muon's matrices; it follows the same schedule."""
     muon_momentum: float = 0.95
     """Muon's momentum."""
+    muon_split: bool = False
+    """Muon takes query, key and value of each key head, gate and up, as matrices of their own."""
     schedule: Kind = "cosine"
     """cosine, constant, or wsd (warm-up, stable, linear decay)."""
     warmup: float = 0.05
@@ -67,8 +70,11 @@ class _Role(NamedTuple):
     momentum: float
 
 
-def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW, or Muon beside it, over the parameters that train; matrices alone have weight decay."""
+def make_optimizer(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, *, parts: Mapping[str, Parts] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over the parameters that train; matrices alone have weight decay. `parts`: what Muon splits."""
+    named = list(named)
     groups: dict[_Role, list[nn.Parameter]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
@@ -76,7 +82,10 @@ def make_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimConfi
     rows = [{"params": p, "weight_decay": r.decay, "scale": r.scale, "momentum": r.momentum} for r, p in groups.items()]
     betas = (config.beta1, config.beta2)
     if config.kind == "muon":
-        return MuonAdamW(rows, betas=betas, eps=config.eps)
+        split = {parameter: parts[name] for name, parameter in named if name in parts} if parts else {}
+        return MuonAdamW(rows, betas=betas, eps=config.eps, parts=split)
+    if config.kind == "adamw8":
+        return AdamW8(rows, betas=betas, eps=config.eps)
     return torch.optim.AdamW(rows, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
@@ -96,7 +105,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def allocate(optimizer: torch.optim.Optimizer) -> None:
     """Make the states that the first step would make, at zero; those that exist are left alone."""
-    if isinstance(optimizer, MuonAdamW):
+    if isinstance(optimizer, MuonAdamW | AdamW8):
         optimizer.allocate()
         return
     for group in optimizer.param_groups:

@@ -10,6 +10,7 @@ Knows documents only as rows of kept.jsonl; samples and benchmarks come from the
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import accumulate
@@ -108,6 +109,21 @@ class Schedule(NamedTuple):
         return self.optim.rate(step - self.first, self.steps)
 
 
+class BatchRamp(Config):
+    """A smaller batch at first, as in InternEvo: `start`, `increment` more after every so many steps."""
+
+    start: int = Field(ge=1)
+    """Tokens of the first step."""
+    increment: int = Field(ge=1)
+    """Tokens more."""
+    every: int = Field(ge=1)
+    """Steps between increments."""
+
+    def tokens(self, step: int, *, most: int) -> int:
+        """Tokens of the 0-based step."""
+        return min(self.start + step // self.every * self.increment, most)
+
+
 class PretrainConfig(TrainingConfig):
     """Train a model from documents."""
 
@@ -129,6 +145,8 @@ class PretrainConfig(TrainingConfig):
     """hard: rows are always full; soft: documents that fit a row stay whole; document: one document a row."""
     batch_tokens: int = 8192
     """Tokens of one optimizer step, over all processes."""
+    ramp: BatchRamp | None = None
+    """Smaller batches at first. Steps and learning rates stay as they are."""
     optim: OptimConfig = OptimConfig(lr=2e-3)
     """Optimizer and schedule."""
     heldout: float = 0.01
@@ -268,10 +286,11 @@ class Phases:
         first = config.phases[0]
         self.mixture = Mixture(corpus.train, self._weights(first), seed=config.seed, epochs=epochs)
         self.source = PretrainSource(
-            corpus.train, self.mixture, seq_len=first.seq_len, rows=self._rows(first), packing=config.packing
+            corpus.train, self.mixture, seq_len=first.seq_len, rows=self._rows(first, 0), packing=config.packing
         )
-        for phase in config.phases:
-            self._rows(phase)
+        for phase, band in zip(config.phases, self.bands(), strict=True):
+            for step in self._batches(phase, band):
+                self._rows(phase, step)
             check_weights(self._weights(phase), corpus.train)
         if epochs and config.packing != "document":  # its rows are not full: what they use shows in the end
             self._check_epochs({name: corpus.train[name].longest for name in epochs})
@@ -290,8 +309,9 @@ class Phases:
         new weights begin new counts.
         """
         left = {name: size if name in longest else math.inf for name, size in self.sizes.items()}
-        for number, phase in enumerate(self.phases, 1):
-            tokens, reserve = phase.steps * self.config.batch_of(phase), (number - 1) * sum(longest.values())
+        for number, (phase, band) in enumerate(zip(self.phases, self.bands(), strict=True), 1):
+            tokens = sum(self._tokens(phase, step) * count for step, count in self._batches(phase, band).items())
+            reserve = (number - 1) * sum(longest.values())
             used = expected_use(left, self._weights(phase), tokens + reserve)
             if sum(used.values()) < tokens + reserve - 1:
                 raise ConfigError(
@@ -309,12 +329,24 @@ class Phases:
         """What was used of each source, how full the rows were, and documents without the score of their classes."""
         return {"sources": self.mixture.report(), "fill": round(self.source.fill, 5), "unscored": self.unscored}
 
-    def _rows(self, phase: Phase) -> int:
-        tokens = self.config.batch_of(phase)
+    def _tokens(self, phase: Phase, step: int) -> int:
+        """Tokens of the 0-based step, which lies in that phase."""
+        ramp, most = self.config.ramp, self.config.batch_of(phase)
+        return most if ramp is None else ramp.tokens(step, most=most)
+
+    def _batches(self, phase: Phase, band: Mapping[str, Any]) -> dict[int, int]:
+        """A 0-based step of each size of batch of a phase, and how many steps are like it."""
+        sizes = [self._tokens(phase, step) for step in range(band["first"] - 1, band["last"])]
+        counts = Counter(sizes)
+        return {band["first"] - 1 + sizes.index(size): count for size, count in counts.items()}
+
+    def _rows(self, phase: Phase, step: int) -> int:
+        tokens = self._tokens(phase, step)
         rows, rest = divmod(tokens, phase.seq_len * self.config.accumulate)
         if rows < 1 or rest:
             size = f"seq_len {phase.seq_len} x accumulate {self.config.accumulate}"
-            raise ConfigError(f"batch_tokens {tokens} is not a multiple of {size}")
+            where = "batch_tokens" if self.config.ramp is None else f"ramp: step {step + 1} has a batch of"
+            raise ConfigError(f"{where} {tokens} is not a multiple of {size}")
         return rows
 
     def bands(self) -> list[dict[str, Any]]:
@@ -332,7 +364,7 @@ class Phases:
         phase = self.phases[number]
         self.model.set_rope_theta(self._thetas[number])
         self.mixture.set_weights(self._weights(phase))
-        self.source.set_shape(seq_len=phase.seq_len, rows=self._rows(phase))
+        self.source.set_shape(seq_len=phase.seq_len, rows=self._rows(phase, step))
         return number
 
 

@@ -22,20 +22,22 @@ from torch import Tensor, nn
 from puyu.data.mix import key_of
 from puyu.data.packing import Batch
 from puyu.dist import current_world
-from puyu.errors import ResourceError, RetryError, TrainingError
+from puyu.errors import ConfigError, ResourceError, RetryError, TrainingError
 from puyu.files import read_jsonl, write_json
 from puyu.log import MetricsWriter, Progress, say
-from puyu.model.heads import CausalLM
+from puyu.model.heads import CausalLM, ScalarModel
 from puyu.train import optim, parallel, state
 from puyu.train.evaluate import OnEvaluate, undisturbed
+from puyu.train.float8 import use_float8
 from puyu.train.health import Heartbeat, Journal, Pace, Rows, StopSignal, Verdict, Watch, probe
 from puyu.train.layouts import Blank, make_layout
-from puyu.train.memory import keep_freed_pages
+from puyu.train.memory import keep_freed_pages, spare
 from puyu.train.meter import Meter
 from puyu.train.monitor import Tracer
 from puyu.train.objectives import Objective, means
 from puyu.train.pieces import gather_whole
 from puyu.train.saver import Saver, export, export_folder, remove
+from puyu.train.scaler import LossScaler
 from puyu.train.settings import RunSettings
 
 Metrics = dict[str, Any]
@@ -92,6 +94,10 @@ class Trainer:
         self.device = blank.device if blank else next(model.parameters()).device
         self.world = current_world()
         keep_freed_pages(self.device)
+        self._check_spared(config)
+        if config.precision != "dtype":
+            use_float8(model, emulated=config.precision == "float8-emulated", device=self.device)
+        spare(model, config.memory)
         self.layout = make_layout(config.layout, model, objective, device=self.device)
         self.layout.check_micro(config.accumulate)
         if blank:
@@ -105,6 +111,9 @@ class Trainer:
         self.saver = Saver(out, config, layout=self.layout, identity=config.identity)
         self.keeps: dict[str, Keeps] = {}
         """What else is saved, by name."""
+        self.scaler = LossScaler() if _compute_dtype(model) == torch.float16 else None
+        if self.scaler:
+            self.keeps["scaler"] = self.scaler
         self.done = self.tokens = 0
         self.before_step: Callable[[int], object] | None = None
         """Called with the 0-based step before its batch is drawn; what it returns names the phase of the step."""
@@ -124,6 +133,19 @@ class Trainer:
         self._rows: Rows | None = None
         self._again = self._tried = False
         self.saver.on_error = self._make_room
+
+    @staticmethod
+    def _check_spared(config: TrainerConfig) -> None:
+        """ConfigError where the forward pass of a layer would have two masters."""
+        layout = config.layout
+        replaced = layout.tensor > 1 or (layout.pipeline > 1 and layout.schedule == "zero-bubble")
+        if config.precision != "dtype" and replaced:
+            raise ConfigError(
+                f"precision {config.precision} works with whole matrices and their own products",
+                remedy="set layout.tensor=1 and another layout.schedule than zero-bubble",
+            )
+        if config.memory.checkpoint != "none" and layout.pipeline > 1 and layout.schedule == "zero-bubble":
+            raise ConfigError("memory.checkpoint would be computed again twice", remedy="set layout.schedule=1f1b")
 
     def resume(self) -> int:
         """Load the newest good state, if there is one; returns the completed steps."""
@@ -281,7 +303,8 @@ class Trainer:
             batches = self._draw()
         with span("backward"):
             skipped = self.done + 1 in self.watch.skip  # decided before: its batch is drawn, and not looked at
-            sums = {"loss": 0.0, "weight": 0.0} if skipped else self.layout.backward(batches)
+            scale = self._scale(batches) if self.scaler else 1.0
+            sums = {"loss": 0.0, "weight": 0.0} if skipped else self.layout.backward(batches, scale=scale)
         sums["tokens"] = float(sum(batch.num_tokens for batch in batches)) if self.layout.counts else 0.0
         sums["asked"] = float(stop.asked)
         with span("reduce"):
@@ -292,7 +315,7 @@ class Trainer:
         with span("update"):
             verdict, found = Verdict("skip", "left out"), Metrics()
             if not skipped:
-                verdict, found = self._update(metrics["loss"], max(sums["weight"], 1e-30))
+                verdict, found = self._update(metrics["loss"], max(sums["weight"], 1e-30) * scale)
         if verdict.action == "update":
             self.tokens += tokens
             metrics |= found
@@ -334,14 +357,22 @@ class Trainer:
         rank, size = self.reader.rank, self.reader.size
         return [self.source.next_batch(rank=rank, world=size).to(self.device) for _ in range(self.config.accumulate)]
 
+    def _scale(self, batches: list[Batch]) -> float:
+        """Factor on the summed loss, the same everywhere: the scaler's number is that of a mean loss."""
+        assert self.scaler is not None
+        return self.scaler.scale / self._agreed({"tokens": float(sum(batch.num_tokens for batch in batches))})["tokens"]
+
     def _agreed(self, sums: dict[str, float]) -> dict[str, float]:
         return dict(zip(sums, parallel.agree(list(sums.values()), self.device), strict=True))
 
     def _update(self, loss: float, weight: float) -> tuple[Verdict, Metrics]:
-        """Judge; average, clip and step, or drop the gradients. Returns the rate and norms of the averaged gradient."""
+        """Judge; divide gradients by `weight`, clip and step, or drop them. Returns the rate and norms of the mean."""
         rate = self.rate(self.done)
         norm = self.layout.norm() / weight
         total = self._agreed({"norm": norm})["norm"]  # one number for all, so that all judge alike
+        if self.scaler and math.isfinite(loss) and not math.isfinite(total) and self.scaler.overflowed():
+            self.layout.drop_gradients()
+            return Verdict("skip", f"float16 overflow, loss scale {self.scaler.scale:g} from here on"), {}
         verdict = self.watch.judge(self.done + 1, loss, total / self.world.size)
         if verdict.action != "update":
             if not (math.isfinite(loss) and math.isfinite(total)) and (name := self.layout.bad_gradient()):
@@ -353,6 +384,8 @@ class Trainer:
         if (every := self.config.group_norms_every) and self.done % every == 0:
             found |= {f"grad_norm/{part}": value / weight for part, value in self.layout.part_norms().items()}
         self.layout.update(optim.clip_factor(norm, clip=self.config.optim.clip) / weight, rate=rate)
+        if self.scaler:
+            self.scaler.succeeded()
         return verdict, found
 
     def _roll_back(self, verdict: Verdict) -> None:
@@ -407,6 +440,10 @@ class Trainer:
     def full_weights(self) -> dict[str, Tensor]:
         """All weights, whole, for saving; every rank must call it, only rank 0 gets them."""
         return gather_whole(self.layout.pieces())
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype | None:
+    return model.trunk.compute_dtype if isinstance(model, CausalLM | ScalarModel) else None
 
 
 def _due(step: int, every: int) -> bool:

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from puyu.train import muon
-from puyu.train.muon import MuonAdamW, orthogonal
+from puyu.train.muon import MuonAdamW, Parts, orthogonal, parts_of
 from puyu.train.optim import OptimConfig, make_optimizer, set_rate
+from tests.train import toys
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (32, 8), (8, 40)])
@@ -77,3 +78,28 @@ def test_only_the_matrices_of_the_blocks_take_muon():
     by_momentum = {group["momentum"]: group for group in optimizer.param_groups if group["weight_decay"] > 0}
     assert len(by_momentum[0.95]["params"]) == 2 * 4 and by_momentum[0.95]["lr"] == pytest.approx(0.01)
     assert {tuple(p.shape) for p in by_momentum[0.0]["params"]} == {(97, 32)} and by_momentum[0.0]["lr"] == 5e-4
+
+
+def test_joined_matrices_are_split_by_key_head_and_by_gate_and_up():
+    model = toys.model(dtype=torch.float32)  # 4 query heads, 2 key heads, head size 4, inner 32, width 16
+    parts = parts_of(model)
+    name = "trunk.layers.1.attention.qkv.weight"
+    assert parts[name] == Parts(2, (8, 4, 4)) and parts["trunk.layers.0.mlp.gate_up.weight"] == Parts(2, (32,))
+    assert len(parts) == 4
+    config = OptimConfig(kind="muon", lr=1.0, muon_lr=1.0, muon_momentum=0.5, weight_decay=0.0, muon_split=True)
+    named = dict(model.named_parameters())
+    optimizer = make_optimizer(named.items(), config, parts=parts)
+    set_rate(optimizer, 1.0)
+    before = {key: value.detach().clone() for key, value in named.items()}
+    draw = torch.Generator().manual_seed(0)
+    for parameter in named.values():
+        parameter.grad = torch.randn(parameter.shape, generator=draw)
+    optimizer.step()
+    for key, pieces in ((name, [(0, 8), (8, 12), (12, 16), (16, 24), (24, 28), (28, 32)]),
+                        ("trunk.layers.0.mlp.gate_up.weight", [(0, 32), (32, 64)]),
+                        ("trunk.layers.0.mlp.down.weight", [(0, 16)])):  # fmt: skip
+        moved, ahead = before[key] - named[key].detach(), named[key].grad * 1.5
+        for start, stop in pieces:
+            scale = max(1.0, (stop - start) / moved.shape[1]) ** 0.5
+            wanted = orthogonal(ahead[start:stop][None])[0].float() * scale
+            torch.testing.assert_close(moved[start:stop], wanted, rtol=0, atol=0.02)

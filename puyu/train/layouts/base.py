@@ -22,6 +22,7 @@ from puyu.train.layouts import place, sequence
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.mesh import Mesh
 from puyu.train.layouts.shares import Cut, Share
+from puyu.train.muon import parts_of
 from puyu.train.objectives import LossOutput, Objective, Step
 from puyu.train.optim import OptimConfig
 from puyu.train.pieces import Piece
@@ -110,7 +111,8 @@ class Layout:
                 f"{idle} has nothing to train: all that it holds is frozen, or others have all its rows",
                 remedy="use fewer stages or processes, or train more of the model",
             )
-        self.optimizer = optim.make_optimizer(named, config)
+        parts = parts_of(self.model) if config.muon_split else None
+        self.optimizer = optim.make_optimizer(named, config, parts=parts)
 
     def backward(self, batches: Sequence[Batch], *, scale: float = 1.0) -> Sums:
         """Make the gradients of `scale` times the summed loss over these micro-batches, once an update; nothing is

@@ -104,6 +104,11 @@ def spread_of(name: str, parameter: torch.Tensor, mesh: Mesh, *, sliced: bool) -
 
 def check_optimizer(mesh: Mesh, config: OptimConfig) -> None:
     """ConfigError where an optimizer cannot work on what lies on a process."""
+    if config.kind == "adamw8" and mesh.config.tensor > 1:
+        raise ConfigError(
+            "optim.kind=adamw8 has a scale for every 256 columns, layout.tensor cuts between them",
+            remedy="use adamw, or layout.tensor=1",
+        )
     if config.kind != "muon":
         return
     if mesh.config.tensor > 1:

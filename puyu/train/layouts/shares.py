@@ -48,7 +48,7 @@ class Cut(NamedTuple):
 
     def pieces(self, name: str, rows: Tensor, first: int, *, owner: bool) -> Iterator[Piece]:
         """Rows of the slice, from `first` on, as rectangles of the whole tensor."""
-        shape, blank = self.shape, (0,) * len(self.shape)
+        shape, blank = (self.shape[0], *rows.shape[1:]) if self.dim == 0 else self.shape, (0,) * len(self.shape)
         for place, start, count in self.runs:
             if self.dim:
                 yield Piece(name, shape, (first, start), rows.narrow(1, place, count), owner)
