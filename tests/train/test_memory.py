@@ -89,3 +89,20 @@ def test_what_is_kept_and_what_goes_to_the_host(monkeypatch):
     del moved[:]
     gradients(MemoryConfig(offload=True, checkpoint="full"))
     assert len(moved) == 2  # the inputs of two blocks
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # said inside the tracer
+def test_blocks_are_compiled_one_by_one(monkeypatch):
+    compiled = []
+
+    def traced_only(module, **_):  # a real back end takes a minute of a processor's time
+        compiled.append(type(module).__name__)
+        return eager(module, backend="eager")
+
+    eager = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", traced_only)
+    wanted, found = gradients(MemoryConfig()), gradients(MemoryConfig(compile=True, checkpoint="full"))
+    assert compiled == ["Block", "Block"]
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+    for name, grad in wanted[1].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
