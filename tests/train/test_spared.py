@@ -29,7 +29,7 @@ def run(folder, world, layouts):
             spare(model, MemoryConfig(**memory))
             made = make_layout(LayoutConfig(**layout), model, lm_loss, device=torch.device("cpu"))
             made.make_optimizer(OptimConfig(lr=3e-3, warmup=0, **optimizer))
-            losses = advance(case, made, range(4))
+            losses = [row[0] for row in advance(case, made, range(4))]
             states = gather_whole(made.moments())
             if states:
                 shapes = {key: list(value.shape) for key, value in states.items()}
