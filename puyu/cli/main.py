@@ -32,6 +32,7 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb("chain", "run a recipe end to end: documents in, an agent that answers out", "puyu.cli.chain"),
         Verb("watch", "a training run in the terminal, live", "puyu.cli.watch"),
         Verb("report", "one page about a training run, or two beside each other", "puyu.cli.report"),
+        Verb("growth", "what a run has learned, checkpoint by checkpoint; runs at equal tokens", "puyu.cli.growth"),
         Verb("trace", "what made this directory, back to the raw files", "puyu.cli.trace"),
         Verb("certify", "every layout of processes against one process, with differences", "puyu.cli.certify"),
         Verb("doctor", "what this machine can do, what is missing, how to mend it", "puyu.cli.doctor"),
