@@ -11,7 +11,6 @@ said. What fails in the thread is raised in the next step, on every process. Col
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import threading
@@ -28,10 +27,11 @@ from torch import Tensor
 from puyu.configure import Config
 from puyu.dist import World, barrier, current_world
 from puyu.errors import CheckpointError, ConfigError, PuyuError, RetryError
-from puyu.files import clear_folder, disk_errors
+from puyu.files import disk_errors
 from puyu.log import logger, say
 from puyu.train.beside import Beside
 from puyu.train.cold import ColdTier, Upload
+from puyu.train.folders import move, remove
 from puyu.train.layouts import Layout
 from puyu.train.layouts.base import first_of
 from puyu.train.parallel import agree
@@ -150,7 +150,7 @@ class Job:
             self.commit()
         except PuyuError:
             if not self.cancelled.is_set():
-                self.drop()
+                self.empty()
                 raise
         if self.cancelled.is_set():
             self.drop()
@@ -196,39 +196,25 @@ class Job:
             self.text = state_text(self.progress, identity=self.identity, indexes=indexes)
             put(self.temporary / STATE, [self.text])
             sync_folder(self.temporary)
-            _move(self.temporary, self.folder)
+            move(self.temporary, self.folder)
             older = [old.path for old in saved(self.folder.parents[1]) if old.path.name <= self.folder.name]
             for path in older[self.keep :] if self.keep else ():
                 remove(path)
 
-    def drop(self) -> None:
-        """Remove what a failed save has written here; also a folder that a slow process has made again."""
-        if self.world.is_main:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
+    def empty(self) -> None:
+        """Remove what this process has written. The folder stays: another process may be about to write there."""
         with suppress(OSError):
             for path in self.temporary.glob(f"{part_name(self.world.rank)}.*"):
                 path.unlink(missing_ok=True)
+
+    def drop(self) -> None:
+        """Remove what all have given up; also a folder that a slow process has made again."""
+        if self.world.is_main:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            return
+        self.empty()
+        with suppress(OSError):
             self.temporary.rmdir()
-
-
-def _move(temporary: Path, folder: Path) -> None:
-    """Rename; a folder of that name (an older, torn or rolled back state of the same step) makes room first."""
-    aside = folder.with_name(f"{temporary.name}-old")
-    if folder.exists():
-        clear_folder(aside)  # of a move that was killed
-        os.rename(folder, aside)
-    os.rename(temporary, folder)
-    sync_folder(folder.parent)
-    remove(aside)
-
-
-def remove(folder: Path) -> None:
-    """Remove what is no longer needed; what does not go (NFS keeps files that are open) is a warning."""
-    try:
-        clear_folder(folder)
-    except OSError as error:
-        logger.warning("%s was not removed: %s", folder, error)
 
 
 @contextmanager
@@ -325,10 +311,14 @@ class Saver:
 
     def _lost(self) -> None:
         """A state was not saved: what there is of it goes, on every process."""
-        error = self._hot.end() or _elsewhere()
-        if self._job:
+        self.on_error(self._end() or _elsewhere())
+
+    def _end(self, seconds: float | None = 0.0) -> BaseException | None:
+        """End the work on a state; why it failed here."""
+        error = self._hot.end(seconds)
+        if error and self._job:
             self._job.drop()
-        self.on_error(error)
+        return error
 
     def _new_job(self, progress: Progress, *, last: bool) -> Job:
         self._run = self._run or first_of(secrets.token_hex(4) if self.world.is_main else "")
@@ -387,7 +377,7 @@ class Saver:
 
     def close(self) -> None:
         """Let what is being written be finished; alone for as long as it takes, an upload only for `GRACE`."""
-        if error := self._hot.end(None if self.world.size == 1 else GRACE):
+        if error := self._end(None if self.world.size == 1 else GRACE):
             logger.warning("a state was not saved: %s", error)
         if error := self._uploads.end(GRACE):
             logger.warning("cold tier: %s", error)
@@ -398,8 +388,8 @@ class Saver:
         """Fill the layout from the newest good state of both tiers; with `before` (a roll-back), from one of an earlier
         step than that. Local states that are newer are removed, and uploaded ones after a roll-back. RetryError: no
         local state is good, and what was uploaded cannot be read."""
-        for beside in (self._hot, self._uploads):
-            if error := beside.end(GRACE):
+        for error in (self._end(GRACE), self._uploads.end(GRACE)):
+            if error:
                 logger.warning("a state was not saved: %s", error)
         names, problem = self._names()
         shelves = [self._shelf(*name.split()) for name in names if before is None or step_of(name) < before]
@@ -474,24 +464,3 @@ def _failure_of(act: Callable[[], None]) -> PuyuError | None:
     except PuyuError as error:
         return error
     return None
-
-
-def export_folder(out: Path, step: int) -> Path:
-    return out / "exports" / f"step-{step:08d}"
-
-
-def export(out: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """`exports/step-N` as `write` makes it, renamed when it is whole. Every process must call it; the first renames."""
-    folder = export_folder(out, step)
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    main = current_world().is_main
-    if main:
-        clear_folder(temporary)
-    write(temporary)
-    if main:
-        with disk_errors(folder):
-            for path in (path for path in temporary.rglob("*") if path.is_file()):
-                with open(path, "rb") as stream:
-                    os.fsync(stream.fileno())
-            _move(temporary, folder)
-    return folder

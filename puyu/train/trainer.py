@@ -29,6 +29,7 @@ from puyu.model.heads import CausalLM, ScalarModel
 from puyu.train import optim, parallel, state
 from puyu.train.evaluate import OnEvaluate, undisturbed
 from puyu.train.float8 import use_float8
+from puyu.train.folders import export, export_folder, remove
 from puyu.train.health import Heartbeat, Journal, Pace, Rows, StopSignal, Verdict, Watch, probe
 from puyu.train.layouts import Blank, make_layout
 from puyu.train.memory import keep_freed_pages, spare
@@ -36,7 +37,7 @@ from puyu.train.meter import Meter
 from puyu.train.monitor import Tracer
 from puyu.train.objectives import Objective, means
 from puyu.train.pieces import gather_whole
-from puyu.train.saver import Saver, export, export_folder, remove
+from puyu.train.saver import Saver
 from puyu.train.scaler import LossScaler
 from puyu.train.settings import RunSettings
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from puyu.dist import World
-from puyu.errors import CheckpointError, RetryError
-from puyu.train import cold, saver, state
+from puyu.errors import CheckpointError, ResourceError, RetryError
+from puyu.train import cold, folders, saver, state
 from puyu.train.cold import ColdTier
-from puyu.train.saver import export
+from puyu.train.folders import export
 from tests.train import toys
 from tests.train.crashes import small, write
 from tests.train.run_states import interrupted, tear, trainer
@@ -89,7 +89,7 @@ def test_old_states_that_cannot_be_removed_are_a_warning(tmp_path, monkeypatch, 
     def busy(path):
         raise OSError(16, "Device or resource busy")
 
-    monkeypatch.setattr(saver, "clear_folder", busy)
+    monkeypatch.setattr(folders, "clear_folder", busy)
     trainer(tmp_path, keep=1).fit()
     assert names(tmp_path) == ["step-00000009", "step-00000006", "step-00000003"]
     assert "step-00000003 was not removed: [Errno 16]" in caplog.text
@@ -204,3 +204,23 @@ def test_a_slow_process_does_not_leave_the_folder_of_a_state_that_the_first_gave
     real = saver.put
     monkeypatch.setattr(saver, "put", lambda *args: slow.cancelled.set() if args[0].suffix == ".json" else real(*args))
     assert not slow.run() and not slow.temporary.exists()
+
+
+def test_a_process_that_cannot_write_takes_no_folder_from_one_that_is_about_to(tmp_path, monkeypatch):
+    staging = saver.Staging()
+    staging.take(small(1, 2)[1])
+    folder, progress = tmp_path / "train_state" / "step-00000002", state.Progress(2, 0, {})
+    first, full = (saver.Job(folder, "x", progress, "", staging, World(rank, 2), 0) for rank in (0, 1))
+    first.temporary.mkdir(parents=True)
+    real = saver.put
+
+    def no_room(path, blocks):
+        real(path, blocks)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saver, "put", no_room)
+    with pytest.raises(ResourceError, match="disk full"):
+        full.run()
+    assert list(first.temporary.iterdir()) == []
+    full.drop()
+    assert not first.temporary.exists()
