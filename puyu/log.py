@@ -50,6 +50,7 @@ class Progress:
         self.live = self.stream.isatty()
         self.began = time.monotonic()
         self.printed = self.began if not self.live else 0.0
+        self._shown = -1
         self.note = ""
 
     def update(self, steps: int = 1, *, work: float | None = None, **notes: float | str) -> None:
@@ -64,12 +65,13 @@ class Progress:
             self._print("\r" if self.live else "", "" if self.live else "\n")
 
     def close(self) -> float:
-        """Print the last line; returns the seconds."""
-        self._print("\r" if self.live else "", "\n")
+        """Print the last line, unless a file has it already; returns the seconds."""
+        if self.live or self._shown != self.done:
+            self._print("\r" if self.live else "", "\n")
         return time.monotonic() - self.began
 
     def _print(self, before: str, after: str) -> None:
-        line = self.line()
+        line, self._shown = self.line(), self.done
         self.stream.write(f"{before}{line:<100}{after}" if self.live else f"{line}{after}")
         self.stream.flush()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,26 @@ if TYPE_CHECKING:
     from puyu.train.trainer import Trainer
 
 OnEvaluate = Callable[[int, "Trainer"], Mapping[str, float]]
+T = TypeVar("T")
+
+
+class Latest(Generic[T]):
+    """A callback that keeps what it found last, so that the end of a run does not measure it again."""
+
+    def __init__(self, measure: Callable[[Trainer], T], in_row: Callable[[T], Mapping[str, float]]) -> None:
+        self._measure, self._in_row = measure, in_row
+        self._found: tuple[int, T] | None = None
+
+    def __call__(self, step: int, trainer: Trainer) -> Mapping[str, float]:
+        self._found = step, self._measure(trainer)
+        return self._in_row(self._found[1])
+
+    def of(self, trainer: Trainer) -> T:
+        """What was found at the step that the trainer has reached; measured now where it was not. Every process calls
+        it."""
+        if self._found is None or self._found[0] != trainer.done:
+            self._found = trainer.done, self._measure(trainer)
+        return self._found[1]
 
 
 class GoOn(Protocol):

@@ -3,7 +3,9 @@
 MFU = tokens/s x (6N + 12LdT) / peak. N: matrix parameters that a token meets, the output head included, an embedding
 that is only looked up not; L layers of attention width d over rows of T tokens (Chowdhery et al. 2022, PaLM, appendix
 B). `mfu_causal` counts the half of the attention that a causal mask leaves. Recomputed activations are not counted.
-The peak is that of dense bf16 products (puyu/device.py). Knows no loss and no file.
+The peak is that of dense bf16 products (puyu/device.py). Only steps that train one model on batches that are there
+have it: the rows of PPO, whose steps sample answers and ask other models, have tokens a second of the whole step and no
+MFU. Knows no loss and no file.
 
     meter = Meter(model, device); meter.enter(4096)
     with meter.span("data"): ...

@@ -29,7 +29,7 @@ class MonitorSettings(Config):
     """Evaluation in the loop, and what is written for people."""
 
     evaluate_every: int = Field(default=0, ge=0)
-    """Steps between evaluations on what is held out (and samples); 0: only at the end."""
+    """Steps between evaluations on what is held out (and samples); there is one at the end in any case."""
     samples: list[str] = Field(default_factory=list)
     """Beginnings that the model continues at every evaluation (samples.jsonl)."""
     sample_tokens: int = Field(default=64, ge=1)

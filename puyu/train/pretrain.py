@@ -36,7 +36,7 @@ from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights, initial_value
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.corpus import Corpus, open_corpus
-from puyu.train.evaluate import GoOn, sampling
+from puyu.train.evaluate import GoOn, Latest, sampling
 from puyu.train.layouts import Blank
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
@@ -201,17 +201,16 @@ def run(
             trainer.meter.enter(phases.source.seq_len)
             return number
 
-        def heldout(step: int, trainer: Trainer) -> dict[str, float]:
-            seq_len = phases.source.seq_len
-            return in_row(validate(trainer, corpus, seq_len=seq_len, batch_tokens=config.batch_tokens))
+        def measure(trainer: Trainer) -> dict[str, dict[str, float]]:
+            return validate(trainer, corpus, seq_len=phases.source.seq_len, batch_tokens=config.batch_tokens)
 
+        heldout = Latest(measure, in_row)
         trainer.before_step, trainer.rate = enter, config.rate
         trainer.evaluations = [heldout, *sampling(config, tokenizer, go_on)]
         numbers = trainer.fit()
         phases.enter(numbers["steps"] - 1)
-        validation = validate(trainer, corpus, seq_len=config.phases[-1].seq_len, batch_tokens=config.batch_tokens)
+        numbers |= {"parameters": parameters, "heldout": heldout.of(trainer), **phases.report()}
         save(trainer, out, tokenizer.save)
-        numbers |= {"parameters": parameters, "heldout": validation, **phases.report()}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
 

@@ -3,19 +3,21 @@
     $ puyu reward --base runs/nano/sft --data.0 pairs.jsonl --out runs/nano/reward
 
 Focal ranking loss with log barrier, domain rubrics, score at a reward token: InternLM2's COOL RLHF
-(arXiv 2403.17297, section 4.3). Some prompts are held out by hash, and their pair accuracy is reported per domain.
+(arXiv 2403.17297, section 4.3). Some prompts are held out by hash; accuracy and loss of their pairs are reported per
+domain, every `evaluate_every` steps and at the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from puyu.configure import dump
 from puyu.data.chats import read_preferences
 from puyu.data.packing import Batch, Pair, PreferenceSource, pack_pairs
 from puyu.device import pick_device
@@ -24,6 +26,7 @@ from puyu.files import hash_json
 from puyu.log import logger
 from puyu.model.checkpoint import scalar_from_language
 from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.evaluate import Latest
 from puyu.train.objectives import ranking_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
@@ -63,6 +66,12 @@ class RewardConfig(TrainingConfig):
     optim: OptimConfig = OptimConfig(lr=5e-4, weight_decay=0.01)
     """Optimizer and schedule."""
 
+    @model_validator(mode="after")
+    def _writes_nothing(self) -> Self:
+        if self.samples:
+            raise ValueError("samples: a reward model writes no text; leave them out")
+        return self
+
 
 def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
     """Train (or go on), measure held-out accuracy, save; returns the key numbers."""
@@ -83,12 +92,14 @@ def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> di
         model = place(loaded, dtype=config.dtype, device=device)
         objective = ranking_loss(gamma=config.gamma, penalty=config.penalty)
         trainer = Trainer(model, objective, source, config.trainer(steps, name="reward", identity=identity), out=out)
-        trainer.on_step = on_step
+        trainer.on_step, trainer.about = on_step, {"config": dump(config)}
+        heldout = Latest(lambda run: measure(run, pairs.heldout, rubrics, batch_tokens=budget), _in_row)
+        trainer.evaluations = [heldout] if pairs.heldout else []
         trainer.meter.enter_whole([len(ids) for pair in source.pairs for ids in (pair.chosen, pair.rejected)])
         extra = {"reward_token_id": rubrics.reward_id, "reward_domains_hash": rubrics.key()}
         trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save, rubrics.save, extra=extra)
         numbers = trainer.fit()
-        numbers["heldout"] = measure(trainer, pairs.heldout, rubrics, batch_tokens=budget)
+        numbers["heldout"] = heldout.of(trainer)
         save(trainer, out, tokenizer.save, rubrics.save, extra=extra)
         numbers |= {"pairs": len(source.pairs), "dropped": source.dropped, "quarantined": pairs.torn}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
@@ -140,7 +151,8 @@ def _pair(preference: Preference, rubrics: Rubrics, tokenizer: Tokenizer, path: 
 def measure(
     trainer: Trainer, pairs: Sequence[Pair], rubrics: Rubrics, *, batch_tokens: int
 ) -> dict[str, dict[str, float]]:
-    """Held-out pair accuracy with its binomial standard error, per domain and over all. Every rank must call it."""
+    """Held-out loss, and pair accuracy with its binomial standard error, per domain and over all. Every rank must call
+    it."""
     result = {}
     for number, domain in enumerate([*rubrics.domains, "all"]):
         chosen = [pair for pair in pairs if domain == "all" or pair.domain == number]
@@ -149,9 +161,14 @@ def measure(
         sums = trainer.evaluate(_batches(chosen, batch_tokens, trainer.reader.rank, trainer.reader.size))
         accuracy = sums["accuracy"] / sums["weight"]
         error = math.sqrt(accuracy * (1 - accuracy) / len(chosen))
-        margin = sums["margin"] / sums["weight"]
-        result[domain] = {"accuracy": accuracy, "stderr": error, "margin": margin, "pairs": len(chosen)}
+        means = {"loss": sums["loss"] / sums["weight"], "margin": sums["margin"] / sums["weight"]}
+        result[domain] = {"accuracy": accuracy, "stderr": error, **means, "pairs": len(chosen)}
     return result
+
+
+def _in_row(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    row = {f"val_accuracy/{domain}": value["accuracy"] for domain, value in found.items() if domain != "all"}
+    return row | {"val_loss": found["all"]["loss"], "val_accuracy": found["all"]["accuracy"]}
 
 
 def _batches(pairs: Sequence[Pair], batch_tokens: int, rank: int, world_size: int) -> Iterator[Batch]:

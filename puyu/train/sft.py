@@ -23,7 +23,7 @@ from puyu.log import logger
 from puyu.model.checkpoint import load_model
 from puyu.tokenizer.chat import render_all
 from puyu.tokenizer.tokenizer import Tokenizer
-from puyu.train.evaluate import GoOn, OnEvaluate, mean_loss, sampling
+from puyu.train.evaluate import GoOn, Latest, mean_loss, sampling
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
@@ -51,7 +51,7 @@ class SFTConfig(TrainingConfig):
     epochs: float = 2.0
     """Passes over the data; used when steps is 0."""
     validation: Path | None = None
-    """Conversations whose loss is taken every `evaluate_every` steps."""
+    """Conversations whose loss is taken every `evaluate_every` steps and at the end."""
     steps: int = 0
     """Optimizer steps; 0: by epochs."""
     batch_tokens: int = 8192
@@ -81,24 +81,26 @@ def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None, go_on: G
         model = place(loaded, dtype=config.dtype, device=device)
         trainer = Trainer(model, lm_loss, source, config.trainer(steps, name="sft", identity=identity), out=out)
         trainer.on_step, trainer.about = on_step, {"config": dump(config)}
-        trainer.evaluations = [*_validation(config, tokenizer), *sampling(config, tokenizer, go_on, chat=True)]
+        validation = _validation(config, tokenizer)
+        trainer.evaluations = [*([validation] if validation else []), *sampling(config, tokenizer, go_on, chat=True)]
         trainer.meter.enter_whole([len(ids) for ids, _ in source.docs])
         trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save)
         numbers = trainer.fit()
+        numbers |= {"val_loss": validation.of(trainer)} if validation else {}
         save(trainer, out, tokenizer.save)
         numbers |= {"conversations": len(source.docs), "dropped": source.dropped, "quarantined": len(torn)}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
 
-def _validation(config: SFTConfig, tokenizer: Tokenizer) -> list[OnEvaluate]:
+def _validation(config: SFTConfig, tokenizer: Tokenizer) -> Latest[float] | None:
     if config.validation is None:
-        return []
+        return None
     docs, _ = read_docs([ChatData(path=config.validation)], tokenizer, seed=config.seed)
+    return Latest(lambda trainer: mean_loss(trainer, docs, batch_tokens=config.batch_tokens), _in_row)
 
-    def validate(step: int, trainer: Trainer) -> dict[str, float]:
-        return {"val_loss": mean_loss(trainer, docs, batch_tokens=config.batch_tokens)}
 
-    return [validate]
+def _in_row(loss: float) -> dict[str, float]:
+    return {"val_loss": loss}
 
 
 def read_docs(data: Sequence[ChatData], tokenizer: Tokenizer, *, seed: int) -> tuple[list[Doc], list[BadRecord]]:
@@ -140,7 +142,9 @@ def repeated(count: int, repeat: float, *, key: int) -> list[int]:
 
 def _headline(numbers: dict[str, Any]) -> str:
     dropped = sum(numbers["dropped"].values()) + numbers["quarantined"]
+    heldout = f", on held-out conversations {numbers['val_loss']:.3f}" if "val_loss" in numbers else ""
     return (
         f"{numbers['conversations']:,} conversations ({dropped} left out), {numbers['steps']} steps, "
-        f"loss {numbers['loss_first']:.3f} -> {numbers['loss_last']:.3f}, {numbers['tokens_per_s']:,.0f} tokens/s"
+        f"loss {numbers['loss_first']:.3f} -> {numbers['loss_last']:.3f}{heldout}, "
+        f"{numbers['tokens_per_s']:,.0f} tokens/s"
     )

@@ -125,7 +125,7 @@ class Trainer:
         self.on_export: Callable[[Path], None] | None = None
         """Called on every rank each `export_every` steps with the folder to write."""
         self.evaluations: list[OnEvaluate] = []
-        """Called on every rank each `evaluate_every` steps; what they return stands in the row of that step."""
+        """Called on every rank each `evaluate_every` steps and after the last; their values stand in its row."""
         self.about: dict[str, Any] = {}
         """More for run.json, which says what is being watched: config, phases."""
         self.watch = Watch(config.health)
@@ -259,7 +259,7 @@ class Trainer:
                 continue
             last = self.done == config.steps
             stopping = asked and not last  # whoever asked may not wait: the state comes first
-            evaluates = _due(self.done, config.evaluate_every)
+            evaluates = bool(self.evaluations) and (last or _due(self.done, config.evaluate_every))
             if evaluates and not stopping:
                 metrics |= self._evaluated()
             metrics |= self._compared(metrics)

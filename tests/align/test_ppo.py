@@ -94,6 +94,13 @@ def test_engine_and_trainer_agree_on_logprobs(trained):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[-1]["kl"] > 0
 
 
+def test_rows_have_the_rate_of_whole_rollouts_and_no_mfu(trained):
+    for row in read_jsonl(trained[0] / "metrics.jsonl"):
+        assert row["tokens_per_s"] == pytest.approx(row["step_tokens"] / row["seconds"], rel=1e-3)
+        assert 0 < row["time/data"] < row["seconds"]
+        assert "mfu" not in row and "mfu_causal" not in row  # four models and a decoder: 6N + 12LdT is not their work
+
+
 def test_actor_is_untouched_while_the_critic_warms_up(world, tmp_path):
     run(config_of(world, steps=2, critic_warmup=2), out=tmp_path)
     before, after = load_model(world / "sft").state_dict(), load_model(tmp_path).state_dict()

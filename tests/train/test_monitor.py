@@ -1,6 +1,7 @@
 """Evaluation in the loop leaves no trace in the run; traces, W&B, and what they refuse."""
 
 import gzip
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from puyu.chain.sample import go_on
 from puyu.configure import build
 from puyu.data.packing import pack_documents
 from puyu.errors import ConfigError, DependencyError
-from puyu.log import MetricsWriter
+from puyu.files import read_jsonl
+from puyu.log import MetricsWriter, Progress
 from puyu.model.attention import PackedPlan
 from puyu.model.checkpoint import load_model
 from puyu.tokenizer.tokenizer import Tokenizer
@@ -148,6 +150,25 @@ def test_validation_of_sft_is_the_mean_over_learned_tokens(world, tmp_path):
     found = [row["val_loss"] for row in rows(tmp_path) if "val_loss" in row]
     assert found == pytest.approx([naive, naive], rel=1e-6)  # the rate is 0
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 4
+    settings = build(sft.SFTConfig, values | more | {"evaluate_every": 0})
+    numbers = sft.run(settings, out=tmp_path / "end", go_on=go_on)
+    found = [row["val_loss"] for row in rows(tmp_path / "end") if "val_loss" in row]
+    assert found == [numbers["val_loss"]] == pytest.approx([naive], rel=1e-6)
+    assert {row["step"] for row in read_jsonl(tmp_path / "end" / "samples.jsonl")} == {4}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_last_line_of_progress_stands_there_once(terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    bar = Progress("sft", 2, stream=stream)
+    for _ in range(2):
+        bar.printed = -100.0  # its ten seconds have passed
+        bar.update()
+    bar.close()
+    lines = stream.getvalue().replace("\r", "\n").splitlines()
+    assert sum("2/2" in line for line in lines) == 1 + terminal  # a terminal shows it in place
+    assert sum("1/2" in line for line in lines) == 1
 
 
 def test_a_trace_of_two_steps(tmp_path):

@@ -126,7 +126,8 @@ def test_who_asks_for_a_stop_gets_the_state_first_and_the_export_is_made_later(t
     run.on_export = lambda folder: seen.append(("export", run.done)) or folder.mkdir(parents=True)
     run.evaluations = [lambda step, _: seen.append(("evaluation", step)) or {}]
     run.fit()
-    assert seen == [("export", 4), ("evaluation", 8), ("export", 8)] and len(toys.losses(tmp_path)) == 9
+    assert seen == [("export", 4), ("evaluation", 8), ("export", 8), ("evaluation", 9)]
+    assert len(toys.losses(tmp_path)) == 9
 
 
 def test_a_stop_that_is_asked_for_in_an_evaluation_waits_for_no_other_step(tmp_path):

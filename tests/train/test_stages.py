@@ -21,7 +21,7 @@ from puyu.model.checkpoint import load_model, load_scalar_model
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train import pretrain, reward, sft
 from puyu.train.corpus import KeptRows, choose_heldout, open_corpus
-from puyu.train.objectives import lm_loss
+from puyu.train.objectives import hidden_states, lm_loss, pair_losses
 from puyu.train.scoring import FILE, RewardModel, scoring_ids
 from puyu.types import Conversation, Message
 from tests.train import toys
@@ -53,6 +53,7 @@ def plan(root: Path) -> list[dict]:
     chat = {"base": str(root / "pretrain"), "data": [{"path": str(root / "chats.jsonl"), "repeat": 1.5}], "epochs": 3.0}
     domains = {"default": "", "helpful": "Rate how much it helps."}
     rank = {"base": str(root / "pretrain"), "data": [str(root / "pairs.jsonl")], "domains": domains, "heldout": 0.2}
+    rank["evaluate_every"] = 3
     return [
         {"stage": "pretrain", "config": base | FAST | watched | {"heldout": 0.1}},
         {"stage": "sft", "config": chat | FAST},
@@ -146,6 +147,30 @@ def test_reward_numbers_rubrics_and_scores(world):
     config = json.loads((root / "reward" / "config.json").read_text())
     assert config["reward_token_id"] == ids[-1]
     assert load_scalar_model(root / "reward").head.weight.abs().sum() > 0
+
+
+def test_reward_models_are_evaluated_on_the_pairs_held_out(world, tmp_path):
+    root, numbers = world
+    rewards, config = RewardModel.load(root / "reward"), build(reward.RewardConfig, plan(root)[2]["config"])
+    heldout = reward.read_pairs(config, rewards.rubrics, rewards.tokenizer).heldout
+    scores = torch.tensor([[_score(rewards.model, ids) for ids in (pair.chosen, pair.rejected)] for pair in heldout])
+    loss = pair_losses(scores[:, 0], scores[:, 1], gamma=config.gamma, penalty=config.penalty).mean().item()
+    share = (scores[:, 0] > scores[:, 1]).double().mean().item()
+    found = list(read_jsonl(root / "reward" / "metrics.jsonl"))
+    steps = [row["step"] for row in found if "val_loss" in row]
+    assert steps == [n for n in range(1, len(found) + 1) if n % 3 == 0 or n == len(found)]
+    assert numbers["reward"]["heldout"]["all"]["loss"] == found[-1]["val_loss"]
+    assert found[-1]["val_loss"] == pytest.approx(loss, rel=1e-5) and found[-1]["val_accuracy"] == share
+    assert {"val_accuracy/default", "val_accuracy/helpful"} < found[-1].keys()
+    with pytest.raises(ConfigError, match="samples: a reward model writes no text"):
+        build(reward.RewardConfig, plan(root)[2]["config"] | {"samples": ["the"]})
+
+
+def _score(model, ids) -> float:
+    batch = pack_documents([(list(ids), None)])
+    with torch.no_grad():
+        scores = model.scalar(hidden_states(model, batch))
+    return float(scores[-1])
 
 
 def test_changed_rubrics_are_refused(world, tmp_path):
