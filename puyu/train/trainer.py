@@ -23,20 +23,21 @@ from puyu.data.mix import key_of
 from puyu.data.packing import Batch
 from puyu.dist import current_world
 from puyu.errors import ConfigError, ResourceError, RetryError, TrainingError
-from puyu.files import read_jsonl, write_json
+from puyu.files import write_json
 from puyu.log import MetricsWriter, Progress, say
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.train import optim, parallel, state
 from puyu.train.evaluate import OnEvaluate, undisturbed
 from puyu.train.float8 import use_float8
 from puyu.train.folders import export, export_folder, remove
-from puyu.train.health import Heartbeat, Journal, Pace, Rows, StopSignal, Verdict, Watch, probe
+from puyu.train.health import Heartbeat, Journal, Pace, Rows, StopSignal, Verdict, Watch, probe, summarize
 from puyu.train.layouts import Blank, make_layout
 from puyu.train.memory import keep_freed_pages, spare
 from puyu.train.meter import Meter
 from puyu.train.monitor import Tracer
 from puyu.train.objectives import Objective, means
 from puyu.train.pieces import gather_whole
+from puyu.train.replicas import Difference, differing
 from puyu.train.saver import Saver
 from puyu.train.scaler import LossScaler
 from puyu.train.settings import RunSettings
@@ -133,6 +134,7 @@ class Trainer:
         self.journal = Journal(out / state.FOLDER, name=config.name)
         self._rows: Rows | None = None
         self._again = self._tried = False
+        self._healed = (0, 0)
         self.saver.on_error = self._make_room
 
     @staticmethod
@@ -275,7 +277,12 @@ class Trainer:
                 asked = self._agreed({"asked": float(asked or stop.asked)})["asked"] > 0
             # While steps are bad the weights are suspect: no state is saved that a roll-back would go to.
             due = _due(self.done, config.checkpoint_every)
-            if asked or last or ((due or self._again) and not self.watch.streak):
+            saves = asked or last or ((due or self._again) and not self.watch.streak)
+            if found := self._differing(saves):
+                heart.at("roll back")
+                self._heal(found)
+                continue
+            if saves:
                 with self.meter.span("save"):
                     self._save(wait=asked or last, last=last, due=due)
             if asked and not last:
@@ -400,14 +407,39 @@ class Trainer:
                 f"step {step}: {verdict.reason}; the update was not made, and {why}",
                 remedy=f"lower optim.lr or raise optim.warmup, then run again in a new folder; good states: {saved}",
             )
-        self._load(found[0], rolled_back=True)
+        self._go_back(found[0], f"{step}: {verdict.reason}")
+
+    def _go_back(self, progress: state.Progress, why: str) -> None:
+        self._load(progress, rolled_back=True)
         self._open_metrics()
-        self._note("roll back", f"went back here from step {step}: {verdict.reason}", left_out=sorted(self.watch.skip))
+        self._note("roll back", f"went back here from step {why}", left_out=sorted(self.watch.skip))
+
+    def _differing(self, saves: bool) -> Difference | None:
+        """What replicas do not agree in, where that is looked at; every state that is saved was."""
+        every = self.config.health.digest_every
+        if not every or not (saves or _due(self.done, every)):
+            return None
+        with self.meter.span("replicas"):
+            return differing(self.layout.shares, self.device)
+
+    def _heal(self, found: Difference) -> None:
+        """Go back to the last state: it was good. RetryError where there is none, TrainingError where it does not
+        help."""
+        step, saved = self.done, self.saver.restore(before=self.done)
+        self._note("replicas differ", found.text, ranks=list(found.ranks), parameters=list(found.parameters))
+        if saved is None:
+            raise RetryError(f"step {step}: {found.text}, and no state was saved", remedy="run the same command again")
+        place, count = saved[0].step, self._healed[1] + 1 if self._healed[0] == saved[0].step else 1
+        self._healed = place, count
+        if count > self.config.health.rollbacks:
+            remedy = "take the machine of that rank out, then run the same command again: it goes on from that state"
+            raise TrainingError(f"step {step}: {found.text}, after {count - 1} returns to step {place}", remedy=remedy)
+        self._go_back(saved[0], f"{step}: {found.text}")
 
     def _note(self, event: str, text: str, **facts: Any) -> None:
         """An event that every process knows, told once."""
         if self.world.is_main:
-            self.journal.note(event, text, step=self.done + (event != "roll back"), **facts)
+            self.journal.note(event, text, step=self.done + (event not in ("roll back", "replicas differ")), **facts)
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """Sums (`loss`, `weight` and metrics) of this reader's share of some batches, over all ranks; no update.
@@ -449,22 +481,3 @@ def _compute_dtype(model: nn.Module) -> torch.dtype | None:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def summarize(metrics: Path) -> dict[str, Any]:
-    """Key numbers of a run, from its metrics file."""
-    every = list(read_jsonl(metrics))
-    rows = [row for row in every if "skipped" not in row]
-    if not rows:
-        raise TrainingError(f"{metrics}: no step was trained, all were skipped", remedy="see train_state/health.jsonl")
-    tail = rows[-max(1, len(rows) // 20) :]
-    seconds = sum(row["seconds"] for row in rows)
-    return {
-        "steps": every[-1]["step"],
-        "skipped": len(every) - len(rows),
-        "tokens": rows[-1]["tokens"],
-        "loss_first": rows[0]["loss"],
-        "loss_last": sum(row["loss"] for row in tail) / len(tail),
-        "tokens_per_s": round(sum(row["step_tokens"] for row in rows) / max(seconds, 1e-9), 1),
-        "train_seconds": round(seconds, 1),
-    }

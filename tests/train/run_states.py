@@ -149,8 +149,32 @@ def no_store(out):
     return found
 
 
-def main(out):
+def flipped(out):
+    """A bit of a weight of the second process flips once, at steps 5 and 7; then again and again; before any state."""
+
+    def flip(done, _):
+        steps = left[name]
+        if current_world().rank == 1 and done in steps:
+            steps.remove(done)
+            (share,) = (share for share in run.layout.shares if share.name == "trunk.layers.0.attention.out.weight")
+            share.held.view(-1)[3:4].view(torch.int64).bitwise_xor_(1 << 40)
+
+    replica = {"params": "replica", "grads": "replica", "states": "replica"}
+    trainer(out / "clean", layout=replica).fit()
     found = {}
+    left = {"twice": [5, 7], "always": [4, 4, 4], "early": [2]}
+    for name in left:
+        run = trainer(out / name, layout=replica, health={"digest_every": 2})
+        run.on_step = flip
+        try:
+            run.fit()
+        except PuyuError as error:
+            found[name] = [type(error).__name__, error.message]
+    return found
+
+
+def main(out):
+    found = {"flipped": flipped(out / "flipped")}
     trainer(out / "back", seed=5).fit()
     interrupted(out / "there", stop=5)
     found |= full_disk(out / "full")

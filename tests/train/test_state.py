@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from puyu.errors import CheckpointError, ConfigError, DependencyError, ResourceError
+from puyu.files import read_jsonl
 from puyu.model.checkpoint import load_model
-from puyu.train import cold, saver, state
+from puyu.train import cold, replicas, saver, state
 from puyu.train.pieces import Piece
 from puyu.train.settings import RunSettings
 from puyu.train.state import FOLDER
@@ -373,6 +374,42 @@ def test_states_that_are_torn_for_either_process_stop_both(two):
 def test_no_process_waits_for_the_part_of_one_that_has_failed(two):
     names = [f"step-0000000{step}" for step in (4, 3, 2)]
     assert [row["late"] for row in two[1]] == [[["CheckpointError"], names], [["ResourceError"], names]]
+
+
+def test_a_flipped_bit_of_a_replica_is_named_and_healed(two):
+    out, found = two
+    name = "trunk.layers.0.attention.out.weight"
+    assert toys.losses(out / "flipped" / "twice") == toys.losses(out / "flipped" / "clean")
+    rows = list(read_jsonl(out / "flipped" / "twice" / FOLDER / "health.jsonl"))
+    odd = [row for row in rows if row["event"] == "replicas differ"]
+    assert [(row["step"], row["ranks"], row["parameters"][0]) for row in odd] == [(6, [0, 1], name), (8, [0, 1], name)]
+    assert [(row["event"], row["step"]) for row in rows if row not in odd] == [("roll back", 3), ("roll back", 6)]
+    text = f"replicas differ: ranks 0, 1 in {name}"
+    for row in found:
+        kind, message = row["flipped"]["always"]
+        assert kind == "TrainingError" and text in message and message.endswith("after 2 returns to step 3")
+        kind, message = row["flipped"]["early"]
+        assert kind == "RetryError" and text in message and message.endswith("no state was saved")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_flip_of_one_bit_changes_the_checksum(dtype):
+    weight = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    raw, before = weight.view(-1).view(torch.uint8), replicas.checksum(weight)
+    for at in range(len(raw)):
+        for bit in range(8):
+            raw[at] ^= 1 << bit
+            assert replicas.checksum(weight) != before
+            raw[at] ^= 1 << bit
+    assert replicas.checksum(weight) == before
+
+
+def test_who_stands_against_a_majority_is_named():
+    norm, head = ("trunk.norm.weight", "0"), ("head.weight", "8")
+    tables = [{norm: 5}, {norm: 5, head: 1}, {norm: 4, head: 1}, {norm: 5, head: 2}]
+    found = replicas.judge(tables)
+    assert found.ranks == (2, 3) and found.parameters == ("trunk.norm.weight", "head.weight")
+    assert replicas.judge([{norm: 5}, {}, {norm: 4}]).ranks == (0, 2)
 
 
 def test_folders_that_are_not_one_are_found_out(two):

@@ -13,8 +13,19 @@ from puyu.train.health.config import HealthConfig
 from puyu.train.health.heartbeat import Heartbeat
 from puyu.train.health.journal import Journal
 from puyu.train.health.pace import Pace, probe
-from puyu.train.health.rows import Rows
+from puyu.train.health.rows import Rows, summarize
 from puyu.train.health.stop import StopSignal
 from puyu.train.health.watch import Verdict, Watch
 
-__all__ = ["HealthConfig", "Heartbeat", "Journal", "Pace", "Rows", "StopSignal", "Verdict", "Watch", "probe"]
+__all__ = [
+    "HealthConfig",
+    "Heartbeat",
+    "Journal",
+    "Pace",
+    "Rows",
+    "StopSignal",
+    "Verdict",
+    "Watch",
+    "probe",
+    "summarize",
+]

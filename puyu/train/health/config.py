@@ -26,3 +26,6 @@ class HealthConfig(Config):
     """A process that takes so many times the median is slow."""
     compare_every: int = Field(default=50, ge=0)
     """Steps between comparisons of the processes' speed; 0: never."""
+    digest_every: int = Field(default=50, ge=0)
+    """Steps between comparisons of the weights that several processes hold (one pass over them; also before each saved
+    state, so that states are good); 0: never. Where they differ the run goes back to a saved state."""

@@ -1,12 +1,15 @@
-"""metrics.jsonl on a disk that may be full: rows wait in memory, are tried again ever less often, never dropped."""
+"""metrics.jsonl on a disk that may be full: rows wait in memory, are tried again ever less often, never dropped; and its
+summary."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from puyu.errors import ResourceError, RetryError
+from puyu.errors import ResourceError, RetryError, TrainingError
+from puyu.files import read_jsonl
 from puyu.log import MetricsWriter
 from puyu.train.health.journal import Journal
 
@@ -52,3 +55,22 @@ class Rows:
             )
         if self._writer:
             self._writer.close()
+
+
+def summarize(metrics: Path) -> dict[str, Any]:
+    """Key numbers of a run, from its metrics file."""
+    every = list(read_jsonl(metrics))
+    rows = [row for row in every if "skipped" not in row]
+    if not rows:
+        raise TrainingError(f"{metrics}: no step was trained, all were skipped", remedy="see train_state/health.jsonl")
+    tail = rows[-max(1, len(rows) // 20) :]
+    seconds = sum(row["seconds"] for row in rows)
+    return {
+        "steps": every[-1]["step"],
+        "skipped": len(every) - len(rows),
+        "tokens": rows[-1]["tokens"],
+        "loss_first": rows[0]["loss"],
+        "loss_last": sum(row["loss"] for row in tail) / len(tail),
+        "tokens_per_s": round(sum(row["step_tokens"] for row in rows) / max(seconds, 1e-9), 1),
+        "train_seconds": round(seconds, 1),
+    }
