@@ -148,7 +148,7 @@ def line_chart(
     parts += [_marks(s, i, across, up, x=x) for i, s in enumerate(drawn)]
     inside = [(place, text) for place, text in notes if across.low <= place <= across.high]
     parts += [_rule("alarm", (across.at(p), TOP), (across.at(p), HEIGHT - BOTTOM), title=text) for p, text in inside]
-    parts.append(_ends(drawn, across, up))
+    parts.append(_ends(drawn, across, up, top=TOP + 27 if bands else TOP))
     legend = _legend([s.name for s in drawn]) if len(drawn) > 1 else ""
     return legend + svg(WIDTH, HEIGHT, "".join(parts), label=f"{y} over {x}")
 
@@ -231,18 +231,19 @@ def _marks(series: Series, color: int, across: Axis, up: Axis, *, x: str) -> str
     return "".join(parts)
 
 
-def _ends(series: Sequence[Series], across: Axis, up: Axis) -> str:
-    """The last value of each line beside its dot: the highest above, the lowest below, so that two never collide."""
-    parts = []
+def _ends(series: Sequence[Series], across: Axis, up: Axis, *, top: float) -> str:
+    """The last value of each line beside its dot: the lowest below it, the others above, a line of text apart, between
+    `top` and the axis."""
     ordered = sorted(enumerate(series), key=lambda item: -_main(item[1])[-1][1])
+    room, lowest, above = 13.0, HEIGHT - BOTTOM - 4, top - 13.0
+    dots, texts = "", ""
     for rank, (color, line) in enumerate(ordered):
-        px, py = _main(line)[-1]
-        below = rank > 0 and rank == len(ordered) - 1
-        css, last = f"c{color % COLORS}", short(float(f"{py:.3g}"))
-        parts.append(_circle(f"end {css}", across.at(px), up.at(py), 3.2))
-        dy = "17" if below or up.at(py) < TOP + 4 else "-9"
-        parts.append(_text(f"value {css}", across.at(px), up.at(py), last, anchor="end", dy=dy))
-    return "".join(parts)
+        (px, py), css, left = _main(line)[-1], f"c{color % COLORS}", len(ordered) - rank - 1
+        wanted = up.at(py) + (17 if rank and not left else -9)
+        above = min(max(wanted, above + room), lowest - room * left)
+        dots += _circle(f"end {css}", across.at(px), up.at(py), 3.2)
+        texts += _text(f"value {css}", across.at(px), above, short(float(f"{py:.3g}")), anchor="end")
+    return texts + dots
 
 
 def _legend(names: Sequence[str]) -> str:

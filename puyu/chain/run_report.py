@@ -61,7 +61,8 @@ def _head(name: str, runs: Sequence[RunView]) -> str:
         tiles.append((f"time in steps{where}", duration(seconds)))
     facts = [f"{run.status}, {run.about['processes']} x {run.about['device']}" for run in runs if run.about]
     facts += [f"{run.torn} torn lines of metrics.jsonl left out" for run in runs if run.torn]
-    return masthead(name, "A training run: what it learned, how fast, and what happened on the way.", facts, tiles)
+    what = "A training run: what it" if len(runs) == 1 else "Two training runs: what they"
+    return masthead(name, f"{what} learned, how fast, and what happened on the way.", facts, tiles)
 
 
 # --- curves --------------------------------------------------------------------------------------------------------

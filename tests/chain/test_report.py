@@ -7,6 +7,7 @@ import math
 import random
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -425,6 +426,16 @@ def test_a_line_is_where_its_points_are() -> None:
     assert y1 > y2  # the larger value is higher up
     assert "<title>a: 1 at step 10</title>" in drawing
     assert line_chart([Series("a", [(0, math.nan)])], x="", y="") == ""
+
+
+@pytest.mark.parametrize("ends", [(0.162, 0.032, 0.0229, 0.00985), (5.0, 4.99, 4.98), (5.0, 0.0), (3.0,)])
+def test_last_values_stand_apart_above_the_axis_and_below_the_names_of_phases(ends: tuple[float, ...]) -> None:
+    lines = [Series(str(end), [(0, 5.0 - end), (10, end)]) for end in ends]
+    for bands, top in (([], 28), ([Band("one", 0, 10)], 28 + 27)):
+        drawing = line_chart(lines, x="step", y="y", bands=bands)
+        found = [float(y) for y in re.findall(r'class="value c\d" x="466" y="([\d.]+)"', drawing)]
+        assert len(found) == len(ends) and all(low - high >= 13 for high, low in pairwise(found))
+        assert top <= found[0] and found[-1] <= 260 - 40 - 4
 
 
 def test_dots_show_value_interval_and_chance() -> None:
