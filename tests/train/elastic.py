@@ -170,21 +170,22 @@ def random_attempts(rng, *, sparse, steps=12):
 # --- one process, killed from outside ---------------------------------------------------------------------------------
 
 
-def alone(out, steps):
-    """A run in float32 whose weights are written when it ends."""
+def alone(out, steps, waits=False):
+    """A run in float32 whose weights are written when it ends; or it waits in its last step, to be killed."""
     torch.set_num_threads(1)
     config = TrainerConfig(steps=steps, optim=OptimConfig(lr=0.01), checkpoint_every=5, keep=2)
     trainer = Trainer(toys.model(dtype=torch.float32), lm_loss, toys.source(), config, out=out)
+    trainer.on_step = lambda done, _: signal.pause() if waits and done == steps else None
     trainer.fit()
     save_file(trainer.full_weights(), out / "weights.safetensors")
 
 
 def kill_and_again(out, *, kills, steps, rng, longest):
-    """The same call until it is done, killed at random moments; returns the number of kills that met it alive."""
+    """The same call until it is done, killed at random moments; returns the number of kills."""
     context, done = multiprocessing.get_context("forkserver"), 0
     context.set_forkserver_preload([__name__])
     while True:
-        process = context.Process(target=alone, args=(out, steps))
+        process = context.Process(target=alone, args=(out, steps, done < kills))
         process.start()
         if done < kills:
             time.sleep(rng.uniform(0, longest))

@@ -1,6 +1,5 @@
 """Runs that several processes save and continue: `torchrun -m tests.train.run_states FOLDER`, for test_state.py."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -122,8 +121,7 @@ def late(out):
         send(self, text)
 
     saver.put, cold.Upload.run = put, upload
-    config = {"cold": str(out / "cold")} if importlib.util.find_spec("fsspec") else {}
-    run = trainer(out / "run", checkpoint_every=0, keep=0, **config)
+    run = trainer(out / "run", checkpoint_every=0, keep=0, cold=str(out / "cold"))
     run.saver.on_error = lambda error: errors.append(type(error).__name__)
     for run.done in (1, 2, 3, 4):
         run.save(wait=run.done % 2 == 0, last=run.done == 4)
@@ -134,8 +132,6 @@ def late(out):
 
 def no_store(out):
     """The first process cannot look into the cold tier: with a local state and without."""
-    if not importlib.util.find_spec("fsspec"):
-        return [3, "RetryError"]
     interrupted(out, stop=5)
     names, found = cold.ColdTier.names, []
     if current_world().is_main:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -198,20 +199,21 @@ def test_pace_against_a_naive_twin(seed):
 
 
 def test_slow_and_then_hung_it_is_named_and_all_begin_again_with_the_losses_of_a_clean_run(tmp_path):
-    plan = {"steps": 16, "rank": 1, "slow": True, "health": {"hang_seconds": 4, "compare_every": 2}}
+    plan = {"steps": 16, "rank": 1, "slow": True, "health": {"hang_seconds": 20, "compare_every": 2}}
     plan |= {"out": str(tmp_path / "ill"), "fault": "hang", "at": 7}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = [sys.executable, *torchrun, "--monitor-interval", "0.2", "-m", "tests.train.run_ill", json.dumps(plan)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert run_ill.main(plan | {"out": str(tmp_path / "clean"), "rank": -1}) == 0
     assert toys.losses(tmp_path / "ill") == pytest.approx(toys.losses(tmp_path / "clean"), abs=1e-10)
 
     state = tmp_path / "ill" / "train_state"
-    slow = [row for row in read_jsonl(tmp_path / "ill" / "metrics.jsonl") if "slow" in row]
-    assert slow and all("rank 1 takes " in row["slow"] and "for reading data" in row["slow"] for row in slow)
+    slow = [row["slow"] for row in read_jsonl(tmp_path / "ill" / "metrics.jsonl") if "slow" in row]
+    named = re.findall(r"rank (\d) takes [\d.]+ times the median for reading data", ", ".join(slow))
+    assert set(named) == {"1"}  # who is slow at computing, a busy machine decides
     events = list(read_jsonl(state / "health.jsonl"))
-    assert [1] in [row["ranks"] for row in events if row["event"] == "slow"]
+    assert any(1 in row["ranks"] for row in events if row["event"] == "slow")
     (hang,) = [row for row in events if row["event"] == "hang"]
     assert (hang["late"], hang["gone"]) == ([1], []) and "step 7, data" in hang["text"]
     assert "in strike" in (state / "hang-rank-00001.txt").read_text()

@@ -6,6 +6,7 @@ import signal
 import threading
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from puyu.dist import World
@@ -24,7 +25,6 @@ def names(out):
 
 @pytest.fixture
 def url():
-    fsspec = pytest.importorskip("fsspec")
     yield "memory://saved"
     if (files := fsspec.filesystem("memory")).exists("/saved"):
         files.rm("/saved", recursive=True)

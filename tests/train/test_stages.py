@@ -240,7 +240,7 @@ def launch(items: list[dict], folder: Path, *, processes: int = 1) -> subprocess
     path.write_text(json.dumps(items))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "tests.train.run_stages", str(path)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def same_weights(one: Path, two: Path) -> bool:
