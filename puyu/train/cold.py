@@ -34,7 +34,7 @@ def _as_os_error() -> Iterator[None]:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-class Shelf(NamedTuple):
+class Uploaded(NamedTuple):
     """An uploaded state as it is read."""
 
     files: Any
@@ -83,8 +83,8 @@ class ColdTier:
         names = (path.rstrip("/").rpartition("/")[2] for path in found)
         return sorted((name for name in names if name.startswith("step-")), reverse=True)
 
-    def shelf(self, name: str) -> Shelf:
-        return Shelf(self.files, f"{self.root}/{name}")
+    def shelf(self, name: str) -> Uploaded:
+        return Uploaded(self.files, f"{self.root}/{name}")
 
     def upload(self, name: str, world: World) -> Upload:
         return Upload(self, name, world)

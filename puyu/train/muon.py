@@ -82,12 +82,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def _allocate(self, parameter: Tensor, *, muon: bool) -> None:
         if self.state[parameter]:
             return
-        if muon:
-            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
-            return
-        zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        step = torch.zeros((), dtype=torch.float32, device=parameter.device)  # where the fused step wants it
-        self.state[parameter] = {"step": step, **zeros}
+        self.state[parameter] = {"momentum": torch.zeros_like(parameter)} if muon else adam_state(parameter)
 
     def _muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Matrices of one shape: their products run as one batch."""
@@ -133,6 +128,12 @@ class MuonAdamW(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def adam_state(parameter: Tensor) -> dict[str, Tensor]:
+    """What fused AdamW has of a parameter before its first step."""
+    zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **zeros}
 
 
 def _orthogonal_like(updates: list[Tensor], parts: Parts) -> list[Tensor]:

@@ -52,6 +52,11 @@ class LossOutput(NamedTuple):
     weight_sum: Tensor
     metrics: dict[str, Tensor]
 
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """All of them by name."""
+        return {"loss": self.loss_sum, "weight": self.weight_sum, **self.metrics}
+
 
 Objective = Callable[[Any, Batch], LossOutput]
 

@@ -1,4 +1,4 @@
-"""AdamW as InternLM2 used it, and one pass over the gradients that averages and clips them.
+"""AdamW as InternLM2 used it, or Muon, or one-byte moments; rates of their groups, and the factor that clips.
 
 Loshchilov and Hutter 2019; betas (0.9, 0.95), eps 1e-8, decay on matrices only, global norm clipped at 1.
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from puyu.configure import Config
 from puyu.train.adam8 import AdamW8
-from puyu.train.muon import MuonAdamW, Parts
+from puyu.train.muon import MuonAdamW, Parts, adam_state
 from puyu.train.schedule import Kind, lr_at
 
 
@@ -111,9 +111,7 @@ def allocate(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
-                step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {"step": step, **zeros}
+                optimizer.state[parameter] = adam_state(parameter)
 
 
 def part_of(name: str) -> str:

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from puyu.dist import World, current_world
 
@@ -38,30 +37,6 @@ class Piece(NamedTuple):
     def window(self) -> tuple[slice, ...]:
         """The rectangle as an index into the whole tensor."""
         return tuple(slice(a, a + n) for a, n in zip(self.start, self.tensor.shape, strict=True))
-
-
-def plain_piece(name: str, tensor: Tensor, *, owner: bool = True) -> Piece:
-    """A whole tensor as one piece."""
-    return Piece(name, tuple(tensor.shape), (0,) * tensor.ndim, tensor.detach(), owner)
-
-
-def sharded_piece(name: str, tensor: DTensor) -> Piece:
-    """This process's piece of a DTensor that is sharded over at most one mesh dimension, replicated over the others.
-
-    Its owner is the first of its replicas. A piece may be empty.
-    """
-    shape, start, owner = tuple(tensor.shape), [0] * tensor.ndim, True
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None, "a tensor of a mesh that this process is not part of"
-    for at, (place, size) in zip(
-        coordinate, zip(tensor.placements, tensor.device_mesh.shape, strict=True), strict=True
-    ):
-        if isinstance(place, Shard):
-            chunk = -(-shape[place.dim] // size)
-            start[place.dim] = min(at * chunk, shape[place.dim])
-        else:
-            owner = owner and at == 0
-    return Piece(name, shape, tuple(start), tensor.to_local().detach(), owner)
 
 
 def gather_whole(pieces: Iterable[Piece]) -> dict[str, Tensor]:

@@ -92,23 +92,23 @@ class Staging:
         self.rows: list[Row] = []
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def fit(self, pieces: list[Piece]) -> list[Tensor]:
-        """Places for the owned pieces; memory is asked for (and touched) only when they have changed."""
+    def fit(self, pieces: list[Piece]) -> list[tuple[Tensor, Tensor]]:
+        """The owned tensors with their places; memory is asked for (and touched) only when they have changed."""
         header, self.rows, owned = rows_of(pieces)
         if header != self.header:
             self.header = header
             self._buffer = _host_memory(sum(row.nbytes for row in self.rows), owned)
-        return [self._slot(row).view(row.dtype).view(row.size) for row in self.rows]
+        places = (self._slot(row).view(row.dtype).view(row.size) for row in self.rows)
+        return [(piece.tensor, place) for piece, place in zip(owned, places, strict=True)]
 
     @torch.no_grad()
     def take(self, pieces: list[Piece]) -> None:
         """Copy the owned pieces."""
-        places = self.fit(pieces)
-        owned = rows_of(pieces)[2]
-        for place, piece in zip(places, owned, strict=True):
-            place.copy_(piece.tensor, non_blocking=True)
-        if any(piece.tensor.is_cuda for piece in owned):
-            torch.cuda.synchronize(owned[0].tensor.device)
+        pairs = self.fit(pieces)
+        for tensor, place in pairs:
+            place.copy_(tensor, non_blocking=True)
+        for device in {tensor.device for tensor, _ in pairs if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
 
     def _slot(self, row: Row) -> Tensor:
         begin = row.offset - len(self.header)
@@ -343,7 +343,11 @@ class Saver:
         return True
 
     def _beside(self, job: Job) -> None:
-        if job.run() and (upload := job.upload):
+        if job.run():
+            self._send(job)
+
+    def _send(self, job: Job) -> None:
+        if upload := job.upload:
             self._uploads.start(lambda: upload.run(job.text), upload.cancelled)
 
     def _now(self, job: Job, *, last: bool) -> None:
@@ -355,10 +359,9 @@ class Saver:
                 self.on_error(error or _elsewhere())
                 return
         self.committed = job.progress.step
-        if upload := job.upload:
-            self._uploads.start(lambda: upload.run(job.text), upload.cancelled)
-            if last:
-                self._room(last)
+        self._send(job)
+        if last and job.upload:
+            self._room(last)
 
     # --- what went wrong ---
 
@@ -377,7 +380,11 @@ class Saver:
 
     def close(self) -> None:
         """Let what is being written be finished; alone for as long as it takes, an upload only for `GRACE`."""
-        if error := self._end(None if self.world.size == 1 else GRACE):
+        self._ended(None if self.world.size == 1 else GRACE)
+
+    def _ended(self, seconds: float | None) -> None:
+        """End all work beside the training; what failed is a warning."""
+        if error := self._end(seconds):
             logger.warning("a state was not saved: %s", error)
         if error := self._uploads.end(GRACE):
             logger.warning("cold tier: %s", error)
@@ -388,9 +395,7 @@ class Saver:
         """Fill the layout from the newest good state of both tiers; with `before` (a roll-back), from one of an earlier
         step than that. Local states that are newer are removed, and uploaded ones after a roll-back. RetryError: no
         local state is good, and what was uploaded cannot be read."""
-        for error in (self._end(GRACE), self._uploads.end(GRACE)):
-            if error:
-                logger.warning("a state was not saved: %s", error)
+        self._ended(GRACE)
         names, problem = self._names()
         shelves = [self._shelf(*name.split()) for name in names if before is None or step_of(name) < before]
         found = restore(shelves, layout=self.layout, identity=self.identity)

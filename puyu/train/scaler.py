@@ -1,7 +1,8 @@
 """Loss scaling for float16: gradients are made `scale` times larger, so that small ones do not become zero.
 
 Micikevicius et al. 2018 (arXiv 1710.03740); numbers as in InternEvo: 2^16 at first, twice as much after 1,000 good
-steps in a row, half after the second overflow of a row. A step that overflows makes no update, and is no illness.
+steps in a row, half at each overflow but the first since it last grew. A step that overflows makes no update, and is no
+illness.
 
     scaler = LossScaler(); scaler.overflowed(); scaler.state()
 """

@@ -265,9 +265,10 @@ class State:
 
     def _read(self, stored: Stored, window: Sequence[tuple[int, int]]) -> Tensor:
         """That window of the whole tensor, out of one row; only the chunks that hold it are read."""
-        size, wanted = self._headers.pop(stored.file, (0, 0))
-        if zlib.crc32(self.shelf.span(stored.file, 0, size)) != wanted:
-            raise TornError(f"{stored.file} does not match its checksum")
+        if header := self._headers.pop(stored.file, None):
+            size, wanted = header
+            if zlib.crc32(self.shelf.span(stored.file, 0, size)) != wanted:
+                raise TornError(f"{stored.file} does not match its checksum")
         row, inside = stored.row, [(a - o, b - o) for (a, b), o in zip(window, stored.row.start, strict=True)]
         line = row.nbytes // row.size[0] if row.size else row.nbytes
         first, last = inside[0] if inside else (0, 1)

@@ -21,7 +21,7 @@ from puyu.train.layouts.shares import Dim
 from puyu.train.layouts.tensor import slice_model
 from puyu.train.objectives import lm_loss, ranking_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.pieces import gather_whole, plain_piece
+from puyu.train.pieces import Piece, gather_whole
 from tests.train import toys
 
 TIED = DENSE.with_(tie_embeddings=True, vocab_size=67)
@@ -248,7 +248,7 @@ def frozen(world):
         layout = make_layout(LayoutConfig(**config), model, lm_loss, device=torch.device("cpu"))
         layout.make_optimizer(OptimConfig(lr=1e-3))
         rows = torch.tensor(advance(case, layout, range(2)))
-        whole = gather_whole([*layout.pieces(), plain_piece("rows", rows, owner=current_world().is_main)])
+        whole = gather_whole([*layout.pieces(), Piece("rows", rows.shape, (0, 0), rows, current_world().is_main)])
         found |= {f"frozen {number}: {name}": tensor for name, tensor in whole.items()}
     if world > 1:
         model = make_model(Case("frozen", world), torch.float64)

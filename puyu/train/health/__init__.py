@@ -4,6 +4,7 @@ watch       numbers alone: losses and norms -> update, skip, roll back, stop
 heartbeat   a process that hangs or has died
 pace        a process that is slower than the others
 journal     train_state/health.jsonl: every event of a run
+rows        metrics.jsonl on a disk that may be full
 stop        SIGTERM and SIGUSR1; errors after which the same command may be tried again
 """
 

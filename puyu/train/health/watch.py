@@ -166,8 +166,6 @@ class Watch:
         A state that is younger than was asked for was trained on some of the batches that were to be left out: these
         are not skipped, as they were not.
         """
-        if not state:
-            return
         self._phase = state["phase"]
         self._loss.load(state["loss"])
         self._norm.load(state["norm"])

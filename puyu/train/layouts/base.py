@@ -6,7 +6,7 @@ so a process that computes what a peer computes too returns zeros. One process i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,9 @@ from puyu.train.pieces import Piece
 
 Sums = dict[str, float]
 """`loss`, `weight`, then the objective's metrics."""
+
+Totals = dict[str, Tensor]
+"""The same while micro-batches are computed, in float64, still on the device: nothing waits for them."""
 
 
 class Blank(NamedTuple):
@@ -117,14 +120,14 @@ class Layout:
     def backward(self, batches: Sequence[Batch], *, scale: float = 1.0) -> Sums:
         """Make the gradients of `scale` times the summed loss over these micro-batches, once an update; nothing is
         divided."""
-        sums: Sums = {"loss": 0.0, "weight": 0.0}
+        totals: Totals = {}
         for number, batch in enumerate(batches, 1):
             place.synchronize(self.step, self.mesh, last=number == len(batches))
             output: LossOutput = self.step(self.part(batch))
-            self.propagate(output.loss_sum * scale)
-            add_sums(sums, output)
+            torch.autograd.backward(output.loss_sum * scale)
+            add_sums(totals, output.sums)
         self.settle()
-        return sums if self.tells else dict.fromkeys(sums, 0.0)
+        return self.told(totals)
 
     def part(self, batch: Batch) -> Batch:
         """What this process computes of a batch that its sequence and tensor peers read too."""
@@ -135,10 +138,6 @@ class Layout:
     def check_micro(self, count: int) -> None:
         """ConfigError where an update cannot be made of that many micro-batches."""
 
-    def propagate(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch."""
-        torch.autograd.backward(loss)
-
     def settle(self) -> None:
         """After the last micro-batch: gradients become sums over all processes."""
         for share in self.shares:
@@ -147,11 +146,16 @@ class Layout:
     @torch.no_grad()
     def forward(self, batches: Iterable[Batch]) -> Sums:
         """Sums over some batches, without gradients. Every process must bring the same number of batches."""
-        sums: Sums = {"loss": 0.0, "weight": 0.0}
+        totals: Totals = {}
         for batch in batches:
-            add_sums(sums, self.step(self.part(batch.to(self.device))))
+            add_sums(totals, self.step(self.part(batch.to(self.device))).sums)
         place.forget_whole(self.step)
-        return sums if self.tells else dict.fromkeys(sums, 0.0)
+        return self.told(totals)
+
+    def told(self, totals: Totals) -> Sums:
+        """The numbers, for which the device is waited for once; zeros where a tensor peer tells the same."""
+        numbers = torch.stack(list(totals.values())).tolist() if totals and self.tells else [0.0] * len(totals)
+        return {"loss": 0.0, "weight": 0.0, **dict(zip(totals, numbers, strict=True))}
 
     def norm(self) -> float:
         """Euclidean norm of the summed gradients, over all processes; each number of each tensor counts once."""
@@ -196,11 +200,10 @@ class Layout:
                 yield from share.state_pieces(kind, value)
 
 
-def add_sums(sums: Sums, output: LossOutput) -> None:
-    """Add what an objective returned."""
-    found = {"loss": output.loss_sum, "weight": output.weight_sum, **output.metrics}
+def add_sums(totals: Totals, found: Mapping[str, Tensor]) -> None:
+    """Add sums to those of their names."""
     for name, value in found.items():
-        sums[name] = sums.get(name, 0.0) + float(value.detach())
+        totals[name] = value.detach().double() + totals.get(name, 0.0)
 
 
 def squares(shares: Sequence[Share]) -> float:

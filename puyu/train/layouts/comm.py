@@ -6,7 +6,8 @@ row, t of this process; the group's processes hold the parts in the order of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Group = dist.ProcessGroup | None
+_Map = Callable[[Tensor], Tensor]
 
 
 def size_of(group: Group) -> int:
@@ -40,10 +42,10 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     return part
 
 
-def all_reduce(x: Tensor, group: Group, *, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum over processes, in place."""
     if group is not None:
-        dist.all_reduce(x, op=op, group=group)
+        dist.all_reduce(x, group=group)
     return x
 
 
@@ -56,55 +58,38 @@ def all_to_all(x: Tensor, given: Sequence[int], taken: Sequence[int], group: Gro
     return out
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return all_gather(x, group)
+class _Travel(torch.autograd.Function):
+    """A linear map between processes, and for gradients its transpose."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter(grad, ctx.group), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return reduce_scatter(x, group)
+    def forward(ctx: Any, x: Tensor, there: _Map, back: _Map) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_gather(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
 
 
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, given: Sequence[int], taken: Sequence[int], group: Group) -> Tensor:
-        ctx.given, ctx.taken, ctx.group = given, taken, group
-        return all_to_all(x, given, taken, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_to_all(grad, ctx.taken, ctx.given, ctx.group), None, None, None
+def _travel(x: Tensor, there: _Map, back: _Map) -> Tensor:
+    found: Tensor = _Travel.apply(x, there, back)  # type: ignore[no-untyped-call]
+    return found
 
 
 def gather_tokens(x_tD: Tensor, group: Group) -> Tensor:
     """[t, D] -> [T, D]; what flows back is summed, because every process uses the whole for a part of the result."""
-    found: Tensor = _Gather.apply(x_tD, group)  # type: ignore[no-untyped-call]
-    return found
+    return _travel(x_tD, partial(all_gather, group=group), partial(reduce_scatter, group=group))
 
 
 def scatter_tokens(x_TD: Tensor, group: Group) -> Tensor:
     """Partial sums [T, D] of every process -> this process's tokens [t, D] of the sum."""
-    found: Tensor = _Scatter.apply(x_TD, group)  # type: ignore[no-untyped-call]
-    return found
+    return _travel(x_TD, partial(reduce_scatter, group=group), partial(all_gather, group=group))
 
 
 def exchange(x: Tensor, given: Sequence[int], taken: Sequence[int], group: Group) -> Tensor:
     """`all_to_all` with a gradient, which goes back the same way."""
-    found: Tensor = _Exchange.apply(x, given, taken, group)  # type: ignore[no-untyped-call]
-    return found
+    there = partial(all_to_all, given=given, taken=taken, group=group)
+    return _travel(x, there, partial(all_to_all, given=taken, taken=given, group=group))
 
 
 def row_range(rows: int, rank: int, size: int) -> tuple[int, int]:

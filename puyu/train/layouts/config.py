@@ -13,6 +13,9 @@ Extent = Literal["replica", "partial", "full"]
 """InternEvo's choice for each kind of state: whole on every process, sharded in groups of `shard_size`, or sharded over
 all data-parallel processes (Chen et al. 2024, arXiv 2401.09149)."""
 
+DEPTH: dict[Extent, int] = {"replica": 0, "partial": 1, "full": 2}
+"""How many of the dimensions (shard, replicate) divide it."""
+
 
 class LayoutConfig(Config):
     """Sizes of the parallel dimensions; data parallel is what remains of the processes."""

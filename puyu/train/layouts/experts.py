@@ -41,9 +41,7 @@ class SharedExperts(nn.Module):
         return exchange(done[order.argsort()], taken, given, dim.group)
 
 
-def share_experts(model: CausalLM | ScalarModel, dim: Dim) -> list[SharedExperts]:
+def share_experts(model: CausalLM | ScalarModel, dim: Dim) -> None:
     """Leave only this process's experts in the model."""
-    blocks = [module for module in model.modules() if isinstance(module, ExpertMLP)]
-    for block in blocks:
+    for block in [module for module in model.modules() if isinstance(module, ExpertMLP)]:
         block.experts = SharedExperts(block.experts, dim)  # type: ignore[assignment]
-    return [module for module in model.modules() if isinstance(module, SharedExperts)]

@@ -22,10 +22,8 @@ from puyu.dist import World
 from puyu.errors import ConfigError
 from puyu.model.config import ModelConfig
 from puyu.train.layouts.comm import row_range, size_of
-from puyu.train.layouts.config import LayoutConfig
+from puyu.train.layouts.config import DEPTH, LayoutConfig
 from puyu.train.layouts.shares import Dim
-
-_DEPTH = {"replica": 0, "partial": 1, "full": 2}
 
 View = tuple[tuple[str, int], ...]
 """Names and sizes of dimensions whose product is the world."""
@@ -229,7 +227,7 @@ def _check_used(config: LayoutConfig) -> None:
 
 def _check_extents(config: LayoutConfig) -> None:
     """What is sharded less may not follow from what is sharded more."""
-    params, grads, states = (_DEPTH[extent] for extent in (config.params, config.grads, config.states))
+    params, grads, states = (DEPTH[extent] for extent in (config.params, config.grads, config.states))
     for name, depth in (("params", params), ("grads", grads)):
         if depth > states:
             raise ConfigError(

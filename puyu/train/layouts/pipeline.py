@@ -22,7 +22,7 @@ from puyu.data.packing import Batch
 from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM
 from puyu.train.layouts import place
-from puyu.train.layouts.base import Layout, Sums, add_sums, local
+from puyu.train.layouts.base import Layout, Sums, Totals, add_sums, local
 from puyu.train.layouts.schedules import Action, Program, Schedule, Transfer, plan, programs
 from puyu.train.layouts.shares import Share
 from puyu.train.layouts.stages import LateWeights, Product, Stage, add_products, costs, cut
@@ -95,18 +95,11 @@ class Run:
         self.stage, self.line, self.batches, self.scale = stage, line, batches, scale
         self.inputs = [trunk_inputs(batch) for batch in batches]
         self.late: LateWeights | None = None
-        self._outputs: list[LossOutput] = []
+        names = ("loss", "weight", *(name for batch in batches for name in source_names(batch)))
+        self.totals: Totals = dict.fromkeys(names, batches[0].weights_T.new_zeros((), dtype=torch.float64))
+        """All stages have the same names, the last one has the numbers."""
         self._graphs: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._products: dict[tuple[int, int], list[Product]] = {}
-
-    def sums(self) -> Sums:
-        """All stages have the same names, the last one has the numbers."""
-        found: Sums = {"loss": 0.0, "weight": 0.0}
-        for batch in self.batches:
-            found |= dict.fromkeys(source_names(batch), 0.0)
-        for output in self._outputs:
-            add_sums(found, output)
-        return found
 
     def begin(self, group: Sequence[Transfer]) -> None:
         """Begin to send and to receive."""
@@ -119,7 +112,7 @@ class Run:
         x_TD = self.line.take(action).requires_grad_(torch.is_grad_enabled()) if chunk else None
         output = self.stage(chunk, self.batches[micro], self.inputs[micro], x_TD)
         if isinstance(output, LossOutput):
-            self._outputs.append(output._replace(loss_sum=output.loss_sum.detach()))  # read in the end: no GPU waits
+            add_sums(self.totals, output.sums)
             output = output.loss_sum * self.scale
         else:
             self.line.post(Action("F", chunk + 1, micro), output.detach())
@@ -202,8 +195,7 @@ class PipelineLayout(Layout):
                         share.reduce_early()
         self.line.settle()
         self.settle()
-        sums = run.sums()
-        return sums if self.tells else dict.fromkeys(sums, 0.0)
+        return self.told(run.totals)
 
     def settle(self) -> None:
         super().settle()
@@ -213,15 +205,14 @@ class PipelineLayout(Layout):
 
     @torch.no_grad()
     def forward(self, batches: Iterable[Batch]) -> Sums:
-        sums: Sums = {"loss": 0.0, "weight": 0.0}
+        totals: Totals = {}
         for batch in batches:
-            for name, value in self._evaluate(self.part(batch.to(self.device))).items():
-                sums[name] = sums.get(name, 0.0) + value
+            add_sums(totals, self._evaluate(self.part(batch.to(self.device))))
         self.line.settle()
         place.forget_whole(self.step)
-        return sums if self.tells else dict.fromkeys(sums, 0.0)
+        return self.told(totals)
 
-    def _evaluate(self, batch: Batch) -> Sums:
+    def _evaluate(self, batch: Batch) -> Totals:
         """Sums over one batch; in the end its messages to other stages are still on their way."""
         run, rank, stages = Run(self.step, self.line, [batch]), self.line.rank, self.config.pipeline
         for chunk in self.step.mine:
@@ -231,4 +222,4 @@ class PipelineLayout(Layout):
             run.forward(action)
             if chunk < self.step.last:
                 run.begin([Transfer(Action("F", chunk + 1, 0), rank, (chunk + 1) % stages)])
-        return run.sums()
+        return run.totals

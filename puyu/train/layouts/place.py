@@ -14,14 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM, ScalarModel
+from puyu.train.layouts.config import DEPTH
 from puyu.train.layouts.experts import SharedExperts, share_experts
 from puyu.train.layouts.mesh import Mesh
 from puyu.train.layouts.shares import Cut, Spread
 from puyu.train.layouts.tensor import slice_model
 from puyu.train.objectives import Objective, Step, lm_loss
 from puyu.train.optim import OptimConfig
-
-_COUNT = {"replica": 0, "partial": 1, "full": 2}
 
 
 def cut(model: CausalLM | ScalarModel, mesh: Mesh, objective: Objective) -> dict[str, Cut]:
@@ -93,12 +92,12 @@ def spread_of(name: str, parameter: torch.Tensor, mesh: Mesh, *, sliced: bool) -
     speaks = sliced or mesh.tensor_rank == 0
     if config.expert > 1 and ".mlp.experts." in name:
         holders = () if isinstance(parameter, DTensor) else (mesh.dim("holders"),)
-        rows, early = (min(_COUNT[extent], len(holders)) for extent in (config.states, config.grads))
+        rows, early = (min(DEPTH[extent], len(holders)) for extent in (config.states, config.grads))
         return Spread(holders, rows=rows, early=early, tensor=tensor, speaks=speaks)
     shards, replicas = mesh.dim("shard"), mesh.dim("replicate")
     if config.params != "replica" and mesh.peers > 1:
         return Spread(copies=(replicas,), rows=int(config.states != config.params), tensor=tensor, speaks=speaks)
-    rows, early = _COUNT[config.states], _COUNT[config.grads]
+    rows, early = DEPTH[config.states], DEPTH[config.grads]
     return Spread((shards, replicas), rows=rows, early=early, tensor=tensor, speaks=speaks)
 
 

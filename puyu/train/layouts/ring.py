@@ -32,9 +32,7 @@ class RingPlan:
     group: Group
 
     @staticmethod
-    def build(
-        starts_S: Sequence[int], num_tokens: int, *, rank: int, group: Group, device: torch.device | str = "cpu"
-    ) -> RingPlan:
+    def build(starts_S: Sequence[int], num_tokens: int, *, rank: int, group: Group) -> RingPlan:
         """`starts_S` are those of the whole row, of `num_tokens` tokens."""
         starts = torch.tensor(starts_S)
         lengths = torch.diff(starts, append=torch.tensor([num_tokens]))

@@ -125,12 +125,6 @@ def _costs(orders: Plan) -> Mapping[str, float]:
     return SPLIT_COSTS if any(action.kind == "W" for order in orders for action in order) else COSTS
 
 
-def bubble(orders: Plan, costs: Mapping[str, float] | None = None) -> float:
-    """Idle share of the processes' time; messages take no time."""
-    spans = timeline(orders, costs).values()
-    return 1 - sum(end - start for start, end in spans) / (len(orders) * max(end for _, end in spans))
-
-
 def programs(orders: Plan) -> tuple[Program, ...]:
     """What each process runs: its actions, and between them groups of messages that are begun together.
 

@@ -47,21 +47,19 @@ class UlyssesPlan:
 def part(batch: Batch, mesh: Mesh, *, words: int) -> Batch:
     """What this process computes of a batch that sequence and tensor peers read too, with its plan.
 
-    `words`: size of the vocabulary.
-
-    Padding, a document of weight 0 behind the others, makes the parts equal.
+    Padding, a document of weight 0 behind the others, makes the parts equal. `words`: size of the vocabulary.
     """
     config = mesh.config
     if config.sequence == config.tensor == 1:
         return batch
     batch = _padded(batch, config.sequence * config.tensor)
-    count, device = batch.num_tokens // config.sequence, batch.tokens_T.device
-    first, group = mesh.sequence_rank * count, mesh.group("sequence")
+    count, group = batch.num_tokens // config.sequence, mesh.group("sequence")
+    first = mesh.sequence_rank * count
     plan: Plan
     if config.sequence > 1 and config.attention == "ring":
-        plan = RingPlan.build(batch.starts_S, batch.num_tokens, rank=mesh.sequence_rank, group=group, device=device)
+        plan = RingPlan.build(batch.starts_S, batch.num_tokens, rank=mesh.sequence_rank, group=group)
     else:
-        plan = PackedPlan.build(batch.starts_S, batch.num_tokens, device)
+        plan = PackedPlan.build(batch.starts_S, batch.num_tokens, batch.tokens_T.device)
         plan = UlyssesPlan(plan, config.sequence, group) if config.sequence > 1 else plan
     cut = _cut(batch, first, first + count)
     values: dict[str, Any] = {item.name: getattr(cut, item.name) for item in fields(cut)}

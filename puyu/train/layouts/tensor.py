@@ -5,7 +5,7 @@ its share of the tokens, t = T / size. Queries, keys and values are cut by group
 what follows them by columns; embedding and head by rows of the vocabulary. Norms and experts are whole everywhere and
 see the process's tokens, so their gradients are summed over the group.
 
-    cuts = slice_model(model, rank=0, size=2, group=group)
+    cuts = slice_model(model, Dim(rank, size, group))
 """
 
 from __future__ import annotations
