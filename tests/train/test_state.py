@@ -271,6 +271,23 @@ def test_the_cold_tier_serves_where_the_local_one_is_gone(tmp_path, url):
     assert cold_steps(url) == [9, 6, 3]
 
 
+def test_a_store_is_asked_for_no_empty_range(tmp_path, url, monkeypatch):
+    """Stores answer `bytes=0--1` with an error, or with the whole file."""
+    interrupted(tmp_path, stop=7, cold=url)
+    shutil.rmtree(tmp_path / FOLDER)
+    run, asked = trainer(tmp_path, cold=url), []
+    read = type(run.saver.cold.files).cat_file
+
+    def counting(files, path, start=None, end=None):
+        asked.append((start, end))
+        return read(files, path, start=start, end=end)
+
+    monkeypatch.setattr(type(run.saver.cold.files), "cat_file", counting)
+    assert run.resume() == 6
+    ranges = [span for span in asked if span != (None, None)]
+    assert ranges and all(start < end for start, end in ranges)
+
+
 def test_a_torn_local_state_is_mended_by_the_uploaded_one(tmp_path, url, caplog):
     interrupted(tmp_path, stop=7, cold=url)
     part = tmp_path / FOLDER / "step-00000006" / "part-00000.safetensors"
