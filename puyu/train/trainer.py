@@ -311,10 +311,11 @@ class Trainer:
             batches = self._draw()
         with span("backward"):
             skipped = self.done + 1 in self.watch.skip  # decided before: its batch is drawn, and not looked at
-            scale = self._scale(batches) if self.scaler else 1.0
+            count = float(sum(batch.num_tokens for batch in batches)) if self.layout.counts else 0.0
+            # The scaler's number is that of a mean loss; the factor on the summed one is the same everywhere.
+            scale = self.scaler.scale / self._agreed({"tokens": count})["tokens"] if self.scaler else 1.0
             sums = {"loss": 0.0, "weight": 0.0} if skipped else self.layout.backward(batches, scale=scale)
-        sums["tokens"] = float(sum(batch.num_tokens for batch in batches)) if self.layout.counts else 0.0
-        sums["asked"] = float(stop.asked)
+        sums |= {"tokens": count, "asked": float(stop.asked)}
         with span("reduce"):
             sums = self._agreed(sums | self.saver.flags())
         self.saver.settle(sums)
@@ -365,25 +366,19 @@ class Trainer:
         rank, size = self.reader.rank, self.reader.size
         return [self.source.next_batch(rank=rank, world=size).to(self.device) for _ in range(self.config.accumulate)]
 
-    def _scale(self, batches: list[Batch]) -> float:
-        """Factor on the summed loss, the same everywhere: the scaler's number is that of a mean loss."""
-        assert self.scaler is not None
-        return self.scaler.scale / self._agreed({"tokens": float(sum(batch.num_tokens for batch in batches))})["tokens"]
-
     def _agreed(self, sums: dict[str, float]) -> dict[str, float]:
         return dict(zip(sums, parallel.agree(list(sums.values()), self.device), strict=True))
 
     def _update(self, loss: float, weight: float) -> tuple[Verdict, Metrics]:
         """Judge; divide gradients by `weight`, clip and step, or drop them. Returns the rate and norms of the mean."""
         rate = self.rate(self.done)
-        norm = self.layout.norm() / weight
-        total = self._agreed({"norm": norm})["norm"]  # one number for all, so that all judge alike
-        if self.scaler and math.isfinite(loss) and not math.isfinite(total) and self.scaler.overflowed():
+        norm = self.layout.norm() / weight  # a sum over all processes: all judge alike
+        if self.scaler and math.isfinite(loss) and not math.isfinite(norm) and self.scaler.overflowed():
             self.layout.drop_gradients()
             return Verdict("skip", f"float16 overflow, loss scale {self.scaler.scale:g} from here on"), {}
-        verdict = self.watch.judge(self.done + 1, loss, total / self.world.size)
+        verdict = self.watch.judge(self.done + 1, loss, norm)
         if verdict.action != "update":
-            if not (math.isfinite(loss) and math.isfinite(total)) and (name := self.layout.bad_gradient()):
+            if not (math.isfinite(loss) and math.isfinite(norm)) and (name := self.layout.bad_gradient()):
                 verdict = replace(verdict, reason=f"{verdict.reason}, first in the gradient of {name}")
             self.layout.drop_gradients()
             self._note("bad step", f"{verdict.reason}; the update was not made")

@@ -1,5 +1,4 @@
-"""metrics.jsonl on a disk that may be full: rows wait in memory, are tried again ever less often, never dropped; and its
-summary."""
+"""metrics.jsonl and its summary. On a full disk rows wait in memory, are tried again ever less often, never dropped."""
 
 from __future__ import annotations
 

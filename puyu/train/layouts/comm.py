@@ -42,10 +42,10 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     return part
 
 
-def all_reduce(x: Tensor, group: Group) -> Tensor:
+def all_reduce(x: Tensor, group: Group, *, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """The sum over processes, in place."""
     if group is not None:
-        dist.all_reduce(x, group=group)
+        dist.all_reduce(x, op=op, group=group)
     return x
 
 
