@@ -11,7 +11,7 @@ along unread.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,10 +128,7 @@ def _our_state(
     for ours, theirs in name_pairs(config, head=head):
         for suffix in (key[len(ours) + 1 :] for key in expected if key.startswith(ours + ".")):
             parts = [stored.take(f"{name}.{suffix}") for name in theirs]
-            if ours.endswith(".qkv"):
-                tensor = fuse_qkv(parts, num_kv_heads=config.num_kv_heads)
-            else:
-                tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+            tensor = _joined(ours, parts, config)
             key = f"{ours}.{suffix}"
             if tensor.shape != expected[key]:
                 shapes = f"{tuple(tensor.shape)} stored, {tuple(expected[key])} by config.json"
@@ -139,10 +136,50 @@ def _our_state(
             kind = dtype if tensor.is_floating_point() else tensor.dtype
             # one that stands in the file alone is copied, since the file may change under its pages
             state[key] = tensor.to(kind, copy=len(parts) == 1).contiguous()
+    _check_left(stored, config)
+    return state
+
+
+def _joined(ours: str, parts: list[Tensor], config: ModelConfig) -> Tensor:
+    """One tensor of ours from those of the checkpoint."""
+    if ours.endswith(".qkv"):
+        return fuse_qkv(parts, num_kv_heads=config.num_kv_heads)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def stored_values(model: CausalLM, folder: Path) -> Callable[[str, tuple[int, ...]], Tensor]:
+    """The values of a model on the meta device by name of parameter, from a checkpoint that is not quantized.
+
+    Each is mapped when it is asked for, and read where it is looked at (one that the checkpoint holds in parts is read
+    whole). CheckpointError, at once, where tensors are missing, left over, or of another shape.
+    """
+    config, theirs = model.config, {}
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    with open_weights(folder) as stored:
+        for ours, names in name_pairs(config, head=_head_name(model)):
+            for key in (key for key in shapes if key.startswith(ours + ".")):
+                theirs[key] = ours, [f"{name}.{key[len(ours) + 1 :]}" for name in names]
+        for key, (_, parts) in theirs.items():
+            found = [stored.shape(part) for part in parts]
+            if (sum(shape[0] for shape in found), *found[0][1:]) != tuple(shapes[key]):
+                shape = f"{[tuple(shape) for shape in found]} stored, {tuple(shapes[key])} by config.json"
+                raise CheckpointError(f"{folder}: tensor {parts[0]} has the wrong shape: {shape}")
+        _check_left(stored, config)
+
+    def value(name: str, _: tuple[int, ...]) -> Tensor:
+        ours, names = theirs[name]
+        with open_weights(folder) as stored:
+            return _joined(ours, [stored.take(part) for part in names], config)
+
+    return value
+
+
+def _check_left(stored: Stored, config: ModelConfig) -> None:
     left = sorted(name for name in stored.unused if not ignorable(name))
     if left:
-        raise CheckpointError(f"{folder}: {len(left)} tensors are not part of a {config.family} model: {left[:3]}")
-    return state
+        raise CheckpointError(
+            f"{stored.folder}: {len(left)} tensors are not part of a {config.family} model: {left[:3]}"
+        )
 
 
 def _codes(model: nn.Module) -> set[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,18 @@ class Stored:
 
     def take(self, name: str) -> Tensor:
         """One tensor; CheckpointError when it is not there or cannot be read."""
+        return self._read(name, lambda file: file.get_tensor(name))
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of one tensor in safetensors, which counts as taken."""
+        return self._read(name, lambda file: file.get_slice(name).get_shape())
+
+    def _read(self, name: str, look: Callable[[Any], Any]) -> Any:
         if name not in self._files:
             raise CheckpointError(f"{self.folder}: tensor {name!r} is missing", remedy="copy the checkpoint again")
         self.unused.discard(name)
         try:
-            return self._files[name].get_tensor(name)
+            return look(self._files[name])
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder}: tensor {name!r} cannot be read: {error}") from error
 

@@ -118,10 +118,17 @@ class Upload:
         self.cancelled = threading.Event()
         self._stream: IO[bytes] | None = None
         self._index = b""
+        self._size = self._sent = 0
+
+    def __str__(self) -> str:
+        """How far it is."""
+        part = f"{self._sent:,} of {self._size:,} bytes of part {self.world.rank} are sent"
+        waits = ", its end or the parts of others are awaited" if self._sent == self._size else ""
+        return f"{self.path}: {part}{waits}; it is not whole, and will not be read"
 
     def open(self, part: Path, index: bytes) -> None:
         """Hold on to this process's part."""
-        self._stream, self._index = part.open("rb"), index
+        self._stream, self._index, self._size = part.open("rb"), index, part.stat().st_size
 
     def run(self, text: bytes) -> None:
         """Send the part, then its mark; the first process waits for those of the others and commits."""
@@ -132,6 +139,7 @@ class Upload:
             with files.open(f"{name}.safetensors", "wb") as target:
                 while (block := stream.read(_BLOCK)) and not self.cancelled.is_set():
                     target.write(block)
+                    self._sent += len(block)
             if self.cancelled.is_set():
                 raise CheckpointError(f"{self.path} was given up")
             files.pipe_file(f"{name}.json", self._index)

@@ -2,7 +2,8 @@
 
 A source is a domain, or a quality class of it (see data/classes.py).
 
-Each document is `<s>` text `</s>`. Written once under a key of the data and the tokenizer; later runs open it.
+Each document is `<s>` text `</s>`; those without any text (sources with `rules: false` keep them) are left out, and
+counted. Written once under a key of the data and the tokenizer; later runs open it.
 Whether a document is held out depends on its own text, so more data does not move it across; a language without
 such a document gives its smallest hash. No source is emptied.
 """
@@ -11,10 +12,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -42,6 +43,8 @@ from puyu.tokenizer.tokenizer import Tokenizer
 
 Ids = NDArray[np.int32]
 _BATCH_BYTES = 1 << 22
+_NEWS = 1024
+"""Lines between two signs of life."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class Corpus:
     """Open shards. `heldout_bytes` counts the UTF-8 bytes behind each held-out shard.
 
     `unscored` counts, by domain with classes, the documents without the score: they are in the domain's own source.
+    `empty` counts, by domain, those without text: they are nowhere.
     """
 
     train: Mapping[str, TokenShard]
     heldout: Mapping[str, TokenShard]
     heldout_bytes: Mapping[str, int]
     unscored: Mapping[str, int]
+    empty: Mapping[str, int]
 
 
 def open_corpus(
@@ -65,14 +70,16 @@ def open_corpus(
     heldout: float,
     classes: Classes | None = None,
     writes: bool = True,
+    moved: Callable[[], object] = lambda: None,
 ) -> Corpus:
-    """Tokenize into `folder`, unless that is done already. One process writes, the others wait for its index."""
+    """Tokenize into `folder`, unless that is done already. One process writes, and says now and then that it has
+    `moved`; the others wait for its index."""
     path = data / "kept.jsonl" if data.is_dir() else data
     if not path.is_file():
         raise InputError(
             f"no such file: {path}", remedy="give the folder of the data stage, or a JSONL file with 'text'"
         )
-    rows = KeptRows(path, classes or {})
+    rows = KeptRows(path, classes or {}, moved)
     rules = {domain: rule.model_dump() for domain, rule in rows.classes.items()}
     key = hash_json([hash_file(path), tokenizer.fingerprint, heldout, rules])
     if writes and _index(folder, key) is None:
@@ -83,7 +90,7 @@ def open_corpus(
     def opened(kind: str) -> dict[str, TokenShard]:
         return {name: TokenShard.open(folder / _name(kind, name)) for name in index[kind]}
 
-    return Corpus(opened("train"), opened("heldout"), index["heldout"], index["unscored"])
+    return Corpus(opened("train"), opened("heldout"), index["heldout"], index["unscored"], index.get("empty", {}))
 
 
 def _index(folder: Path, key: str) -> dict[str, Any] | None:
@@ -128,6 +135,7 @@ def _write(rows: KeptRows, tokenizer: Tokenizer, folder: Path, *, heldout: float
     bar.close()
     sources = sorted(name for kind, name in writers if kind == "train")
     index = {"key": key, "train": sources, "heldout": dict(sorted(byte_counts.items())), "unscored": unscored}
+    index["empty"] = dict(sorted(rows.empty.items()))
     write_json(folder / "index.json", index)
 
 
@@ -186,13 +194,22 @@ class KeptRows:
 
     path: Path
     classes: Classes
+    moved: Callable[[], object] = lambda: None
+    empty: Counter[str] = field(default_factory=Counter)
+    """Documents without text that the last pass has left out, by domain."""
 
     def __iter__(self) -> Iterator[KeptRow]:
+        self.empty.clear()
         taken = {source for domain, rule in self.classes.items() for source in rule.sources(domain)}
         for number, row in read_jsonl_lines(self.path, decode=self._decoded):
-            if not isinstance(row, _Row) or not isinstance(row.text, str) or not row.text:
-                raise InputError(f"{self.path}, line {number}: a document needs the field 'text' with some text")
+            if not isinstance(row, _Row) or not isinstance(row.text, str):
+                raise InputError(f"{self.path}, line {number}: a document needs the field 'text'")
             domain, language = str(row.domain or "default"), str(row.language or "und")
+            if number % _NEWS == 0:
+                self.moved()
+            if not row.text:
+                self.empty[domain] += 1
+                continue
             if domain in taken:
                 raise InputError(
                     f"{self.path}, line {number}: the domain {domain!r} has the name of a quality class",

@@ -26,11 +26,11 @@ from puyu.data.mix import Mixture, check_weights, expected_use
 from puyu.data.packing import PretrainSource, pack_pieces, piece_of
 from puyu.data.rows import Packing, Stretch
 from puyu.data.shards import TokenShard
-from puyu.device import pick_device, pick_dtype
+from puyu.device import pick_dtype
 from puyu.dist import current_world
 from puyu.errors import ConfigError
 from puyu.log import say
-from puyu.model.checkpoint import load_model, read_config
+from puyu.model.checkpoint import load_model, read_config, stored_values
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights, initial_value
@@ -40,9 +40,9 @@ from puyu.train.evaluate import GoOn, Latest, sampling
 from puyu.train.layouts import Blank
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.parallel import joined
 from puyu.train.stage import (
     TrainingConfig,
+    begun,
     check_vocabulary,
     count_parameters,
     finish,
@@ -177,22 +177,27 @@ def run(
     config: PretrainConfig, *, out: Path, on_step: OnStep | None = None, go_on: GoOn | None = None
 ) -> dict[str, Any]:
     """Train (or go on), validate, save; returns the key numbers. `go_on` makes the text of `samples`."""
-    device = pick_device(config.device)
-    with joined(device):
+    with begun(config, out, name="pretrain") as (device, heart):
         identity = identity_of(config)
         if numbers := finished(out, identity):
             return numbers
         tokenizer = Tokenizer.load(config.tokenizer)
-        shards, rules = out / "shards", config.classes
-        writes = current_world().is_main
-        corpus = open_corpus(config.data, tokenizer, shards, heldout=config.heldout, classes=rules, writes=writes)
+        corpus = open_corpus(
+            config.data,
+            tokenizer,
+            out / "shards",
+            heldout=config.heldout,
+            classes=config.classes,
+            writes=current_world().is_main,
+            moved=lambda: heart.at("reading data"),
+        )
         model, blank = first_model(config, tokenizer, device=device)
         parameters = count_parameters(model)
         phases = Phases(config, corpus, model)
         steps = sum(phase.steps for phase in config.phases)
         settings = config.trainer(steps, name="pretrain", identity=identity)
         trainer = Trainer(model, lm_loss, phases.source, settings, out=out, blank=blank)
-        trainer.on_step = on_step
+        trainer.on_step, trainer.heart = on_step, heart
         trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save)
         trainer.about = {"config": dump(config), "phases": phases.bands()}
 
@@ -210,6 +215,7 @@ def run(
         numbers = trainer.fit()
         phases.enter(numbers["steps"] - 1)
         numbers |= {"parameters": parameters, "heldout": heldout.of(trainer), **phases.report()}
+        heart.at("writing the model")
         save(trainer, out, tokenizer.save)
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
@@ -217,24 +223,29 @@ def run(
 def first_model(config: PretrainConfig, tokenizer: Tokenizer, *, device: torch.device) -> tuple[CausalLM, Blank | None]:
     """The model before the first step: the base with room for the longest phase, or a new one.
 
-    On several processes a new one has no numbers yet: its layout gives each process those of its part.
+    On several processes it has no numbers yet: its layout gives each process those of its part.
     """
-    if config.base is not None:
-        return place(base_model(config, tokenizer), dtype=config.dtype, device=device), None
-    shape = new_shape(config, tokenizer)
-    if current_world().size == 1:
-        model = CausalLM(shape)
-        init_weights(model, seed=config.seed)
-        return place(model, dtype=config.dtype, device=device), None
-    with torch.device("meta"):
-        model = CausalLM(shape)
-    compute = pick_dtype(config.dtype, device)
-    model = place(model, dtype=str(compute).removeprefix("torch."), device=torch.device("meta"))
-    return model, Blank(device, partial(initial_value, seed=config.seed))
+    base, shape = config.base, base_shape(config, tokenizer) if config.base else new_shape(config, tokenizer)
+    if current_world().size > 1:
+        with torch.device("meta"):
+            model = CausalLM(shape)
+        value = stored_values(model, base) if base else partial(initial_value, seed=config.seed)
+        compute = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+        model, blank = place(model, dtype=compute, device=torch.device("meta")), Blank(device, value)
+    else:
+        model, blank = load_model(base) if base else CausalLM(shape), None
+        if not base:
+            init_weights(model, seed=config.seed)
+        model = place(model, dtype=config.dtype, device=device)
+    longest = max((phase.seq_len for phase in config.phases), default=0)
+    if longest > shape.max_positions:  # never of a new one
+        model.trunk.config = shape.with_(max_positions=longest)
+    return model, blank
 
 
-def base_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
-    """The checkpoint that continued pretraining begins with; ConfigError or CheckpointError where it cannot."""
+def base_shape(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The shape of the checkpoint that continued pretraining begins with; ConfigError or CheckpointError where it
+    cannot."""
     assert config.base is not None
     if "model" in config.model_fields_set:
         raise ConfigError("base and model are both given", remedy="leave model out: the base has its own shape")
@@ -242,11 +253,7 @@ def base_model(config: PretrainConfig, tokenizer: Tokenizer) -> CausalLM:
     if shape.quantization is not None:
         raise ConfigError(f"base {config.base} is quantized", remedy="go on from the checkpoint it was made of")
     check_vocabulary(tokenizer, shape.vocab_size, folder=config.base)
-    model = load_model(config.base)
-    longest = max((phase.seq_len for phase in config.phases), default=0)
-    if longest > shape.max_positions:
-        model.trunk.config = shape.with_(max_positions=longest)
-    return model
+    return shape
 
 
 def new_shape(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -279,6 +286,7 @@ class Phases:
         self.phases, self.model, self.config = config.phases, model, config
         own = model.config.rope_theta if config.base is not None else None
         self._thetas = [own if own and "rope_theta" not in p.model_fields_set else p.rope_theta for p in config.phases]
+        self.empty = dict(corpus.empty)
         self.unscored = {name: count for name, count in corpus.unscored.items() if count}
         epochs = epochs_by_source(config.epochs, config.classes, sources=corpus.train)
         self.sizes = {name: shard.num_tokens * epochs.get(name, 1.0) for name, shard in corpus.train.items()}
@@ -295,6 +303,8 @@ class Phases:
             self._check_epochs({name: corpus.train[name].longest for name in epochs})
         if current_world().is_main:
             self.mixture.on_leave = self._tell
+            for name, count in self.empty.items():
+                say(f"  pretrain: {count} documents of {name} have no text: left out")
             for name, count in self.unscored.items():
                 say(f"  pretrain: {count} documents of {name} have no score {config.classes[name].score!r}: no class")
 
@@ -325,8 +335,9 @@ class Phases:
         say(f"  pretrain: {name} has been seen as often as its epochs allow; the others share its weight")
 
     def report(self) -> dict[str, Any]:
-        """What was used of each source, how full the rows were, and documents without the score of their classes."""
-        return {"sources": self.mixture.report(), "fill": round(self.source.fill, 5), "unscored": self.unscored}
+        """What was used of each source, how full the rows were, and documents without text or without their score."""
+        counts = {"unscored": self.unscored, "empty": self.empty}
+        return {"sources": self.mixture.report(), "fill": round(self.source.fill, 5), **counts}
 
     def _tokens(self, phase: Phase, step: int) -> int:
         """Tokens of the 0-based step, which lies in that phase."""

@@ -20,7 +20,6 @@ from pydantic import Field, model_validator
 from puyu.configure import dump
 from puyu.data.chats import read_preferences
 from puyu.data.packing import Batch, Pair, PreferenceSource, pack_pairs
-from puyu.device import pick_device
 from puyu.errors import ConfigError, InputError
 from puyu.files import hash_json
 from puyu.log import logger
@@ -29,9 +28,8 @@ from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.evaluate import Latest
 from puyu.train.objectives import ranking_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.parallel import joined
 from puyu.train.scoring import Rubrics, reward_token, scoring_ids
-from puyu.train.stage import TrainingConfig, check_vocabulary, finish, finished, identity_of, place, save
+from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, place, save
 from puyu.train.trainer import OnStep, Trainer
 from puyu.types import Preference
 
@@ -75,8 +73,7 @@ class RewardConfig(TrainingConfig):
 
 def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> dict[str, Any]:
     """Train (or go on), measure held-out accuracy, save; returns the key numbers."""
-    device = pick_device(config.device)
-    with joined(device):
+    with begun(config, out, name="reward") as (device, heart):
         identity = identity_of(config)
         if numbers := finished(out, identity):
             return numbers
@@ -92,7 +89,7 @@ def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> di
         model = place(loaded, dtype=config.dtype, device=device)
         objective = ranking_loss(gamma=config.gamma, penalty=config.penalty)
         trainer = Trainer(model, objective, source, config.trainer(steps, name="reward", identity=identity), out=out)
-        trainer.on_step, trainer.about = on_step, {"config": dump(config)}
+        trainer.on_step, trainer.about, trainer.heart = on_step, {"config": dump(config)}, heart
         heldout = Latest(lambda run: measure(run, pairs.heldout, rubrics, batch_tokens=budget), _in_row)
         trainer.evaluations = [heldout] if pairs.heldout else []
         trainer.meter.enter_whole([len(ids) for pair in source.pairs for ids in (pair.chosen, pair.rejected)])
@@ -100,6 +97,7 @@ def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> di
         trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save, rubrics.save, extra=extra)
         numbers = trainer.fit()
         numbers["heldout"] = heldout.of(trainer)
+        heart.at("writing the model")
         save(trainer, out, tokenizer.save, rubrics.save, extra=extra)
         numbers |= {"pairs": len(source.pairs), "dropped": source.dropped, "quarantined": pairs.torn}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})

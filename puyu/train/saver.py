@@ -11,6 +11,7 @@ said. What fails in the thread is raised in the next step, on every process. Col
 
 from __future__ import annotations
 
+import math
 import secrets
 import shutil
 import threading
@@ -80,6 +81,8 @@ class SavingSettings(Config):
     """Steps between uploads; 0: each saved state. The last one is always uploaded."""
     cold_keep: int = Field(default=0, ge=0)
     """Uploaded states to keep; 0: all."""
+    cold_wait: float = Field(default=600.0, ge=0)
+    """Seconds that the end of a run waits for an upload; then it is given up, and said what is missing."""
     export_every: int = 0
     """Steps between Hugging Face folders, exports/step-N; 0: none."""
 
@@ -240,6 +243,7 @@ class Saver:
         is full, or may not be written."""
         self._hot, self._uploads = Beside(), Beside()
         self._job: Job | None = None
+        self._upload: Upload | None = None
         self.committed = -1
         """The step of the last state that `wait` has seen committed on every process."""
         self._run, self._count, self._uploaded = "", 0, 0
@@ -300,13 +304,16 @@ class Saver:
             self._hot.start(lambda: self._beside(job), job.cancelled)
         return True
 
-    def _look(self, beside: Beside, seconds: float | None) -> tuple[bool, bool]:
+    def _look(self, beside: Beside, seconds: float | None, *, most: float = math.inf) -> tuple[bool, bool]:
         """Whether it is still busy on a process, and whether it has failed on one, after that time (None: until one of
-        both is certain). No process waits alone: what it waits for may be the part of one that has failed."""
+        both is certain, or `most` seconds are over). No process waits alone: what it waits for may be the part of one
+        that has failed."""
+        until = time.monotonic() + most
         while True:
-            idle = beside.idle(TURN if seconds is None else seconds)
-            busy, failed = agree([float(not idle), float(beside.failed)], self.layout.device)
-            if failed or not busy or seconds is not None:
+            idle = beside.idle(min(TURN, most) if seconds is None else seconds)
+            flags = [not idle, beside.failed, seconds is not None or time.monotonic() >= until]
+            busy, failed, over = agree([float(flag) for flag in flags], self.layout.device)
+            if failed or not busy or over:
                 return busy > 0, failed > 0
 
     def _lost(self) -> None:
@@ -333,8 +340,12 @@ class Saver:
 
     def _room(self, last: bool) -> bool:
         """Whether the upload before is done, or given up, on every process."""
-        busy, failed = self._look(self._uploads, None if last else self.settings.checkpoint_wait)
-        if busy and not failed:
+        wait = self.settings.cold_wait
+        busy, failed = self._look(self._uploads, None if last else self.settings.checkpoint_wait, most=wait)
+        if busy and not failed and last:
+            if not self._uploads.idle():
+                logger.warning("cold tier: given up after %g s (cold_wait): %s", wait, self._upload)
+        elif busy and not failed:
             if self.world.is_main:
                 say("  the upload before is not done: this state stays local")
             return False
@@ -348,6 +359,7 @@ class Saver:
 
     def _send(self, job: Job) -> None:
         if upload := job.upload:
+            self._upload = upload
             self._uploads.start(lambda: upload.run(job.text), upload.cancelled)
 
     def _now(self, job: Job, *, last: bool) -> None:

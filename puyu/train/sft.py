@@ -16,7 +16,6 @@ from puyu.configure import Config, dump
 from puyu.data.chats import read_conversations
 from puyu.data.mix import key_of, permuted
 from puyu.data.packing import ConversationSource, Doc
-from puyu.device import pick_device
 from puyu.errors import ConfigError
 from puyu.files import BadRecord
 from puyu.log import logger
@@ -26,8 +25,7 @@ from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.evaluate import GoOn, Latest, mean_loss, sampling
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.parallel import joined
-from puyu.train.stage import TrainingConfig, check_vocabulary, finish, finished, identity_of, place, save
+from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, place, save
 from puyu.train.trainer import OnStep, Trainer
 from puyu.types import Conversation
 
@@ -64,8 +62,7 @@ class SFTConfig(TrainingConfig):
 
 def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None, go_on: GoOn | None = None) -> dict[str, Any]:
     """Train (or go on), save; returns the key numbers. `go_on` answers `samples`."""
-    device = pick_device(config.device)
-    with joined(device):
+    with begun(config, out, name="sft") as (device, heart):
         identity = identity_of(config)
         if numbers := finished(out, identity):
             return numbers
@@ -80,13 +77,14 @@ def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None, go_on: G
         steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
         model = place(loaded, dtype=config.dtype, device=device)
         trainer = Trainer(model, lm_loss, source, config.trainer(steps, name="sft", identity=identity), out=out)
-        trainer.on_step, trainer.about = on_step, {"config": dump(config)}
+        trainer.on_step, trainer.about, trainer.heart = on_step, {"config": dump(config)}, heart
         validation = _validation(config, tokenizer)
         trainer.evaluations = [*([validation] if validation else []), *sampling(config, tokenizer, go_on, chat=True)]
         trainer.meter.enter_whole([len(ids) for ids, _ in source.docs])
         trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save)
         numbers = trainer.fit()
         numbers |= {"val_loss": validation.of(trainer)} if validation else {}
+        heart.at("writing the model")
         save(trainer, out, tokenizer.save)
         numbers |= {"conversations": len(source.docs), "dropped": source.dropped, "quarantined": len(torn)}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})

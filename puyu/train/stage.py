@@ -6,14 +6,16 @@ again returns the numbers at once. Another config or other inputs in the same fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from puyu.configure import Config, dump
-from puyu.device import pick_dtype
+from puyu.device import pick_device, pick_dtype
 from puyu.dist import barrier, current_world
 from puyu.errors import CheckpointError, InputError
 from puyu.files import clear_folder, hash_json, read_json, write_json
@@ -21,6 +23,9 @@ from puyu.lineage import input_of, without_paths
 from puyu.model.checkpoint import save_model
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.health import Heartbeat, Journal
+from puyu.train.layouts.base import first_of
+from puyu.train.parallel import joined
 from puyu.train.settings import FREE, RunSettings
 from puyu.train.state import FOLDER
 from puyu.train.trainer import Trainer, TrainerConfig
@@ -30,6 +35,15 @@ _PADDING = 1024
 """Models may have this many rows beyond the tokenizer (vocabularies are padded to round numbers)."""
 
 M = TypeVar("M", CausalLM, ScalarModel)
+
+
+@contextmanager
+def begun(config: TrainingConfig, out: Path, *, name: str) -> Iterator[tuple[torch.device, Heartbeat]]:
+    """Join the other processes, under a watchdog from here to the end of the stage."""
+    device, folder = pick_device(config.device), out / FOLDER
+    with joined(device) as world, Heartbeat(folder, world, config.health, Journal(folder, name=name)) as heart:
+        heart.at("reading data")
+        yield device, heart
 
 
 class TrainingConfig(RunSettings):
@@ -54,21 +68,27 @@ def identity_of(config: Config) -> str:
 
 
 def finished(out: Path, identity: str) -> dict[str, Any] | None:
-    """The numbers of a run that has finished here, or None."""
-    path = out / FOLDER / _RESULT
-    if not path.is_file():
+    """The numbers of a run that has finished here, or None. Every process must call it: the first looks, for all."""
+    text = first_of(_result(out / FOLDER / _RESULT) if current_world().is_main else "")
+    if not text:
         return None
-    try:
-        value = read_json(path)
-        numbers: dict[str, Any] = value["numbers"]
-    except (InputError, KeyError, TypeError):
-        return None  # torn: the states before it are gone, the run is made again
+    value = json.loads(text)
+    numbers: dict[str, Any] = value["numbers"]
     if value["identity"] != identity:
         raise CheckpointError(
             f"{out} holds a finished run with another config or other inputs",
             remedy="choose another --out, or empty it",
         )
     return numbers
+
+
+def _result(path: Path) -> str:
+    """The record as text; empty where there is none, or a torn one: then the run is made again."""
+    try:
+        value = read_json(path) if path.is_file() else {}
+        return json.dumps({name: value[name] for name in ("identity", "numbers")})
+    except (InputError, KeyError, TypeError):
+        return ""
 
 
 def finish(out: Path, identity: str, numbers: dict[str, Any]) -> dict[str, Any]:

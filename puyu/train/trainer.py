@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,6 +129,8 @@ class Trainer:
         """Called on every rank each `evaluate_every` steps and after the last; their values stand in its row."""
         self.about: dict[str, Any] = {}
         """More for run.json, which says what is being watched: config, phases."""
+        self.heart: Heartbeat | None = None
+        """The watchdog of the whole stage, which also covers what comes before and after the steps."""
         self.watch = Watch(config.health)
         self._pace, self._reading, self._seconds = Pace(config.health), 0.0, 0.0
         self.journal = Journal(out / state.FOLDER, name=config.name)
@@ -200,20 +202,22 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Run (or go on) to the last step; returns steps, tokens, first and last loss, tokens per second."""
-        self.saver.prepare()
-        self.resume()
-        self._export(owed=True)
-        self._open_metrics()
-        if self.world.is_main:
-            write_json(self.out / "run.json", self._description())
-        try:
-            with StopSignal() as stop, self._heart() as heart:
-                self._loop(stop, heart)
-        finally:
-            self.saver.close()
-            if self._rows:
-                self._rows.close()
-        self._check_share()
+        with self._beating() as heart:
+            self.saver.prepare()
+            self.resume()
+            self._export(owed=True)
+            self._open_metrics()
+            if self.world.is_main:
+                write_json(self.out / "run.json", self._description())
+            try:
+                with StopSignal() as stop:
+                    self._loop(stop, heart)
+            finally:
+                self.saver.close()
+                if self._rows:
+                    self._rows.close()
+            self._check_share()
+            heart.at("last evaluation")
         return summarize(self.out / "metrics.jsonl")
 
     def _check_share(self) -> None:
@@ -240,10 +244,14 @@ class Trainer:
         named = {"name": config.name, "steps": config.steps, "unit": config.unit, "began_at": self.done}
         return {**named, "processes": self.world.size, "device": str(self.device), **self.about}
 
-    def _heart(self) -> Heartbeat:
-        heart = Heartbeat(self.out / state.FOLDER, self.world, self.config.health, self.journal)
-        self.meter.on_span = heart.at
-        return heart
+    @contextmanager
+    def _beating(self) -> Iterator[Heartbeat]:
+        """The watchdog of the stage, else one for these steps."""
+        own = Heartbeat(self.out / state.FOLDER, self.world, self.config.health, self.journal)
+        with nullcontext(self.heart) if self.heart else own as heart:
+            heart.at("loading a state")
+            self.meter.on_span = heart.at
+            yield heart
 
     def _loop(self, stop: StopSignal, heart: Heartbeat) -> None:
         config = self.config

@@ -156,6 +156,33 @@ def test_a_part_of_a_step_may_take_three_times_the_longest_and_at_most_ten_times
     assert sorted(slow.left) == [(0, 75), (1, 75)]
 
 
+def test_outside_of_the_steps_nobody_is_hurried_while_one_process_moves(tmp_path):
+    ranks = Ranks(tmp_path, 2, hang_seconds=20, phase_seconds=300)
+    for heart in ranks.hearts:
+        heart.at("reading data")
+    for _ in range(100):  # rank 0 reads for both
+        ranks.hearts[0].at("reading data")
+        ranks.run(10)
+    assert not ranks.left
+    ranks.run(285)
+    assert not ranks.left
+    ranks.run(20)
+    assert sorted(ranks.left) == [(0, 75), (1, 75)]
+    (row,) = read_jsonl(tmp_path / "health.jsonl")
+    assert row["late"] == [1] and "hung: rank 1" in row["text"] and "in reading data" in row["text"]
+    patient = Ranks(tmp_path / "patient", 2, hang_seconds=20, phase_seconds=0)
+    for heart in patient.hearts:
+        heart.at("writing the model")
+    patient.run(700)
+    assert not patient.left
+    together = Ranks(tmp_path / "together", 2, hang_seconds=20, phase_seconds=30)
+    for heart in together.hearts:
+        heart.at("loading a state")
+    together.run(40)
+    (row,) = read_jsonl(tmp_path / "together" / "health.jsonl")
+    assert row["text"] == "all 2 processes stand in loading a state: a collective or the network"
+
+
 def test_alone_and_unsupervised_it_only_tells(tmp_path, monkeypatch):
     monkeypatch.delenv(SUPERVISED, raising=False)
     ranks = Ranks(tmp_path, 1, hang_seconds=20)

@@ -21,6 +21,8 @@ from puyu.model.checkpoint import load_model, load_scalar_model
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train import pretrain, reward, sft
 from puyu.train.corpus import KeptRows, choose_heldout, open_corpus
+from puyu.train.health import Heartbeat
+from puyu.train.health.heartbeat import OUTSIDE
 from puyu.train.objectives import hidden_states, lm_loss, pair_losses
 from puyu.train.scoring import FILE, RewardModel, scoring_ids
 from puyu.types import Conversation, Message
@@ -116,6 +118,24 @@ def test_a_finished_run_returns_at_once_and_refuses_another_config(world):
         pretrain.run(build(pretrain.PretrainConfig, config | {"seed": 1}), out=root / "pretrain")
 
 
+def test_the_watchdog_is_there_from_the_first_file_to_the_last(world, tmp_path, monkeypatch):
+    root, _ = world
+    seen, at = [], Heartbeat.at
+
+    def told(heart, span):
+        seen.append((heart._thread is not None and heart._thread.is_alive(), span))
+        at(heart, span)
+
+    monkeypatch.setattr(Heartbeat, "at", told)
+    toys.corpus(tmp_path / "data", 1100)
+    run_plan([item | {"out": str(tmp_path / item["stage"])} for item in plan(root)[1:]])
+    config = plan(root)[0]["config"] | {"data": str(tmp_path / "data"), "samples": []}
+    run_plan([{"stage": "pretrain", "config": config, "out": str(tmp_path / "pretrain")}])
+    assert all(lives for lives, _ in seen)
+    outside = [span for _, span in seen if span in OUTSIDE]
+    assert outside == [*OUTSIDE, *OUTSIDE, OUTSIDE[0], OUTSIDE[0], *OUTSIDE]  # two passes over 1,100 rows
+
+
 def test_sft_numbers_and_checkpoint(world):
     root, numbers = world
     assert numbers["sft"]["conversations"] == 18 and numbers["sft"]["quarantined"] == 0
@@ -209,6 +229,11 @@ def test_documents_that_cannot_be_used_are_named(world, tmp_path):
     tokenizer = Tokenizer.load(root / "tokenizer")
     with pytest.raises(InputError, match=r"kept\.jsonl, line 2: .*'text'"):
         open_corpus(tmp_path, tokenizer, tmp_path / "shards", heldout=0.1)
+    path.write_text('{"text": "fine"}\n{"text": ""}\n{"text": "", "domain": "web"}\n{"text": "too"}\n{"text": ""}\n')
+    corpus = open_corpus(tmp_path, tokenizer, tmp_path / "shards", heldout=0.0)
+    assert corpus.empty == {"default": 2, "web": 1} and sorted(corpus.train) == ["default"]
+    again = open_corpus(tmp_path, tokenizer, tmp_path / "shards", heldout=0.0)
+    assert again.empty == corpus.empty and again.train["default"].num_docs == 2
     with pytest.raises(InputError, match="no such file"):
         open_corpus(tmp_path / "nowhere", tokenizer, tmp_path / "shards", heldout=0.1)
 
@@ -291,12 +316,23 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path):
             build(pretrain.PretrainConfig, handed["config"]), out=Path(handed["out"]), on_step=stop, go_on=go_on
         )
     handed["config"] |= {"layout": {"tensor": 2}}
+    again = plans[0] | {"blind": 1}
+    base = {name: value for name, value in plans[0]["config"].items() if name != "model"}
+    base |= {"base": str(root / "pretrain"), "samples": []}
+    run_plan([{"stage": "pretrain", "config": base, "out": str(tmp_path / "alone")}])
+    bases = [
+        {"stage": "pretrain", "config": base | {"layout": layout}, "out": str(tmp_path / f"base{number}")}
+        for number, layout in enumerate(({}, {"tensor": 2}, {"pipeline": 2}))
+    ]
+    bases[2]["config"]["accumulate"] = 2
     layouts = {"sequence": {"sequence": 2}, "pipeline": {"pipeline": 2}}
     others = [{**plan(root)[0], "out": str(tmp_path / name)} for name in layouts]
     for item, layout in zip(others, layouts.values(), strict=True):
         item["config"] = item["config"] | {"layout": layout, "group_norms_every": 1, "accumulate": 2}
-    done = launch([*plans, handed, *others], tmp_path, processes=2)
+    done = launch([*plans, again, handed, *others, *bases], tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
+    for item in bases:
+        assert toys.losses(Path(item["out"])) == pytest.approx(toys.losses(tmp_path / "alone"), abs=1e-9)
     for stage in ("pretrain", "sft", "reward"):
         assert toys.losses(tmp_path / stage) == pytest.approx(toys.losses(root / stage), abs=1e-10)
         assert toys.losses(tmp_path / stage) != []

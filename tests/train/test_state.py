@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from puyu.errors import CheckpointError, ConfigError, DependencyError, ResourceError
 from puyu.files import read_jsonl
 from puyu.model.checkpoint import load_model
-from puyu.train import cold, replicas, saver, state
+from puyu.train import beside, cold, replicas, saver, state
 from puyu.train.pieces import Piece
 from puyu.train.settings import RunSettings
 from puyu.train.state import FOLDER
@@ -326,6 +326,28 @@ def test_a_failed_upload_is_a_warning_and_the_next_is_tried(tmp_path, url, monke
     assert cold_steps(url) == [9, 6] and "cold tier: the store is not there" in caplog.text
 
 
+@pytest.mark.parametrize("waits", ["part", "others"])
+def test_a_last_upload_that_hangs_is_given_up_and_said(tmp_path, url, monkeypatch, caplog, waits):
+    never = threading.Event()
+    real = cold.Upload.run
+
+    def hang(self, text):
+        if "step-00000009" not in self.path:
+            return real(self, text)
+        if waits == "others":
+            self._sent = self._size
+        never.wait()
+
+    monkeypatch.setattr(cold.Upload, "run", hang)
+    monkeypatch.setattr(beside, "GRACE", 0.05)
+    trainer(tmp_path, cold=url, cold_wait=0.05).fit()
+    never.set()
+    assert cold_steps(url) == [6, 3] and len(toys.losses(tmp_path)) == 9
+    (text,) = [line for line in caplog.messages if "given up after 0.05 s (cold_wait)" in line]
+    assert "step-00000009" in text and "it is not whole" in text
+    assert ("0 of " in text, "parts of others are awaited" in text) == (waits == "part", waits == "others")
+
+
 def test_a_store_that_needs_a_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(DependencyError, match=r"cold: s3://bucket/run needs s3fs\n  remedy: pip install s3fs"):
@@ -340,7 +362,8 @@ def test_a_store_that_needs_a_package_is_named(tmp_path, monkeypatch):
 def test_how_states_are_saved_is_no_part_of_the_run(tmp_path):
     from puyu.train.settings import FREE
 
-    names = {"checkpoint_every", "checkpoint_wait", "keep", "cold", "cold_every", "cold_keep", "export_every"}
+    names = {"checkpoint_every", "checkpoint_wait", "keep", "cold", "cold_every", "cold_keep", "cold_wait"}
+    names |= {"export_every"}
     assert names <= FREE & set(RunSettings.model_fields)
 
 

@@ -22,6 +22,9 @@ class HealthConfig(Config):
     hang_seconds: float = Field(default=300.0, ge=0)
     """A process that makes no progress for so long hangs (three times its longest part of a step, where that is longer;
     ten times in the first step, while saving or loading a state and in callbacks, and at most); 0: never."""
+    phase_seconds: float = Field(default=7200.0, ge=0)
+    """The same before the first step and after the last (reading data, loading a state, evaluating, writing the model),
+    where a process that works for all is not hurried: it hangs when none moves for so long; 0: never."""
     slow_factor: float = Field(default=1.5, gt=1)
     """A process that takes so many times the median is slow."""
     compare_every: int = Field(default=50, ge=0)

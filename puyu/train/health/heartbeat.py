@@ -8,13 +8,14 @@ something stands still. No clock is compared between machines. Not seen: a proce
 lock cannot speak for itself; the others find it gone.
 
     with Heartbeat(out / "train_state", world, config, journal) as heart:
-        heart.begin(step); heart.at("backward")
+        heart.at("reading data"); heart.begin(step); heart.at("backward")
 """
 
 from __future__ import annotations
 
 import faulthandler
 import json
+import math
 import os
 import socket
 import sys
@@ -33,6 +34,8 @@ from puyu.train.health.journal import Journal
 
 PATIENT = frozenset({"start", "save", "evaluate", "callback", "roll back"})
 """Spans that may take ten times as long: what they do is not known here."""
+OUTSIDE = ("reading data", "loading a state", "last evaluation", "writing the model")
+"""Spans before the first step and after the last, with a limit of their own; one process may work for all in them."""
 _LONGER = 10
 _SLOWER = 3
 """A span may take so many times the longest one of this process that came to its end."""
@@ -56,7 +59,11 @@ class Beat:
 
     @property
     def place(self) -> str:
-        return f"rank {self.rank} ({self.host}, pid {self.pid}) in step {self.step}, {self.span}"
+        return f"rank {self.rank} ({self.host}, pid {self.pid}) in {self.at}"
+
+    @property
+    def at(self) -> str:
+        return self.span if self.span in OUTSIDE else f"step {self.step}, {self.span}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ def diagnose(before: Mapping[int, Beat], now: Mapping[int, Beat], *, size: int) 
         last = [now[rank].place if rank in now else f"rank {rank}, which never began" for rank in gone[:8]]
         text = f"gone without a heartbeat: {'; '.join(last)}"
     elif len(late) == size > 1:
-        text = f"all {size} processes stand in step {late[0].step}, {late[0].span}: a collective or the network"
+        text = f"all {size} processes stand in {late[0].at}: a collective or the network"
     else:
         text = f"hung: {'; '.join(f'{beat.place} for {beat.still:.0f} s' for beat in late[:8])}"
     return Diagnosis(gone, late, text)
@@ -112,7 +119,7 @@ class Heartbeat:
     def _move(self, step: int, spans: int, span: str) -> None:
         _, _, ended, since = self._position
         now = self.clock()
-        if ended not in PATIENT:
+        if ended not in PATIENT and ended not in OUTSIDE:
             self._longest = max(self._longest, now - since)
         self._position = (step, spans, span, now)
 
@@ -135,6 +142,8 @@ class Heartbeat:
             self._judge(mine)
 
     def _limit(self, beat: Beat) -> float:
+        if beat.span in OUTSIDE:
+            return self.config.phase_seconds or math.inf
         slow = beat.span in PATIENT or beat.step == self._start  # the first step compiles, and warms up
         usual, most = self.config.hang_seconds, self.config.hang_seconds * _LONGER
         return most if slow else min(max(usual, _SLOWER * self._longest), most)
@@ -143,7 +152,11 @@ class Heartbeat:
         now = {**self._read(), mine.rank: mine}
         found = diagnose(self._seen, now, size=self.world.size)
         self._seen_at = 0  # looked at anew next time: who saves now may die of it
-        if not found.gone and any(beat.span in PATIENT and beat.still < self._limit(beat) for beat in found.late):
+        alive = [beat for rank, beat in now.items() if rank not in found.gone]
+        if mine.span in OUTSIDE and any(beat.still < self._limit(beat) for beat in alive):
+            return  # it may read or write for all
+        patient = (beat for beat in found.late if beat.span in PATIENT or beat.span in OUTSIDE)
+        if not found.gone and any(beat.still < self._limit(beat) for beat in patient):
             return  # somebody saves or evaluates: that may take longer
         speaker = min(set(now) - set(found.gone), default=mine.rank)
         if any(beat.rank == mine.rank for beat in found.late) and not found.gone:
