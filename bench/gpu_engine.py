@@ -15,14 +15,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness  # also puts the checkout on the path
@@ -542,24 +538,15 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
         found["engine.16"] = min(result["context"]["tokens"], result["context"]["fits"])
     if "memory" in result:
         found["engine.17"] = result["memory"]["peak_gb"]
-    bars = {bar.id: bar for bar in harness.load_bars()}
-    return [harness.judge(bars[bar], harness.Samples(bar, [float(value)])) for bar, value in found.items()]
+    return harness.judged([harness.Samples(bar, [float(value)]) for bar, value in found.items()])
 
 
 def facts(size: Size) -> dict[str, Any]:
     import triton
 
-    card = torch.cuda.get_device_name() if size.device.type == "cuda" else "interpreter"
-    return {
-        "bench": "gpu_engine",
-        "measured": size.device.type == "cuda",
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": harness.commit(),
-        "machine": f"{card}; {harness.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "command": " ".join(["python", f"bench/{Path(__file__).name}", *sys.argv[1:]]),
-        "load": list(os.getloadavg()),
-    }
+    cuda, versions = size.device.type == "cuda", {"torch": torch.__version__, "triton": triton.__version__}
+    card = torch.cuda.get_device_name() if cuda else "interpreter"
+    return {**harness.facts("gpu_engine", versions, card=card), "measured": cuda}
 
 
 if __name__ == "__main__":

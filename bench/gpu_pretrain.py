@@ -17,12 +17,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -267,7 +265,7 @@ def seven(size: Size) -> dict[str, Any]:
 
 
 def float8(size: Size) -> dict[str, Any]:
-    """1.8B and 7B shapes (four blocks of it), compiled: bf16 against float8, and the losses of both."""
+    """1.8B, compiled: bf16 against float8, and the losses of both."""
     found = {}
     for precision in ("dtype", size.float8):
         settings = spared(size) | {"precision": precision}
@@ -313,21 +311,13 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
         found["train.15"] = result["float8"]["gain"]
     if "long" in result:
         found["train.16"] = result["long"]["lost, 32k, half short"]
-    bars = {bar.id: bar for bar in harness.load_bars()}
-    return [harness.judge(bars[bar], harness.Samples(bar, [float(value)])) for bar, value in found.items()]
+    return harness.judged([harness.Samples(bar, [float(value)]) for bar, value in found.items()])
 
 
 def facts(size: Size) -> dict[str, Any]:
-    card = torch.cuda.get_device_name() if size.device.type == "cuda" else "toy sizes"
-    return {
-        "bench": "gpu_pretrain",
-        "measured": size.device.type == "cuda",
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": harness.commit(),
-        "machine": f"{card}; {harness.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": " ".join(["python", f"bench/{Path(__file__).name}", *sys.argv[1:]]),
-    }
+    cuda, versions = size.device.type == "cuda", {"torch": torch.__version__}
+    card = torch.cuda.get_device_name() if cuda else "toy sizes"
+    return {**harness.facts("gpu_pretrain", versions, card=card), "measured": cuda}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -102,6 +102,12 @@ def judge(bar: Bar, samples: Samples) -> dict[str, Any]:
     return {**row, "holds": len(samples.ours) >= MIN_PAIRS and bar.met(row["bound"])}
 
 
+def judged(found: Sequence[Samples]) -> list[dict[str, Any]]:
+    """The rows of some bars."""
+    bars = {bar.id: bar for bar in load_bars()}
+    return [judge(bars[samples.id], samples) for samples in found]
+
+
 # --- the machine ---------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +158,19 @@ def machine() -> str:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def facts(bench: str, versions: Mapping[str, str], *, card: str = "") -> dict[str, Any]:
+    """What a result says of its making."""
+    return {
+        "bench": bench,
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(),
+        "machine": f"{card}; {machine()}" if card else machine(),
+        "load": list(os.getloadavg()),
+        "versions": {"python": platform.python_version(), **versions},
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
 
 
 def commit() -> str:
@@ -281,19 +300,13 @@ class Run:
 
     def result(self, found: Sequence[Samples], *, after: Mapping[str, float]) -> dict[str, Any]:
         """All that is known of the run; a void one holds nothing."""
-        bars = {bar.id: bar for bar in load_bars()}
-        rows = [judge(bars[samples.id], samples) for samples in found]
+        rows = judged(found)
         changed = drift(self.before, after)
         void = f"probes drifted by {changed:.0%}" if changed > MAX_DRIFT else ""
         return {
-            "bench": self.bench,
-            "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            "commit": commit(),
-            "machine": machine(),
+            **facts(self.bench, self.versions),
             "load": list(self.load),
-            "versions": {"python": platform.python_version(), **self.versions},
             "peer_flags": self.peer_flags,
-            "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "probes": {"before": self.before, "after": dict(after)},
             "void": void,
             "notes": self.notes,

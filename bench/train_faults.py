@@ -313,7 +313,7 @@ def main() -> None:
     run.notes["disk"] = "tmpfs" if trial.real_disk else errno.errorcode[errno.ENOSPC] + " injected"
     found = [harness.Samples("train.4", [float(len(missed))])]
     found += [harness.Samples("train.4b", [max(apart.values()) if not missed else 1.0])]
-    found += [harness.Samples("train.5", [float(count)]) for count in [max(alarms, default=0)]]
+    found += [harness.Samples("train.5", [float(max(alarms, default=0))])]
     run.finish(found, save=arguments.save)
 
 

@@ -22,7 +22,7 @@ import torch
 from puyu.chain.charts import Series, line_chart
 from puyu.chain.report_parts import Section, figure, figure_grid, masthead, page, render, table
 from puyu.chain.run_view import RunView
-from puyu.data.packing import Piece, pack_pieces
+from puyu.data.packing import Piece, grouped, pack_pieces
 from puyu.errors import InputError
 from puyu.files import write_text
 from puyu.log import Progress
@@ -117,14 +117,9 @@ def bits_per_byte(folder: Path, texts: Texts, *, device: torch.device, dtype: st
 
 
 def _nats(model: CausalLM, tokenizer: Tokenizer, texts: Sequence[str], device: torch.device) -> float:
-    total, group, room = 0.0, list[Piece](), BATCH_TOKENS
-    for piece in _pieces(tokenizer, texts, model.config.max_positions):
-        if group and len(piece.ids) > room:
-            total += _loss(model, group, device)
-            group, room = [], BATCH_TOKENS
-        group.append(piece)
-        room -= len(piece.ids)
-    return total + (_loss(model, group, device) if group else 0.0)
+    pieces = _pieces(tokenizer, texts, model.config.max_positions)
+    groups = grouped(pieces, lambda piece: len(piece.ids), most=BATCH_TOKENS)
+    return sum(_loss(model, group, device) for group in groups)
 
 
 def _pieces(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Iterator[Piece]:

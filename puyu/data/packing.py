@@ -10,9 +10,9 @@ token stream nor the saved cursor depends on how many processes run. Knows no at
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from puyu.errors import CheckpointError, ConfigError, InputError
 
 Ids = Sequence[int] | np.ndarray
 Doc = tuple[Ids, Sequence[bool] | np.ndarray | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,19 @@ class PretrainSource:
         self._stream.load(state)
 
 
+def grouped(items: Iterable[T], size: Callable[[T], int], *, most: int) -> Iterator[list[T]]:
+    """Neighbors in groups of at most `most` in size; what is larger stands alone."""
+    group, room = list[T](), most
+    for item in items:
+        if group and size(item) > room:
+            yield group
+            group, room = [], most
+        group.append(item)
+        room -= size(item)
+    if group:
+        yield group
+
+
 class EpochCursor:
     """Items of known size, each epoch in a new seeded order, gathered greedily into groups of at most `budget`.
 
@@ -263,6 +277,10 @@ class Pair:
     rejected: Ids
     domain: int = 0
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.chosen) + len(self.rejected)
+
 
 def with_reward_token(ids: Sequence[int], reward_id: int, *, max_length: int) -> list[int]:
     """Append the reward token after cutting the tail to `max_length`, so that it survives the cut."""
@@ -286,9 +304,9 @@ class PreferenceSource:
     """Pairs, kept whole, in batches of at most `tokens_per_batch` tokens; longer pairs are dropped and counted."""
 
     def __init__(self, pairs: Sequence[Pair], *, tokens_per_batch: int, seed: int) -> None:
-        self.pairs = [pair for pair in pairs if _pair_size(pair) <= tokens_per_batch]
+        self.pairs = [pair for pair in pairs if pair.num_tokens <= tokens_per_batch]
         self.dropped = {"too_long": len(pairs) - len(self.pairs)}
-        self.cursor = EpochCursor([_pair_size(pair) for pair in self.pairs], tokens_per_batch, seed=seed)
+        self.cursor = EpochCursor([pair.num_tokens for pair in self.pairs], tokens_per_batch, seed=seed)
 
     def next_batch(self, *, rank: int = 0, world: int = 1) -> Batch:
         """Advance by one global batch; return this rank's pairs."""
@@ -303,7 +321,3 @@ class PreferenceSource:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.cursor.load(state)
-
-
-def _pair_size(pair: Pair) -> int:
-    return len(pair.chosen) + len(pair.rejected)

@@ -8,14 +8,14 @@ the caller hands in (the roof passes the engine), because this room knows no eng
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from puyu.data.packing import Doc, pack_documents
+from puyu.data.packing import Doc, grouped, pack_documents
 from puyu.dist import barrier
 from puyu.errors import ConfigError
 from puyu.log import MetricsWriter
@@ -95,16 +95,6 @@ def sampling(
 def mean_loss(trainer: Trainer, docs: Sequence[Doc], *, batch_tokens: int) -> float:
     """Loss per learned token of some documents, in batches of whole ones. Every rank must call it."""
     rank, size = trainer.reader.rank, trainer.reader.size
-    sums = trainer.evaluate(pack_documents(group[rank::size]) for group in _groups(docs, batch_tokens))
+    groups = grouped(docs, lambda doc: len(doc[0]), most=batch_tokens)
+    sums = trainer.evaluate(pack_documents(group[rank::size]) for group in groups)
     return sums["loss"] / max(sums["weight"], 1e-30)
-
-
-def _groups(docs: Iterable[Doc], batch_tokens: int) -> Iterator[list[Doc]]:
-    group: list[Doc] = []
-    for doc in docs:
-        if group and sum(len(ids) for ids, _ in group) + len(doc[0]) > batch_tokens:
-            yield group
-            group = []
-        group.append(doc)
-    if group:
-        yield group

@@ -23,7 +23,7 @@ from pydantic import Field
 from puyu.configure import Config, dump
 from puyu.data.classes import QualityClasses, epochs_by_source, weights_by_source
 from puyu.data.mix import Mixture, check_weights, expected_use
-from puyu.data.packing import PretrainSource, pack_pieces, piece_of
+from puyu.data.packing import PretrainSource, grouped, pack_pieces, piece_of
 from puyu.data.rows import Packing, Stretch
 from puyu.data.shards import TokenShard
 from puyu.device import pick_dtype
@@ -383,7 +383,7 @@ def validate(trainer: Trainer, corpus: Corpus, *, seq_len: int, batch_tokens: in
     result = {}
     for language, shard in corpus.heldout.items():
         rank, size = trainer.reader.rank, trainer.reader.size
-        groups = _groups(language, shard, seq_len=seq_len, batch_tokens=batch_tokens)
+        groups = grouped(_cuts(language, shard, seq_len), lambda cut: cut.end - cut.begin, most=batch_tokens)
         sums = trainer.evaluate(pack_pieces([piece_of(shard, cut) for cut in group[rank::size]]) for group in groups)
         result[language] = {
             "loss": sums["loss"] / sums["weight"],
@@ -404,19 +404,12 @@ def in_row(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return row
 
 
-def _groups(source: str, shard: TokenShard, *, seq_len: int, batch_tokens: int) -> Iterator[list[Stretch]]:
-    """Documents cut to `seq_len`, in groups of at most `batch_tokens`; every token is predicted once."""
-    group: list[Stretch] = []
+def _cuts(source: str, shard: TokenShard, seq_len: int) -> Iterator[Stretch]:
+    """Documents cut to `seq_len`; every token is predicted once."""
     for doc in range(shard.num_docs):
         length = shard.length(doc)
         for begin in range(0, length, seq_len):
-            cut = Stretch(source, doc, begin, min(begin + seq_len, length))
-            if sum(c.end - c.begin for c in group) + cut.end - cut.begin > batch_tokens:
-                yield group
-                group = []
-            group.append(cut)
-    if group:
-        yield group
+            yield Stretch(source, doc, begin, min(begin + seq_len, length))
 
 
 def _headline(numbers: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ domain, every `evaluate_every` steps and at the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from puyu.configure import dump
 from puyu.data.chats import read_preferences
-from puyu.data.packing import Batch, Pair, PreferenceSource, pack_pairs
+from puyu.data.packing import Pair, PreferenceSource, grouped, pack_pairs
 from puyu.errors import ConfigError, InputError
 from puyu.files import hash_json
 from puyu.log import logger
@@ -151,36 +151,29 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Held-out loss, and pair accuracy with its binomial standard error, per domain and over all. Every rank must call
     it."""
-    result = {}
-    for number, domain in enumerate([*rubrics.domains, "all"]):
-        chosen = [pair for pair in pairs if domain == "all" or pair.domain == number]
-        if not chosen:
-            continue
-        sums = trainer.evaluate(_batches(chosen, batch_tokens, trainer.reader.rank, trainer.reader.size))
-        accuracy = sums["accuracy"] / sums["weight"]
-        error = math.sqrt(accuracy * (1 - accuracy) / len(chosen))
-        means = {"loss": sums["loss"] / sums["weight"], "margin": sums["margin"] / sums["weight"]}
-        result[domain] = {"accuracy": accuracy, "stderr": error, **means, "pairs": len(chosen)}
+    rank, size = trainer.reader.rank, trainer.reader.size
+    found: dict[str, tuple[int, dict[str, float]]] = {}
+    for number, domain in enumerate(rubrics.domains):
+        if chosen := [pair for pair in pairs if pair.domain == number]:
+            groups = grouped(chosen, lambda pair: pair.num_tokens, most=batch_tokens)
+            found[domain] = len(chosen), trainer.evaluate(pack_pairs(group[rank::size]) for group in groups)
+    result = {domain: _means(*row) for domain, row in found.items()}
+    if found:
+        names = ("weight", "loss", "accuracy", "margin")
+        total = {name: sum(sums[name] for _, sums in found.values()) for name in names}
+        result["all"] = _means(len(pairs), total)
     return result
+
+
+def _means(count: int, sums: Mapping[str, float]) -> dict[str, float]:
+    accuracy, loss, margin = (sums[name] / sums["weight"] for name in ("accuracy", "loss", "margin"))
+    error = math.sqrt(accuracy * (1 - accuracy) / count)
+    return {"accuracy": accuracy, "stderr": error, "loss": loss, "margin": margin, "pairs": count}
 
 
 def _in_row(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     row = {f"val_accuracy/{domain}": value["accuracy"] for domain, value in found.items() if domain != "all"}
     return row | {"val_loss": found["all"]["loss"], "val_accuracy": found["all"]["accuracy"]}
-
-
-def _batches(pairs: Sequence[Pair], batch_tokens: int, rank: int, world_size: int) -> Iterator[Batch]:
-    group: list[Pair] = []
-    size = 0
-    for pair in pairs:
-        length = len(pair.chosen) + len(pair.rejected)
-        if group and size + length > batch_tokens:
-            yield pack_pairs(group[rank::world_size])
-            group, size = [], 0
-        group.append(pair)
-        size += length
-    if group:
-        yield pack_pairs(group[rank::world_size])
 
 
 def _headline(numbers: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from puyu.data.packing import pack_documents, with_reward_token
+from puyu.data.packing import grouped, pack_documents, with_reward_token
 from puyu.errors import CheckpointError, ConfigError, InputError
 from puyu.files import hash_json, read_json, write_json
 from puyu.model.attention import PackedPlan
@@ -114,14 +114,7 @@ class RewardModel:
     def score(self, items: Sequence[tuple[Conversation, Message, str]], *, batch_tokens: int = 16_384) -> list[float]:
         """Scores of (prompt, answer, domain), in order."""
         sequences = [scoring_ids(*item, self.rubrics, self.tokenizer) for item in items]
-        scores: list[float] = []
-        group: list[list[int]] = []
-        for ids in sequences:
-            if group and sum(map(len, group)) + len(ids) > batch_tokens:
-                scores += self._score(group)
-                group = []
-            group.append(ids)
-        return scores + self._score(group) if group else scores
+        return [score for group in grouped(sequences, len, most=batch_tokens) for score in self._score(group)]
 
     @torch.no_grad()
     def _score(self, group: list[list[int]]) -> list[float]:

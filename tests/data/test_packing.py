@@ -16,6 +16,7 @@ from puyu.data.packing import (
     Pair,
     PreferenceSource,
     PretrainSource,
+    grouped,
     pack_documents,
     pack_pairs,
     with_reward_token,
@@ -24,6 +25,14 @@ from puyu.data.shards import TokenShard, write_shard
 from puyu.errors import CheckpointError, ConfigError, InputError
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=10)
+
+
+@given(sizes=st.lists(st.integers(1, 30), max_size=20), most=st.integers(1, 40))
+def test_groups_are_full_and_leave_nothing_out(sizes, most):
+    groups = list(grouped(sizes, lambda size: size, most=most))
+    assert [size for group in groups for size in group] == sizes
+    assert all(sum(group) <= most or len(group) == 1 for group in groups)
+    assert all(sum(group) + after[0] > most for group, after in pairwise(groups))
 
 
 @given(lengths=lengths, data=st.data())
