@@ -65,7 +65,11 @@ def test_a_wrong_factor_and_numbers_that_are_not_finite_are_found(tmp_path, monk
 def without_sums(case, folder):
     from puyu.train.layouts import shares
 
-    shares.all_reduce = lambda x, group: x
+    def alone(x, group):
+        yield from ()
+        return x
+
+    shares.sum_whole = alone
     module.run_cases([case], 3, folder)
 
 

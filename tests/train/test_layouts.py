@@ -16,6 +16,7 @@ from puyu.model.linear import Linear
 from puyu.model.packed import PackedPlan
 from puyu.train.layouts import LayoutConfig, make_layout
 from puyu.train.layouts.certify import DENSE, REPLICA, Case, advance, batches, make_model, spawn, start
+from puyu.train.layouts.comm import Lane
 from puyu.train.layouts.ring import RingPlan
 from puyu.train.layouts.shares import Dim
 from puyu.train.layouts.tensor import slice_model
@@ -152,6 +153,29 @@ def test_objectives_and_optimizers_that_do_not_fit_are_refused_by_name():
         place.check_optimizer(Mesh(LayoutConfig(**ZERO), World(0, 2)), OptimConfig(kind="muon"))
 
 
+def test_collectives_on_their_way_are_few_and_keep_their_order():
+    lane, told = Lane(most=2), []
+
+    class Work:
+        def __init__(self, name):
+            self.name = name
+
+        def wait(self):
+            told.append(f"waited {self.name}")
+
+    def routine(name, levels):
+        for level in range(levels):
+            told.append(f"begun {name}{level}")
+            yield Work(f"{name}{level}")
+        told.append(f"ended {name}")
+
+    for name, levels in (("a", 2), ("b", 1), ("c", 0), ("d", 1)):
+        lane.begin(routine(name, levels))
+    assert told == ["begun a0", "begun b0", "ended c", "begun d0", "waited a0", "begun a1", "waited b0", "ended b"]
+    lane.finish()
+    assert told[8:] == ["waited d0", "ended d", "waited a1", "ended a"]
+
+
 def test_one_process_needs_no_group():
     layout = make_layout(LayoutConfig(), toys.model(), lm_loss, device=torch.device("cpu"))
     assert (layout.reader.size, layout.counts, layout.mesh.views) == (1, True, ())
@@ -231,9 +255,28 @@ def others(path):
         layout = start(Case("bf16", world, config), torch.float32)
         layout.model.set_compute_dtype(torch.bfloat16)
         losses.append([loss for loss, *_ in advance(case, layout, range(2))])
+    if world > 1:
+        assert_sums_begin_within_the_backward_pass()
     if state:
         save_file(state, path)
         write_json(path.with_suffix(".json"), losses)
+
+
+def assert_sums_begin_within_the_backward_pass():
+    """Collectives on their way when the backward pass of each of two micro-batches has ended, for each parameter."""
+    for config, wanted in ((REPLICA, [0, 1]), (ZERO, [0, 1]), (ZERO | {"grads": "full"}, [1, 2])):
+        case, found = Case("early", 2, config, accumulate=2), []
+        layout = start(case, torch.float64)
+        layout.lane, part, settle = Lane(most=1000), layout.part, layout.settle
+
+        def count(layout=layout, found=found):
+            found.append(len(layout.lane._going))
+
+        layout.part = lambda batch, part=part, count=count: (count(), part(batch))[1]  # before each micro-batch
+        layout.settle = lambda settle=settle, count=count: (count(), settle())[1]  # and after the last
+        layout.backward(batches(case, layout, 0))
+        assert found.pop(0) == 0
+        assert found == [count * len(layout.shares) for count in wanted], (found, config)
 
 
 def frozen(world):

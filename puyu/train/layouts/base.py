@@ -19,6 +19,7 @@ from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.train import optim, parallel
 from puyu.train.layouts import place, sequence
+from puyu.train.layouts.comm import Lane
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.mesh import Mesh
 from puyu.train.layouts.shares import Cut, Share
@@ -52,6 +53,8 @@ class Layout:
         self.mesh = Mesh.build(config, current_world(), device_type=device.type)
         self.cuts: dict[str, Cut] = {}
         self.shares: list[Share] = []
+        self.lane = Lane()
+        self._settling: set[str] | None = None
         self.optimizer: torch.optim.Optimizer
         self.step = self.place(objective)
 
@@ -105,8 +108,8 @@ class Layout:
             cut = self.cuts.get(name) or Cut.none(parameter)
             spread = place.spread_of(name, parameter, self.mesh, sliced=name in self.cuts)
             share = Share(name, parameter, cut, spread, whole_matrices=config.kind == "muon")
-            if share.spread.early and parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda _, share=share: share.reduce_early())
+            if not share.waits and self.mesh.peers * self.mesh.config.tensor > 1 and parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _, share=share: self._reduce(share))
             self.shares.append(share)
         named = [(s.name, s.update) for s in self.shares if s.update.numel() and s.update.requires_grad]
         if idle := first_of("" if named else f"rank {current_world().rank}"):  # raised everywhere, nobody waits
@@ -122,7 +125,9 @@ class Layout:
         divided."""
         totals: Totals = {}
         for number, batch in enumerate(batches, 1):
-            place.synchronize(self.step, self.mesh, last=number == len(batches))
+            last = number == len(batches)
+            self._settling = set() if last else None
+            place.synchronize(self.step, self.mesh, last=last)
             output: LossOutput = self.step(self.part(batch))
             torch.autograd.backward(output.loss_sum * scale)
             add_sums(totals, output.sums)
@@ -138,10 +143,22 @@ class Layout:
     def check_micro(self, count: int) -> None:
         """ConfigError where an update cannot be made of that many micro-batches."""
 
+    def _reduce(self, share: Share) -> None:
+        """When a gradient of a micro-batch is there: add it up over the processes, while the others are computed."""
+        if self._settling is None:
+            self.lane.begin(share.reduce_early())
+        else:
+            self._settling.add(share.name)
+            self.lane.begin(share.settle())
+
     def settle(self) -> None:
         """After the last micro-batch: gradients become sums over all processes."""
+        self.lane.finish()  # rows of earlier micro-batches may be on their way
         for share in self.shares:
-            share.settle()
+            if share.name not in (self._settling or ()):
+                self.lane.begin(share.settle())
+        self.lane.finish()
+        self._settling = None
 
     @torch.no_grad()
     def forward(self, batches: Iterable[Batch]) -> Sums:
@@ -179,11 +196,12 @@ class Layout:
         optim.set_rate(self.optimizer, rate)
         self.optimizer.step()
         for share in self.shares:
-            share.publish()
+            self.lane.begin(share.publish())
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
         """Forget the gradients, without an update."""
+        self.lane.finish()
         for share in self.shares:
             share.drop_gradient()
 

@@ -6,7 +6,8 @@ row, t of this process; the group's processes hold the parts in the order of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.nn import functional as F
 
 Group = dist.ProcessGroup | None
 _Map = Callable[[Tensor], Tensor]
+# The newer names of torch 2.13, which warns at each call of the older ones.
+_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter_into = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def size_of(group: Group) -> int:
@@ -29,7 +33,7 @@ def all_gather(x: Tensor, group: Group) -> Tensor:
     if group is None:
         return x
     whole = x.new_empty(x.shape[0] * size_of(group), *x.shape[1:])
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
+    _gather_into(whole, x.contiguous(), group=group)
     return whole
 
 
@@ -38,7 +42,7 @@ def reduce_scatter(x: Tensor, group: Group) -> Tensor:
     if group is None:
         return x
     part = x.new_empty(x.shape[0] // size_of(group), *x.shape[1:])
-    dist.reduce_scatter_tensor(part, x.contiguous(), group=group)
+    _scatter_into(part, x.contiguous(), group=group)
     return part
 
 
@@ -99,21 +103,68 @@ def row_range(rows: int, rank: int, size: int) -> tuple[int, int]:
     return first, min(chunk, rows - first)
 
 
-def sum_rows(x: Tensor, group: Group) -> Tensor:
+Going = Generator[dist.Work, None, Tensor]
+"""A collective on its way: gives what must be waited for, and returns its result to who asks then."""
+
+
+class Lane:
+    """Collectives that are on their way while the process goes on, at most `most` routines at once.
+
+    All processes must begin the same routines in the same order; each is taken up again in that order.
+    """
+
+    def __init__(self, *, most: int = 8) -> None:
+        self.most = most
+        self._going: deque[tuple[Iterator[dist.Work], dist.Work]] = deque()
+
+    def begin(self, routine: Iterator[dist.Work]) -> None:
+        """Run a routine as far as the first collective that it waits for."""
+        work = next(routine, None)
+        if work is not None:
+            self._going.append((routine, work))
+        while len(self._going) > self.most:
+            self._resume()
+
+    def finish(self) -> None:
+        """Wait until all have ended."""
+        while self._going:
+            self._resume()
+
+    def _resume(self) -> None:
+        routine, work = self._going.popleft()
+        work.wait()
+        self.begin(routine)
+
+
+def sum_whole(x: Tensor, group: Group) -> Going:
+    """The sum of x over processes, in place if x is contiguous."""
+    x = x.contiguous()
+    if group is not None:
+        yield dist.all_reduce(x, group=group, async_op=True)
+    return x
+
+
+def sum_rows(x: Tensor, group: Group) -> Going:
     """This process's rows (`row_range`) of the sum of x over processes."""
+    if group is None:
+        return x
     size = size_of(group)
     chunk = -(-x.shape[0] // size)
-    part = reduce_scatter(_padded(x, chunk * size), group)
-    _, count = row_range(x.shape[0], dist.get_rank(group), size) if group is not None else (0, x.shape[0])
+    whole, part = _padded(x, chunk * size).contiguous(), x.new_empty(chunk, *x.shape[1:])
+    yield _scatter_into(part, whole, group=group, async_op=True)
+    _, count = row_range(x.shape[0], dist.get_rank(group), size)
     return part[:count]
 
 
-@torch.no_grad()
-def join_rows(x: Tensor, out: Tensor, group: Group) -> None:
+def join_rows(x: Tensor, out: Tensor, group: Group) -> Iterator[dist.Work]:
     """Fill `out` with the rows that the processes hold, each its `row_range`."""
+    if group is None:
+        out.copy_(x)
+        return
     size = size_of(group)
     chunk = -(-out.shape[0] // size)
-    whole = all_gather(_padded(x, chunk), group)
+    whole = out.new_empty(chunk * size, *out.shape[1:])
+    yield _gather_into(whole, _padded(x, chunk).contiguous(), group=group, async_op=True)
     out.copy_(whole[: out.shape[0]])
 
 

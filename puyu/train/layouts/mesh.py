@@ -36,6 +36,7 @@ class Mesh:
     config: LayoutConfig
     world: World
     views: tuple[DeviceMesh, ...] = field(default=(), repr=False)
+    _groups: dict[str, dist.ProcessGroup | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def build(config: LayoutConfig, world: World, *, device_type: str) -> Mesh:
@@ -148,8 +149,10 @@ class Mesh:
 
     def group(self, name: str) -> dist.ProcessGroup | None:
         """The process group along a dimension that holds this process; None where it would be alone."""
-        sizes = {key: size for view in self.shapes() for key, size in view}
-        return self.submesh(name).get_group() if sizes.get(name, 1) > 1 else None
+        if name not in self._groups:
+            sizes = {key: size for view in self.shapes() for key, size in view}
+            self._groups[name] = self.submesh(name).get_group() if sizes.get(name, 1) > 1 else None
+        return self._groups[name]
 
     # legality -------------------------------------------------------------------------------------------------------
 

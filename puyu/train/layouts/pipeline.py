@@ -192,7 +192,7 @@ class PipelineLayout(Layout):
                 else:
                     run.weights(item)
                     for share in self.shares:
-                        share.reduce_early()
+                        self.lane.begin(share.reduce_early())
         self.line.settle()
         self.settle()
         return self.told(run.totals)

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from puyu.train.layouts.comm import Group, all_reduce, join_rows, row_range, sum_rows
+from puyu.train.layouts.comm import Going, Group, join_rows, row_range, sum_rows, sum_whole
 from puyu.train.pieces import Piece
 
 
@@ -138,16 +139,23 @@ class Share:
 
     # gradients ------------------------------------------------------------------------------------------------------
 
-    def reduce_early(self) -> None:
-        """After a micro-batch: add its gradient to the rows kept here, and forget the rest."""
-        if not self.spread.early or self.parameter.grad is None:
-            return
-        found = self._summed(self.parameter.grad, self.spread.sums[: self.spread.early])
-        self._early = found if self._early is None else self._early.add_(found)
-        self.parameter.grad = None
+    @property
+    def waits(self) -> bool:
+        """Whether the gradient is complete only after the whole backward pass (that of a parameter that FSDP2 has)."""
+        return isinstance(self.parameter, DTensor)
 
-    def settle(self) -> None:
+    def reduce_early(self) -> Iterator[dist.Work]:
+        """After a micro-batch: add its gradient to the rows kept here, and forget the rest."""
+        grad = self.parameter.grad
+        if not self.spread.early or grad is None:
+            return
+        self.parameter.grad = None
+        found = yield from self._summed(grad, self.spread.sums[: self.spread.early])
+        self._early = found if self._early is None else self._early.add_(found)
+
+    def settle(self) -> Iterator[dist.Work]:
         """After the last micro-batch: `update.grad` becomes the sum over all processes of its rows."""
+        yield from self.reduce_early()
         spread, grad = self.spread, self._early if self.spread.early else self.parameter.grad
         if grad is None:
             return
@@ -155,24 +163,24 @@ class Share:
             if self.whole_matrices:
                 return
             grad = grad.to_local()
-        grad = self._summed(grad, spread.sums[spread.early : spread.rows])
+        self._early = self.parameter.grad = None
+        grad = yield from self._summed(grad, spread.sums[spread.early : spread.rows])
         for dim in spread.copies[: spread.rows]:
             begin, count = row_range(len(grad), dim.rank, dim.size)
             grad = grad[begin : begin + count]
         for group in (*(dim.group for dim in spread.sums[max(spread.rows, spread.early) :]), spread.tensor):
-            grad = all_reduce(grad if grad.is_contiguous() else grad.contiguous(), group)
-        self._early = self.parameter.grad = None
+            grad = yield from sum_whole(grad, group)
         self.update.grad = grad
 
-    def _summed(self, grad: Tensor, dims: tuple[Dim, ...]) -> Tensor:
+    def _summed(self, grad: Tensor, dims: tuple[Dim, ...]) -> Going:
         for dim in dims:
-            grad = sum_rows(grad, dim.group)
+            grad = yield from sum_rows(grad, dim.group)
         return grad
 
-    def publish(self) -> None:
+    def publish(self) -> Iterator[dist.Work]:
         """After an update: every process gets the rows that others have updated."""
         for dim, rows, whole in reversed(list(zip(self._dividers, self._levels[1:], self._levels, strict=False))):
-            join_rows(rows, whole, dim.group)
+            yield from join_rows(rows, whole, dim.group)
 
     def drop_gradient(self) -> None:
         """Forget all that was added up."""
