@@ -21,7 +21,9 @@ from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
 from puyu.train.objectives import lm_loss
+from puyu.train.planning.job import Job
 from puyu.train.planning.live import LiveBytes
+from puyu.train.planning.trace import Checkpoint
 from puyu.train.stage import place
 from puyu.train.trainer import Trainer, TrainerConfig
 
@@ -43,6 +45,15 @@ class FullRows:
 
     def load(self, state: Any, /) -> None:
         self.drawn = state["drawn"]
+
+
+def job_of(given: dict[str, Any]) -> tuple[Job, int, Checkpoint]:
+    """What is planned, micro-batches, and what is computed again."""
+    settings = build(TrainerConfig, {"steps": 1} | given["settings"])
+    tokens = given["rows"] * given["row"] * settings.accumulate
+    model, dtype = ModelConfig(**given["model"]), getattr(torch, given["dtype"])
+    job = Job(model, given["row"], tokens, dtype, cpu=True, optim=settings.optim, memory=settings.memory)
+    return job, settings.accumulate, settings.memory.checkpoint
 
 
 def measured(case: dict[str, Any], out: Path, *, count: bool, steps: int = 4) -> dict[str, float]:

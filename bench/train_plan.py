@@ -4,8 +4,9 @@
 
 Memory: several shapes, precisions, numbers of micro-batches and layouts, in one process and in two; the plan's peak of
 live tensor bytes against the largest of the processes', counted operation by operation in the second and later steps.
-Time: the plan's five fastest layouts of a small model on two processes, of different sizes or extents, each run several
-times in turns with the others; the rank correlation (Spearman) is of the predicted and the median measured seconds.
+Time: first the passes of a block and the collectives are measured, on both processes; with them the plan times all
+layouts of a small model. Its fastest five, each said to be a tenth slower than the one before, are run several times in
+turns; the rank correlation (Spearman) is of the predicted and the median measured seconds.
 """
 
 from __future__ import annotations
@@ -18,19 +19,18 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import harness
 import torch
+from plan_worker import job_of
 
-from puyu.model.config import ModelConfig
 from puyu.train.layouts.config import LayoutConfig
-from puyu.train.planning.job import Job
+from puyu.train.planning import calibrate
 from puyu.train.planning.memory import peak_of
-from puyu.train.planning.search import Row, search
-from puyu.train.planning.speed import probe_cpu
+from puyu.train.planning.search import Row, search, shapes
 
 SHAPE = {"hidden_size": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 352}
 
@@ -53,6 +53,10 @@ ALONE = [
     case("bfloat16", num_layers=1, vocab_size=20000, hidden_size=64),
     case(num_layers=12, rows=2, row=64),
     case(rows=1, row=512, tie_embeddings=True),
+    case(settings={"memory": {"checkpoint": "full"}}),
+    case(settings={"memory": {"checkpoint": "selective"}}),
+    case(rows=2, settings={"optim": {"kind": "adamw8"}}),
+    case(rows=2, settings={"optim": {"kind": "muon"}}),
 ]
 TOGETHER = [case(settings={"layout": layout} | ({"accumulate": 4} if "pipeline" in layout else {})) for layout in (
     {}, {"params": "replica", "grads": "replica"}, {"params": "replica", "grads": "replica", "states": "replica"},
@@ -60,6 +64,7 @@ TOGETHER = [case(settings={"layout": layout} | ({"accumulate": 4} if "pipeline" 
     {"pipeline": 2, "schedule": "gpipe"}, {"pipeline": 2, "schedule": "interleaved"},
     {"pipeline": 2, "schedule": "zero-bubble"},
 )]  # fmt: skip
+TOGETHER += [case(settings={"layout": {"grads": "replica"}, "accumulate": 2})]
 TOGETHER += [case("bfloat16", rows=2, settings={"accumulate": 2}), case(vocab_size=8192)]
 
 
@@ -81,20 +86,15 @@ def measure(cases: Sequence[dict[str, Any]], world: int) -> list[dict[str, float
     return [{key: max(row[key] for row in rows) for key in rows[0]} for rows in zip(*found, strict=True)]
 
 
-def job_of(given: dict[str, Any]) -> Job:
-    tokens = given["rows"] * given["row"] * given["settings"].get("accumulate", 1)
-    return Job(ModelConfig(**given["model"]), given["row"], tokens, getattr(torch, given["dtype"]), cpu=True)
-
-
 def memory_errors(notes: dict[str, Any], *, quick: bool) -> list[float]:
     """Relative error of each case."""
     errors = []
     for world, cases in ((1, ALONE), (2, TOGETHER)):
         cases = cases[:2] if quick else cases
         for given, found in zip(cases, measure(cases, world), strict=True):
-            settings = given["settings"]
-            layout, accumulate = LayoutConfig(**settings.get("layout", {})), settings.get("accumulate", 1)
-            said = peak_of(job_of(given), layout, processes=world, accumulate=accumulate).total
+            settings, (job, accumulate, checkpoint) = given["settings"], job_of(given)
+            layout, how = LayoutConfig(**settings.get("layout", {})), {"processes": world, "accumulate": accumulate}
+            said = peak_of(job, layout, **how, checkpoint=checkpoint).total
             errors.append(abs(said / found["peak"] - 1))
             name = f"{world} x {given['dtype']} {given['model']['vocab_size']} {json.dumps(settings)}"
             notes[f"{name} rows {given['rows']}"] = {"said": said, "measured": found["peak"]}
@@ -102,15 +102,21 @@ def memory_errors(notes: dict[str, Any], *, quick: bool) -> list[float]:
     return errors
 
 
+APART = 1.1
+"""How much slower than the one before a layout must be said to be: no noise may decide the order of two."""
+
+
 def fastest(given: dict[str, Any], world: int, count: int) -> list[Row]:
-    """The plan's best layouts, one of each set of sizes and extents."""
-    job = job_of(given)
-    torch.set_num_threads(1)
-    device = replace(probe_cpu(job.dtype), capacity=1e15)
-    kept: dict[Any, Row] = {}
-    for row in search(job, device, processes=world).best:
-        kept.setdefault(tuple(row.layout.model_dump(exclude={"attention", "schedule", "grads"}).values()), row)
-    return list(kept.values())[:count]
+    """The plan's best layouts, each `APART` from the one before."""
+    job, *_ = job_of(given)
+    device = calibrate.cpu(job, shapes(job, world), processes=world, capacity=1e15)
+    kept: list[Row] = []
+    for row in search(job, device, processes=world, enough=1000).best:
+        if not kept or row.seconds.total > APART * kept[-1].seconds.total:
+            kept.append(row)
+    if len(kept) < count:
+        raise SystemExit(f"only {len(kept)} layouts lie apart")
+    return kept[:count]
 
 
 def ranks(values: Sequence[float]) -> list[int]:
@@ -132,13 +138,11 @@ def time_correlation(notes: dict[str, Any], *, world: int, turns: int) -> float:
     for row in rows:
         settings = {"layout": row.layout.model_dump(exclude_defaults=True), "accumulate": row.accumulate}
         cases.append({**given, "rows": given["rows"] // row.accumulate, "settings": settings, "count": False})
-    found: list[list[float]] = [[] for _ in rows]
-    for _ in range(turns):
-        for seconds, result in zip(found, measure(cases, world), strict=True):
-            seconds.append(result["seconds"])
-    medians = [statistics.median(seconds) for seconds in found]
-    for row, median in zip(rows, medians, strict=True):
-        notes[f"{world} processes: {row.words}"] = {"said": row.seconds.total, "measured": median}
+    found = [result["seconds"] for result in measure(cases * turns, world)]
+    medians = [statistics.median(found[number :: len(rows)]) for number in range(len(rows))]
+    for number, (row, median) in enumerate(zip(rows, medians, strict=True)):
+        note = {"said": row.seconds.total, "measured": median, "turns": found[number :: len(rows)]}
+        notes[f"{world} processes: {row.words}"] = note | {"parts": asdict(row.seconds)}
         print(f"  said {row.seconds.total:.3f} s, measured {median:.3f} s: {row.words}", file=sys.stderr)
     return spearman([row.seconds.total for row in rows], medians)
 
@@ -146,16 +150,17 @@ def time_correlation(notes: dict[str, Any], *, world: int, turns: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two cases of each, one turn: a trial, no result")
-    parser.add_argument("--turns", type=int, default=3, help="runs of each layout")
+    parser.add_argument("--turns", type=int, default=5, help="runs of each layout")
+    parser.add_argument("--only-time", action="store_true", help="leave memory out: a trial, no result")
     parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
     given = parser.parse_args()
     run = harness.Run("train_plan", versions={"torch": torch.__version__}, before={})
     notes: dict[str, Any] = {}
-    errors = memory_errors(notes, quick=given.quick)
+    errors = [0.0] if given.only_time else memory_errors(notes, quick=given.quick)
     rho = time_correlation(notes, world=2, turns=1 if given.quick else given.turns)
     run.notes = {"cases": dict(Counter(key[0] for key in notes)), **notes}
     samples = [harness.Samples("train.12a", [max(errors)]), harness.Samples("train.12b", [rho])]
-    run.finish(samples, save=given.save and not given.quick)
+    run.finish(samples, save=given.save and not given.quick and not given.only_time)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
 
     config = read_config(Path(given.config), given.set)
     job = job_of(config, given)
-    device = device_of(given.device, job)
+    device = device_of(given.device, job, given.gpus)
     memory = given.memory * 1e9 or device.capacity
     found = search(job, device, processes=given.gpus, memory=memory)
     if given.json:
@@ -50,7 +50,7 @@ def dry_run(argv: Sequence[str]) -> int:
 
     config = read_config(Path(given.config), given.set)
     job = job_of(config, given)
-    print("\n".join(lines(config, job, device_of(given.device, job), processes=given.gpus)))
+    print("\n".join(lines(config, job, device_of(given.device, job, given.gpus), processes=given.gpus)))
     return 0
 
 
@@ -101,16 +101,23 @@ def job_of(config: PretrainConfig, given: argparse.Namespace) -> Job:
         dtype = pick_dtype("auto", torch.device("cpu"))
     row = given.seq or phase.seq_len
     batch = phase.batch_tokens or config.batch_tokens
-    return Job(model_config(config), row, batch // row * row, dtype or torch.bfloat16, cpu)
+    model, float8 = model_config(config), config.precision == "float8"
+    tokens = batch // row * row
+    return Job(
+        model, row, tokens, dtype or torch.bfloat16, cpu, optim=config.optim, memory=config.memory, float8=float8
+    )
 
 
-def device_of(name: str, job: Job) -> Device:
-    """A row of the table, or this machine after a second's probe."""
-    from dataclasses import replace
-
+def device_of(name: str, job: Job, processes: int) -> Device:
+    """A row of the table, or this machine, measured for some seconds."""
     from puyu.cli.plan import memories
-    from puyu.train.planning.speed import DEVICES, probe_cpu
+    from puyu.train.planning import calibrate
+    from puyu.train.planning.search import shapes
+    from puyu.train.planning.speed import DEVICES
 
+    if job.float8 and not (name in DEVICES and DEVICES[name].float8):
+        raise ConfigError(f"precision float8: {name} has no products in float8", remedy="plan with --device h100")
     if name != "cpu":
         return DEVICES[name]
-    return replace(probe_cpu(job.dtype), capacity=float(next((size for _, size in memories()), 16e9)))
+    capacity = float(next((size for _, size in memories()), 16e9))
+    return calibrate.cpu(job, shapes(job, processes), processes=processes, capacity=capacity)

@@ -71,7 +71,8 @@ class _Float8Product(torch.autograd.Function):
         return dx, dw.to(master), None
 
 
-def _forward(layer: Linear, emulated: bool, x: Tensor) -> Tensor:
+def float8_forward(layer: Linear, emulated: bool, x: Tensor) -> Tensor:
+    """A `Linear`'s forward pass in float8."""
     rows = x.flatten(0, -2)
     short = 0 if emulated else -len(rows) % _UNIT
     padded = torch.nn.functional.pad(rows, (0, 0, 0, short)) if short else rows
@@ -94,4 +95,4 @@ def use_float8(model: nn.Module, *, emulated: bool, device: torch.device) -> Non
         if not emulated and (layer.in_features % _UNIT or layer.out_features % _UNIT):
             size = f"{layer.out_features} x {layer.in_features}"
             raise ConfigError(f"precision float8: {name} is {size}", remedy=f"choose sizes that {_UNIT} divides")
-        layer.forward = partial(_forward, layer, emulated)  # type: ignore[method-assign]
+        layer.forward = partial(float8_forward, layer, emulated)  # type: ignore[method-assign]
