@@ -40,8 +40,6 @@ class Difference(NamedTuple):
 
 def differing(shares: Sequence[Share], device: torch.device) -> Difference | None:
     """What replicas do not agree in, the same on every process; None where all is well. Every process must call it."""
-    if current_world().size == 1:
-        return None
     groups: dict[tuple[dist.ProcessGroup, ...], list[Share]] = {}
     for share in shares:
         spread = share.spread

@@ -420,7 +420,7 @@ class Trainer:
     def _differing(self, saves: bool) -> Difference | None:
         """What replicas do not agree in, where that is looked at; every state that is saved was."""
         every = self.config.health.digest_every
-        if not every or not (saves or _due(self.done, every)):
+        if self.world.size == 1 or not every or not (saves or _due(self.done, every)):
             return None
         with self.meter.span("replicas"):
             return differing(self.layout.shares, self.device)

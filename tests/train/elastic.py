@@ -106,6 +106,7 @@ def train(root, out, number, attempt, sparse=False, steps=12):
         checkpoint_every=2,
         checkpoint_wait=60,
         layout=LayoutConfig(**attempt.layout),
+        health={"digest_every": 1},
     )
     trainer = Trainer(model, lm_loss, ledger, config, out=out)
     trainer.on_step = lambda done, _: die(attempt.kill, "step", done)
@@ -145,6 +146,8 @@ def drawn(out):
 def differences(one, two):
     """(largest difference of a loss, tokens lost or drawn twice) of two finished runs."""
     losses = [toys.losses(out) for out in (one, two)]
+    for path in (out / "train_state" / "health.jsonl" for out in (one, two)):
+        assert not path.exists() or "replicas differ" not in path.read_text()
     assert len(losses[0]) == len(losses[1])
     (mine, apart), (wanted, _) = drawn(one), drawn(two)
     tokens = apart

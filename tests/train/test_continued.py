@@ -1,13 +1,16 @@
 """Continued pretraining: weights, shape and rotary base come from a checkpoint."""
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from puyu.configure import build
 from puyu.errors import CheckpointError, ConfigError
-from puyu.model.checkpoint import load_model, read_config, save_model
+from puyu.model.checkpoint import load_model, read_config, save_model, stored_values
+from puyu.model.heads import CausalLM
 from puyu.train import pretrain
 from tests.train import toys
 
@@ -42,6 +45,28 @@ def test_a_phase_may_raise_the_rotary_base(inputs, tmp_path):
     phases = [{"steps": 1, "seq_len": 32}, {"steps": 1, "seq_len": 64, "rope_theta": 1e6}]
     pretrain.run(config(inputs, phases), out=tmp_path)
     assert read_config(tmp_path).rope_theta == 1e6
+
+
+@pytest.mark.parametrize("shape", [{}, {"family": "llama"}, {"family": "llama", "tie_embeddings": True}])
+def test_values_that_are_read_one_by_one_are_those_of_the_model(tmp_path, shape):
+    save_model(toys.model(dtype=torch.float32, **shape), tmp_path)
+    whole = load_model(tmp_path)
+    with torch.device("meta"):
+        empty = CausalLM(whole.config)
+    value = stored_values(empty, tmp_path)
+    for name, wanted in whole.named_parameters():
+        assert torch.equal(value(name, tuple(wanted.shape)), wanted), name
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("norm.weight"))
+    for change, words in (
+        ({name: tensors[name][:-1].clone()}, f"{name} has the wrong shape"),
+        ({"extra.weight": torch.ones(2)}, "1 tensors are not part of"),
+        ({name: None}, f"'{name}' is missing"),
+    ):
+        kept = {key: tensor for key, tensor in (tensors | change).items() if tensor is not None}
+        save_file(kept, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=re.escape(words)):
+            stored_values(empty, tmp_path)
 
 
 def test_what_does_not_fit_is_refused(inputs, tmp_path):
