@@ -7,7 +7,7 @@
 `puyu pretrain CONFIG --dry-run [--gpus N --device h100]` explains the numbers that follow from a config.
 With `--auto-resume N` a stage that was killed, or ended with code 75, is begun again up to N times.
 
-All three go through the chain's runner: resumable, skipped when nothing changed, with a lineage.
+All of them go through the chain's runner: resumable, skipped when nothing changed, with a lineage.
 """
 
 from __future__ import annotations

@@ -17,27 +17,18 @@ from tests.train import toys
 OPTIM = OptimConfig(lr=0.01, warmup=2, clip=0.5)
 
 
-class Interrupted(Exception):
-    pass
-
-
 def trainer(out, *, stop=0, seed=0, **config):
     """A run of nine steps; `stop`: interrupted after that one."""
     config = TrainerConfig(**({"steps": 9, "optim": OPTIM, "checkpoint_every": 3, "checkpoint_wait": 60} | config))
     made = Trainer(toys.model(seed=seed), lm_loss, toys.source(), config, out=Path(out))
-
-    def hook(done, _):
-        if done == stop:
-            raise Interrupted
-
-    made.on_step = hook
+    made.on_step = toys.interrupt_at(stop)
     return made
 
 
 def interrupted(out, **config):
     try:
         trainer(out, **config).fit()
-    except Interrupted:
+    except toys.Interrupted:
         return
     raise AssertionError("it was to be interrupted")
 

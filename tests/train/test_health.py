@@ -16,7 +16,7 @@ from puyu.train.health import HealthConfig
 from puyu.train.health.heartbeat import PATIENT
 from puyu.train.objectives import LossOutput, lm_loss
 from tests.train import toys
-from tests.train.test_trainer import Interrupted, interrupt_at, trainer
+from tests.train.test_trainer import trainer
 
 LONG = {"steps": 60, "checkpoint_every": 10}
 
@@ -121,8 +121,8 @@ def test_killed_after_a_roll_back_it_goes_on_with_the_same_batches_left_out(tmp_
     whole = ill(tmp_path / "whole", {42: damage}, **LONG)
     whole.fit()
     broken = ill(tmp_path / "broken", {42: damage}, **LONG)
-    broken.on_step = interrupt_at(53)
-    with pytest.raises(Interrupted):
+    broken.on_step = toys.interrupt_at(53)
+    with pytest.raises(toys.Interrupted):
         broken.fit()
     saved = state.State(state.saved(broken.out)[0]).progress.extra["health"]
     assert saved["skip"] == [39, 40, 41, 42, 43, 44]

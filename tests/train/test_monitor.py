@@ -86,15 +86,8 @@ def test_samples_are_the_engine_s_greedy_continuations(world):
 
 
 def test_a_run_that_is_resumed_has_each_sample_once(world, tmp_path):
-    class Interrupted(Exception):
-        pass
-
-    def stop(done, _):
-        if done == 5:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        pretrain.run(config(world[0], **WATCHED), out=tmp_path, on_step=stop, go_on=go_on)
+    with pytest.raises(toys.Interrupted):
+        pretrain.run(config(world[0], **WATCHED), out=tmp_path, on_step=toys.interrupt_at(5), go_on=go_on)
     pretrain.run(config(world[0], **WATCHED), out=tmp_path, go_on=go_on)
     texts = [(folder / "samples.jsonl").read_text() for folder in (tmp_path, world[0] / "watched")]
     assert texts[0] == texts[1] and texts[0]

@@ -30,13 +30,8 @@ def fit(out, steps=20, *, dtype="float32", prepare=None, whole=20, **settings):
     if prepare:
         prepare(trainer)
     if steps < whole:
-
-        def leave(done, _):
-            if done == steps:
-                raise KeyboardInterrupt
-
-        trainer.on_step = leave
-        with pytest.raises(KeyboardInterrupt):
+        trainer.on_step = toys.interrupt_at(steps)
+        with pytest.raises(toys.Interrupted):
             trainer.fit()
     else:
         trainer.fit()

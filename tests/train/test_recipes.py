@@ -97,10 +97,6 @@ def test_the_row_for_104_billion():
     assert count == pytest.approx(104e9, rel=0.02)
 
 
-class Interrupted(Exception):
-    pass
-
-
 def test_a_phase_with_its_own_rate_and_batch_goes_on_exactly(tmp_path):
     toys.tokenizer(tmp_path / "tokenizer")
     toys.corpus(tmp_path / "data")
@@ -115,12 +111,8 @@ def test_a_phase_with_its_own_rate_and_batch_goes_on_exactly(tmp_path):
     numbers = pretrain.run(config, out=tmp_path / "whole")
     assert numbers["tokens"] == 5 * 128 + 4 * 64
 
-    def stop(done, _):
-        if done == 7:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
-        pretrain.run(config, out=tmp_path / "broken", on_step=stop)
+    with pytest.raises(toys.Interrupted):
+        pretrain.run(config, out=tmp_path / "broken", on_step=toys.interrupt_at(7))
     pretrain.run(config, out=tmp_path / "broken")
     assert toys.losses(tmp_path / "broken") == toys.losses(tmp_path / "whole")
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]

@@ -304,16 +304,12 @@ def test_two_processes_give_the_losses_of_one(world, tmp_path):
     # The same run begun by one process, interrupted, and finished by two.
     handed = plan(root)[0] | {"out": str(tmp_path / "handed")}
 
-    class Interrupted(Exception):
-        pass
-
-    def stop(done, _):
-        if done == 5:
-            raise Interrupted
-
-    with pytest.raises(Interrupted):
+    with pytest.raises(toys.Interrupted):
         pretrain.run(
-            build(pretrain.PretrainConfig, handed["config"]), out=Path(handed["out"]), on_step=stop, go_on=go_on
+            build(pretrain.PretrainConfig, handed["config"]),
+            out=Path(handed["out"]),
+            on_step=toys.interrupt_at(5),
+            go_on=go_on,
         )
     handed["config"] |= {"layout": {"tensor": 2}}
     again = plans[0] | {"blind": 1}

@@ -89,24 +89,12 @@ def test_metrics_have_one_row_per_step(tmp_path):
     assert rows[0]["lr"] == pytest.approx(0.005) and rows[-1]["lr"] == pytest.approx(0.001)
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_at(step):
-    def hook(done, _):
-        if done == step:
-            raise Interrupted
-
-    return hook
-
-
 def test_resume_is_bitwise_the_same_run(tmp_path):
     whole = trainer(tmp_path / "whole")
     whole.fit()
     broken = trainer(tmp_path / "broken")
-    broken.on_step = interrupt_at(5)
-    with pytest.raises(Interrupted):
+    broken.on_step = toys.interrupt_at(5)
+    with pytest.raises(toys.Interrupted):
         broken.fit()
     again = trainer(tmp_path / "broken", model=toys.model(seed=99), source=toys.source())
     again.fit()
@@ -119,8 +107,8 @@ def test_two_states_are_kept_and_a_torn_one_is_passed_over(tmp_path, caplog):
     whole = trainer(tmp_path / "whole")
     whole.fit()
     broken = trainer(tmp_path / "broken")
-    broken.on_step = interrupt_at(8)
-    with pytest.raises(Interrupted):
+    broken.on_step = toys.interrupt_at(8)
+    with pytest.raises(toys.Interrupted):
         broken.fit()
     folder = tmp_path / "broken" / state.FOLDER
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000006"]

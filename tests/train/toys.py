@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,6 +74,20 @@ def documents(count: int = 30, vocab_size: int = 50, seed: int = 0) -> list:
 
 def source(seed: int = 0, tokens_per_batch: int = 80, count: int = 30) -> ConversationSource:
     return ConversationSource(documents(count), tokens_per_batch=tokens_per_batch, seed=seed)
+
+
+class Interrupted(Exception):
+    """A run was left, as a test wanted."""
+
+
+def interrupt_at(step: int) -> Callable[[int, object], None]:
+    """An `on_step` that leaves the run after that step."""
+
+    def hook(done: int, _: object) -> None:
+        if done == step:
+            raise Interrupted
+
+    return hook
 
 
 def losses(folder: Path) -> list[float]:
