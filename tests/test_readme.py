@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, puyu
+from tests.train import toys
 
 DOCS = (
     "docs/chain.md",
@@ -25,16 +26,38 @@ DOCS = (
 PAGES = ("README.md", "README.zh.md", *DOCS, "CONTRIBUTING.md")
 
 
-def blocks(page: str, language: str) -> list[str]:
+ELSEWHERE = {
+    "puyu certify layouts": "tests/train/test_certify.py",
+    "puyu chain recipes/growth.yaml": "tests/chain/test_growth.py",
+    "puyu growth": "tests/chain/test_growth.py",
+    "$ puyu ": "tests/cli/test_watch.py",
+    "deploy/": "tests/train/test_deploy.py",
+    "sbatch ": "tests/train/test_deploy.py",
+}
+"""How lines begin that another test runs."""
+IN_SMALL = {
+    "puyu plan recipes/internlm2": "--gpus 2 --device h200 --set batch_tokens=65536 --set model.num_layers=8",
+    "puyu pretrain recipes/internlm2": "--gpus 1 --device h200 --set batch_tokens=65536 --set model.num_layers=2",
+}
+"""What is added to lines that begin so: the last of two flags counts."""
+
+
+def blocks(page: str, *languages: str) -> list[str]:
+    """The fenced blocks of a page in any of these languages, \"\" being none."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [body for language, body in fences if language in languages]
+
+
+def lines_of(page: str) -> list[str]:
+    return "".join(blocks(page, "", "bash")).replace("\\\n", "").splitlines()
 
 
 def commands() -> list[str]:
     found = []
     for page in PAGES:
-        for block in blocks(page, ""):
-            for line in block.splitlines():
+        for line in lines_of(page):
+            if not line.startswith(tuple(ELSEWHERE)):
                 command = line.split(" #")[0].strip()
                 if command.startswith(("puyu ", "make ", "pip ")):
                     found.append(command)
@@ -57,6 +80,11 @@ def place(micro_run, tmp_path_factory):
     )
     chat = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}\n'
     (folder / "my_chats.jsonl").write_text(chat * 8)
+    for path in (ROOT / "recipes").glob("internlm*.yaml"):
+        (folder / "recipes" / path.name).symlink_to(path)
+    mine = {"data": "runs/nano/data", "tokenizer": "runs/nano/tokenizer", "batch_tokens": 64, "device": "cpu"}
+    mine |= {"model": toys.SHAPE, "phases": [{"steps": 2, "seq_len": 32}]}
+    (folder / "my.yaml").write_text(yaml.safe_dump(mine))
     (folder / "questions.jsonl").write_text('{"prompt": "2 + 2 =", "params": {"max_tokens": 4}}\n')
     return folder
 
@@ -67,9 +95,17 @@ def test_every_puyu_command_works(command, place):
     if words[0] == "serve":
         return serve_and_stop(words, place)
     words += ["--set", "batch_tokens=256", "--set", "steps=2"] if words[0] == "sft" and "--base" in words else []
+    words += next((more.split() for begins, more in IN_SMALL.items() if command.startswith(begins)), [])
     done = puyu(*words, cwd=place, stdin="Hello\n/quit\n" if words[0] == "chat" else None)
     assert done.stdout.strip()
     return None
+
+
+def test_what_is_run_elsewhere_is_shown():
+    lines = [line for page in PAGES for line in lines_of(page)]
+    for begins, path in ELSEWHERE.items():
+        assert any(line.startswith(begins) for line in lines), begins
+        assert (ROOT / path).is_file()
 
 
 def serve_and_stop(words, place):
