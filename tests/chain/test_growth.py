@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 
 import pytest
 import torch
@@ -100,12 +101,15 @@ def test_the_recipe_compares_raw_and_cleaned_documents(tmp_path):
         small = {"hidden_size": 32, "num_layers": 1, "intermediate_size": 64}
         stages[name] |= {"model": stages[name]["model"] | small, "export_every": 1, "batch_tokens": 256}
         stages[name]["phases"] = [{"steps": 2, "seq_len": 128}]
-    (tmp_path / "growth.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    puyu("chain", tmp_path / "growth.yaml", "--out", tmp_path / "out")
-    runs = [tmp_path / "out" / name for name in ("raw_model", "clean_model")]
-    done = puyu("growth", *runs, "--texts", ROOT / "samples/eval/perplexity.jsonl", "--json")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "growth.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    text = (ROOT / "docs" / "pretraining.md").read_text("utf-8").partition("## Growth\n")[2]
+    chain, growth = re.findall(r"^puyu (.*?)(?: +#.*)?$", text, re.MULTILINE)
+    puyu(*shlex.split(chain), cwd=tmp_path)
+    done, out = puyu(*shlex.split(growth), "--json", cwd=tmp_path), tmp_path / "runs" / "growth"
     both = json.loads(done.stdout)
     assert [[age["tokens"] for age in row["checkpoints"]] for row in both] == [[256, 512]] * 2
     assert all(0 < age["bits"][ALL] < 20 for row in both for age in row["checkpoints"])
-    raw, clean = (len((tmp_path / "out" / name / "kept.jsonl").read_bytes().splitlines()) for name in ("raw", "clean"))
+    raw, clean = (len((out / name / "kept.jsonl").read_bytes().splitlines()) for name in ("raw", "clean"))
     assert raw > clean

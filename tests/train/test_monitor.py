@@ -20,6 +20,7 @@ from puyu.model.attention import PackedPlan
 from puyu.model.checkpoint import load_model
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train import pretrain, sft
+from puyu.train.evaluate import undisturbed
 from puyu.train.monitor import Tracer
 from puyu.train.objectives import lm_loss
 from puyu.train.trainer import Trainer, TrainerConfig
@@ -113,6 +114,10 @@ def test_what_a_callback_disturbs_is_put_back(tmp_path):
         trainer = Trainer(toys.model(), noisy, toys.source(), settings, out=tmp_path / name)
         trainer.evaluations = callbacks
         trainer.fit()
+    before = torch.get_rng_state()
+    with undisturbed(trainer.model.train(), CPU):
+        disturb(0, trainer)
+    assert torch.equal(torch.get_rng_state(), before) and trainer.model.training and seen.pop() == 0
     assert seen == [2, 4, 6] and [row.get("extra") for row in rows(tmp_path / "watched")] == [None, 1.5] * 3
     assert toys.losses(tmp_path / "plain") == toys.losses(tmp_path / "watched")
 
