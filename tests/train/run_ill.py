@@ -21,6 +21,8 @@ import torch
 
 from puyu.dist import current_world
 from puyu.errors import PuyuError
+from puyu.train import state
+from puyu.train.health import Heartbeat
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.parallel import joined
@@ -58,10 +60,10 @@ class Faulty:
         self.inner.load(state["rows"])
 
 
-def timed(heart, mark):
+def watchdog(trainer, mark):
     before = mark.exists()
+    heart = Heartbeat(trainer.out / state.FOLDER, trainer.world, trainer.config.health, trainer.journal)
     heart.clock = lambda: 5 * (time.time() - mark.stat().st_mtime) if mark.exists() and not before else 0.0
-    heart.begin(0)
     return heart
 
 
@@ -73,9 +75,8 @@ def main(plan):
     try:
         with joined(torch.device("cpu")):
             trainer = Trainer(toys.model(), lm_loss, Faulty(plan), config, out=Path(plan["out"]))
-            heart = trainer._heart
-            trainer._heart = lambda: timed(heart(), Path(plan["out"]) / "struck")
-            trainer.fit()
+            with watchdog(trainer, Path(plan["out"]) / "struck") as trainer.heart:
+                trainer.fit()
     except PuyuError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
