@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code, 1 where nothing fits."""
-    given = _options().parse_args(list(argv))
+    given = _plan_options().parse_args(list(argv))
     from puyu.train.planning.explain import explain, summary, table
     from puyu.train.planning.search import search
 
@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> int:
 
 def dry_run(argv: Sequence[str]) -> int:
     """`puyu pretrain CONFIG --dry-run`."""
-    given = _options("puyu pretrain --dry-run").parse_args([word for word in argv if word != "--dry-run"])
+    options = _options("puyu pretrain --dry-run", "Every number that follows from a config.")
+    options.set_defaults(phase=1, seq=0)
+    given = options.parse_args([word for word in argv if word != "--dry-run"])
     from puyu.train.planning.dry_run import dry_run as lines
 
     config = read_config(Path(given.config), given.set)
@@ -54,16 +56,21 @@ def dry_run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _options(name: str = "puyu plan") -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog=name, description="Legal layouts of a pretraining run, best first.")
+def _options(name: str, description: str) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog=name, description=description)
     options.add_argument("config", help="config of `puyu pretrain`, or a recipe")
     options.add_argument("--gpus", type=int, default=1, help="processes [1]")
     options.add_argument("--device", choices=("h100", "h200", "a100", "cpu"), default="h100", help="[h100]")
+    options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the config")
+    return options
+
+
+def _plan_options() -> argparse.ArgumentParser:
+    options = _options("puyu plan", "Legal layouts of a pretraining run, best first.")
     options.add_argument("--memory", type=float, default=0.0, help="GB of a device [its own]")
     options.add_argument("--phase", type=int, default=1, help="phase whose rows and batch are planned [1]")
     options.add_argument("--seq", type=int, default=0, help="tokens of a row [the phase's]")
     options.add_argument("--top", type=int, default=8, help="rows of the table [8]")
-    options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the config")
     options.add_argument("--json", action="store_true", help="print JSON")
     options.add_argument("--explain", action="store_true", help="every number of the pick with its formula")
     return options

@@ -47,6 +47,8 @@ def test_recipes_have_the_published_numbers(name):
 def test_a_dry_run_explains_the_numbers(name, capsys):
     path = ROOT / "recipes" / f"{name}.yaml"
     assert main(["pretrain", str(path), "--dry-run", "--gpus", "1", "--device", "h200"]) == 0
+    with pytest.raises(SystemExit):  # options of `puyu plan` have no use here
+        main(["pretrain", str(path), "--dry-run", "--json"])
     text, config = capsys.readouterr().out, recipe(name)
     first, second, third = config.phases
     assert f"parameters      {PARAMETERS[name]:,} = " in text
