@@ -7,20 +7,28 @@ gradients switched off: gradients are sums everywhere. All else is in shares.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from puyu.errors import ConfigError
 from puyu.model.heads import CausalLM, ScalarModel
+from puyu.model.layers import RMSNorm
+from puyu.model.linear import Linear
+from puyu.model.moe import Gate
 from puyu.train.layouts.config import DEPTH
 from puyu.train.layouts.experts import SharedExperts, share_experts
 from puyu.train.layouts.mesh import Mesh
 from puyu.train.layouts.shares import Cut, Spread
-from puyu.train.layouts.tensor import slice_model
+from puyu.train.layouts.tensor import GatherLinear, ScatterLinear, slice_model
 from puyu.train.objectives import Objective, Step, lm_loss
 from puyu.train.optim import OptimConfig
+
+_CASTING = (Linear, GatherLinear, ScatterLinear, RMSNorm, Gate)
+"""Modules that use their weights in the dtype of what comes in, and whose gradients are made in it."""
 
 
 def cut(model: CausalLM | ScalarModel, mesh: Mesh, objective: Objective) -> dict[str, Cut]:
@@ -58,12 +66,23 @@ def shard(step: Step, mesh: Mesh) -> None:
             fully_shard(experts, mesh=mesh.submesh("holders"))
         alone |= set(experts.parameters())
     held = [block for block in trunk.layers if next(block.parameters(), None) is not None]  # of this stage
-    for block in (*held, step):
-        fully_shard(block, mesh=whole, ignored_params=alone)
+    for block in held:
+        fully_shard(block, mesh=whole, ignored_params=alone, mp_policy=_precision(block, trunk.compute_dtype))
+    fully_shard(step, mesh=whole, ignored_params=alone)  # rows of the embedding are added up in its own dtype
     for module in _sharded(step):
         # Sums, not means. The order matters: without forced sums a factor becomes an operation that gloo lacks.
         module.set_force_sum_reduction_for_comms(True)
         module.set_gradient_divide_factor(1.0)
+
+
+def _precision(block: nn.Module, compute: object) -> MixedPrecisionPolicy:
+    """Weights travel in the dtype of the products, where every module casts them to it anyway; gradients do not."""
+    own, masters = MixedPrecisionPolicy(cast_forward_inputs=False), next(block.parameters()).dtype
+    holders = [module for module in block.modules() if next(module.parameters(recurse=False), None) is not None]
+    plain = all(type(x) in _CASTING and "forward" not in vars(x) for x in holders)  # not those that float8 replaces
+    if not isinstance(compute, torch.dtype) or compute == masters or not plain:
+        return own
+    return replace(own, param_dtype=compute, reduce_dtype=masters)
 
 
 def synchronize(step: Step, mesh: Mesh, *, last: bool) -> None:
