@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from puyu.errors import DependencyError, InputError
-from puyu.files import file_lock, hash_bytes
+from puyu.files import file_lock, hash_bytes, read_object
 
 _HUB_ID = re.compile(r"(ms:)?(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
@@ -39,6 +39,21 @@ def resolve(path: str | Path, *, allow_pickle: bool = False) -> Path:
     patterns = [*FILES, "*.bin"] if allow_pickle else FILES
     with file_lock(_lock_path(found[0])):
         return _fetched(download, found[0], name=found[2], revision=found[3], patterns=patterns)
+
+
+def base_of(folder: Path) -> Path:
+    """The model that an adapter's directory (peft's) belongs to, fetched if it is named by a hub id; the folder itself
+    when it holds a model."""
+    settings = folder / "adapter_config.json"
+    if not settings.is_file() or (folder / "config.json").is_file():
+        return folder
+    name = read_object(settings).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{settings} names no base", remedy="write base_model_name_or_path into it")
+    try:
+        return resolve(folder / name if (folder / name).is_dir() else name)
+    except InputError as error:
+        raise InputError(f"{settings}: {error.message}", remedy="correct base_model_name_or_path in it") from error
 
 
 def _fetched(download: Callable[..., str], shown: str, *, name: str, revision: str | None, patterns: list[str]) -> Path:

@@ -52,6 +52,7 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
     "use a model": (
         Verb("chat", "talk to a checkpoint, a hub model or a server in the terminal", "puyu.cli.chat"),
         Verb("convert", "InternLM2, LLaMA, InternEvo's shards: into one another, bit for bit", "puyu.cli.convert"),
+        Verb("merge", "an adapter and its base as one checkpoint", "puyu.cli.merge"),
         Verb("export", "one GGUF file for llama.cpp", "puyu.cli.export"),
         Verb("generate", "answer every record of a file; resumable", "puyu.cli.generate"),
         Verb("serve", "OpenAI-compatible server", "puyu.cli.serve"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from puyu.errors import CheckpointError
 from puyu.files import read_object, write_json
+from puyu.hub import base_of
 from puyu.model.config import ModelConfig
 from puyu.model.families import fuse_qkv, name_pairs, split_qkv
 from puyu.model.heads import CausalLM, ScalarModel
@@ -41,9 +42,11 @@ M = TypeVar("M", CausalLM, ScalarModel)
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The ModelConfig of a checkpoint directory."""
+    """The ModelConfig of a checkpoint directory, or of the base of an adapter's."""
     if not folder.is_dir():
         raise CheckpointError(f"no such checkpoint directory: {folder}", remedy="check the path")
+    if (base := base_of(folder)) != folder:
+        return read_config(base)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json", remedy="it is not a checkpoint directory")
     config = ModelConfig.from_hf(read_object(folder / "config.json"), where=str(folder / "config.json"))
@@ -66,10 +69,20 @@ def load_model(
     allow_pickle: bool = False,
     context: int | None = None,
 ) -> CausalLM:
-    """Load a language model, quantized or not, for contexts of `context` tokens when the trained length is shorter."""
+    """Load a language model, quantized or not, for contexts of `context` tokens when the trained length is shorter.
+
+    An adapter's directory is its base with the adapter merged.
+    """
     config = read_config(folder)
-    head = None if config.tie_embeddings else config.row.head
-    model = _filled(CausalLM, config, folder, head=head, dtype=dtype, allow_pickle=allow_pickle)
+    if (base := base_of(folder)) != folder:
+        from puyu.model.adapter_files import merge_adapter  # which makes its layers of what this module loads
+
+        model = load_model(base, allow_pickle=allow_pickle)
+        merge_adapter(model, folder)
+        model = model.to(dtype)
+    else:
+        head = None if config.tie_embeddings else config.row.head
+        model = _filled(CausalLM, config, folder, head=head, dtype=dtype, allow_pickle=allow_pickle)
     if context is not None:
         model.set_context(context)
     return model.to(device)
@@ -85,7 +98,7 @@ def load_scalar_model(
 
 def is_scalar_checkpoint(folder: Path) -> bool:
     """Whether the directory holds a reward model (by its architecture)."""
-    names = read_object(folder / "config.json").get("architectures") or [""]
+    names = read_object(base_of(folder) / "config.json").get("architectures") or [""]
     return names[0] == read_config(folder).row.reward_architecture
 
 

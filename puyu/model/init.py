@@ -33,3 +33,9 @@ def initial_value(name: str, shape: tuple[int, ...], *, seed: int, std: float = 
     if match := re.search(r"layers\.(\d+)\.(attention\.out|mlp\.(?:experts\.\d+\.|shared\.)?down)\.", name):
         value /= math.sqrt(2 * (int(match.group(1)) + 1))
     return value
+
+
+def lora_value(name: str, shape: tuple[int, ...], *, seed: int) -> Tensor:
+    """A new A [rank, inputs] of an adapter: uniform in +-1 / sqrt(inputs), as torch's Kaiming with a = sqrt 5."""
+    generator = torch.Generator().manual_seed(int(hash_json([seed, name])[:15], 16))
+    return (torch.rand(shape, generator=generator) * 2 - 1) / math.sqrt(shape[1])

@@ -46,14 +46,15 @@ class _CastProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.shape = x.shape
         return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows, (of_x, of_weight, of_bias) = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
-        grad_x = (rows @ weight.to(grad.dtype)).view(x.shape) if of_x else None
+        grad_x = (rows @ weight.to(grad.dtype)).view(ctx.shape) if of_x else None
         grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if of_weight else None
         return grad_x, grad_weight, rows.sum(0) if of_bias else None
 

@@ -35,9 +35,10 @@ from puyu.model.heads import CausalLM
 
 WEIGHTS = "adapter_model.safetensors"
 _PRODUCTS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+_ALONE = ("use_dora", "modules_to_save")
 _UNSUPPORTED = (
-    *("use_dora", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "layer_replication"),
+    *("fan_in_fan_out", "trainable_token_indices", "layer_replication"),
     *("alora_invocation_tokens", "use_qalora", "lora_bias", "arrow_config", "target_parameters"),
 )
 
@@ -128,16 +129,12 @@ def read_adapter(
     folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Delta]:
     """Our layers' names -> their deltas, from a peft directory."""
-    settings = _read_settings(folder)
-    try:
-        stored = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}", remedy="copy the adapter again") from error
+    settings, stored = read_settings(folder), read_tensors(folder)
     unused, deltas = set(stored), {}
     for ours, theirs in name_pairs(config, head=None):
         pairs = [_take(stored, unused, name) for name in theirs] if _takes_adapters(ours) else []
         if any(pairs):
-            scales = [_scale(settings, name, pair) for name, pair in zip(theirs, pairs, strict=True)]
+            scales = [scale_of(settings, name, pair) for name, pair in zip(theirs, pairs, strict=True)]
             delta = _fused(ours, pairs, scales, config)
             deltas[ours] = Delta(delta.a.to(device, dtype), delta.b.to(device, dtype))
     if unused:
@@ -145,7 +142,17 @@ def read_adapter(
     return deltas
 
 
-def _read_settings(folder: Path) -> Mapping[str, Any]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a peft directory."""
+    try:
+        return load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}", remedy="copy the adapter again") from error
+
+
+def read_settings(folder: Path, *, training: bool = False) -> Mapping[str, Any]:
+    """peft's settings; CheckpointError names what is not supported (`training`: what only a running batch of many
+    adapters cannot do is)."""
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no adapter_config.json", remedy="give the directory that peft has written")
@@ -153,10 +160,12 @@ def _read_settings(folder: Path) -> Mapping[str, Any]:
     if settings.get("peft_type", "LORA") != "LORA" or settings.get("bias", "none") != "none":
         kind = f"peft_type {settings.get('peft_type')!r} with bias {settings.get('bias')!r}"
         raise CheckpointError(f"{path}: {kind} is not supported", remedy="LORA with bias none is")
-    wrong = [name for name in _UNSUPPORTED if settings.get(name)]
+    unsupported = _UNSUPPORTED if training else (*_ALONE, *_UNSUPPORTED)
+    wrong = [name for name in unsupported if settings.get(name)]
     if wrong:
         raise CheckpointError(
-            f"{path}: {wrong[0]} is not supported", remedy="merge the adapter into its base with peft"
+            f"{path}: {wrong[0]} is not supported",
+            remedy="merge the adapter into its base: puyu merge ADAPTER --out DIR",
         )
     return settings
 
@@ -171,14 +180,14 @@ Pair = tuple[Tensor, Tensor] | None
 
 def _take(stored: Mapping[str, Tensor], unused: set[str], name: str) -> Pair:
     """A and B of one layer of the checkpoint, if the adapter has it."""
-    keys = [f"{_PREFIX}{name}.lora_{kind}.weight" for kind in "AB"]
+    keys = [f"{PREFIX}{name}.lora_{kind}.weight" for kind in "AB"]
     if not all(key in stored for key in keys):
         return None
     unused.difference_update(keys)
     return stored[keys[0]], stored[keys[1]]
 
 
-def _scale(settings: Mapping[str, Any], name: str, pair: Pair) -> float:
+def scale_of(settings: Mapping[str, Any], name: str, pair: Pair) -> float:
     """alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732); `alpha_pattern` holds regular expressions of the
     names' ends, of which the first that fits counts, as in peft."""
     if pair is None:

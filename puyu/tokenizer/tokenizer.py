@@ -25,6 +25,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from puyu.errors import InputError
 from puyu.files import hash_bytes, read_object, write_text
+from puyu.hub import base_of
 from puyu.tokenizer.bpe import PATTERN, base_tokens, char_to_byte, pre_tokenizer, to_chars
 from puyu.tokenizer.encode import FastEncoder
 from puyu.tokenizer.sentencepiece import cut_apart, to_tokenizer_json
@@ -86,8 +87,10 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: Path | str) -> Tokenizer:
-        """Read a folder; InputError names the file that is missing or torn."""
+        """Read a folder; InputError names the file that is missing or torn. An adapter's may leave it to its base."""
         folder = Path(folder)
+        if not any((folder / name).is_file() for name in _FILES):
+            folder = base_of(folder)
         path = next((p for name in _FILES if (p := folder / name).is_file()), None)
         if path is None:
             raise InputError(f"no {' or '.join(_FILES)} in {folder}", remedy=_REMEDY)

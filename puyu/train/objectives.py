@@ -193,8 +193,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_PD = F.pad(hidden_PD, (0, 0, 0, extra))
             targets_P, weights_P = F.pad(targets_P, (0, extra)), F.pad(weights_P, (0, extra))
         cast_VD = weight_VD.to(hidden_PD.dtype)
-        grad_PD = torch.empty_like(hidden_PD) if learns else None
-        grad_VD = torch.zeros_like(weight_VD) if learns else None
+        of_hidden, of_weight = ctx.needs_input_grad[:2]  # a frozen head has no gradient
+        grad_PD = torch.empty_like(hidden_PD) if learns and of_hidden else None
+        grad_VD = torch.zeros_like(weight_VD) if learns and of_weight else None
         losses_P = torch.zeros(len(targets_P), dtype=wide, device=hidden_PD.device)
         columns = weight_VD.shape[0] if vocabulary is None else vocabulary.rows  # chunks are the same on all processes
         rows = _chunk_rows(columns * cast_VD.itemsize, len(targets_P), cast_VD.device)
@@ -207,10 +208,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 losses_P[cut], grad_CV = _softmax_step(logits_CV, targets_P[cut], scaled_C, learns=learns)
             else:
                 losses_P[cut], grad_CV = _softmax_parts(logits_CV, targets_P[cut], scaled_C, vocabulary)
-            if grad_PD is not None and grad_VD is not None:
+            if grad_PD is not None:
                 torch.mm(grad_CV, cast_VD, out=grad_PD[cut])
+            if grad_VD is not None:
                 _accumulate(grad_VD, grad_CV, hidden_PD[cut])
-        ctx.grads = None if grad_PD is None else (grad_PD[:count], grad_VD)
+        ctx.grads = (None if grad_PD is None else grad_PD[:count], grad_VD) if learns else None
         losses_P = losses_P[:count]
         ctx.mark_non_differentiable(losses_P)
         return losses_P.sum(), losses_P
@@ -220,7 +222,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         assert ctx.grads is not None, "a second backward pass over the same loss"
         grads, ctx.grads = ctx.grads, None
         if scale.device.type != "cpu" or scale != 1:  # in place: the larger one has the size of the head
-            grads = [grad.mul_(scale.to(grad.dtype)) for grad in grads]
+            grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in grads]
         return *grads, None, None, None, None
 
 

@@ -8,6 +8,7 @@ Loshchilov and Hutter 2019; betas (0.9, 0.95), eps 1e-8, decay on matrices only,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class OptimConfig(Config):
     clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
     scale: dict[str, float] = Field(default={})
-    """Prefix of parameter names -> factor on their learning rate."""
+    """Prefix of parameter names, or a pattern with *, -> factor on their learning rate."""
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of the 0-based `step` of `steps`."""
@@ -91,7 +92,9 @@ def make_optimizer(
 
 def _role(name: str, parameter: nn.Parameter, config: OptimConfig) -> _Role:
     decay = config.weight_decay if parameter.ndim >= 2 else 0.0
-    scale = next((factor for prefix, factor in config.scale.items() if name.startswith(prefix)), 1.0)
+    scale = next(
+        (factor for key, factor in config.scale.items() if name.startswith(key) or fnmatchcase(name, key)), 1.0
+    )
     if config.kind == "muon" and parameter.ndim == 2 and ".layers." in name:
         return _Role(decay, scale * config.muon_lr / config.lr, config.muon_momentum)
     return _Role(decay, scale, 0.0)

@@ -279,7 +279,7 @@ class Saver:
             raise ConfigError(text, remedy="choose an --out on a file system that all machines share")
 
     def _pieces(self) -> list[Piece]:
-        return [*self.layout.pieces(), *self.layout.moments()]
+        return [*self.layout.trained(), *self.layout.moments()]
 
     # --- saving ---
 

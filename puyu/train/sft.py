@@ -1,9 +1,9 @@
-"""Supervised fine-tuning: conversations -> a chat model; loss on what the assistant wrote and nowhere else.
+"""Supervised fine-tuning: conversations -> a chat model, or an adapter; loss on what the assistant wrote alone.
 
     $ puyu sft --base runs/nano/pretrain --data.0.path chats.jsonl --out runs/nano/sft
 
 Conversations are rendered in the chat format of the base's tokenizer (InternLM2, ChatML, Qwen, Llama 3) and packed
-whole; each sees only itself. Full weights.
+whole; each sees only itself. What trains is `tune`'s business.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.evaluate import GoOn, Latest, mean_loss, sampling
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, place, save
+from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, place
 from puyu.train.trainer import OnStep, Trainer
+from puyu.train.tune import TuneConfig, Tuning
 from puyu.types import Conversation
 
 
@@ -56,6 +57,8 @@ class SFTConfig(TrainingConfig):
     """Most tokens of one optimizer step, over all processes."""
     max_tokens: int = 0
     """Longer conversations are dropped and counted; 0: the model's context."""
+    tune: TuneConfig = TuneConfig()
+    """Which weights train, and in what form."""
     optim: OptimConfig = OptimConfig(lr=1e-3, weight_decay=0.01)
     """Optimizer and schedule. The default suits models of a few million parameters; 7B wants 4e-5."""
 
@@ -75,17 +78,20 @@ def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None, go_on: G
             docs, tokens_per_batch=config.batch_tokens // config.accumulate, max_tokens=limit, seed=config.seed
         )
         steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
+        tuning = Tuning.of(loaded, config.tune, seed=config.seed, base=config.base)
+        settings = config.trainer(steps, name="sft", identity=identity)
+        settings = settings.model_copy(update={"optim": tuning.rates(config.optim)})
         model = place(loaded, dtype=config.dtype, device=device)
-        trainer = Trainer(model, lm_loss, source, config.trainer(steps, name="sft", identity=identity), out=out)
+        trainer = Trainer(model, lm_loss, source, settings, out=out)
         trainer.on_step, trainer.about, trainer.heart = on_step, {"config": dump(config)}, heart
         validation = _validation(config, tokenizer)
         trainer.evaluations = [*([validation] if validation else []), *sampling(config, tokenizer, go_on, chat=True)]
         trainer.meter.enter_whole([len(ids) for ids, _ in source.docs])
-        trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save)
+        trainer.on_export = lambda folder: tuning.save(trainer, folder, tokenizer.save)
         numbers = trainer.fit()
         numbers |= {"val_loss": validation.of(trainer)} if validation else {}
         heart.at("writing the model")
-        save(trainer, out, tokenizer.save)
+        tuning.save(trainer, out, tokenizer.save)
         numbers |= {"conversations": len(source.docs), "dropped": source.dropped, "quarantined": len(torn)}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 

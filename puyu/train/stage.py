@@ -112,10 +112,15 @@ def save(trainer: Trainer, out: Path, *parts: Callable[[Path], None], extra: dic
 
 
 def place(model: M, *, dtype: str, device: torch.device) -> M:
-    """Move a model to its device; master weights fp32 (fp64 when computing in fp64), activations in `dtype`."""
+    """Move a model to its device; master weights fp32 (fp64 when computing in fp64), activations in `dtype`.
+
+    What does not train lies in `dtype`, which it is cast to wherever it is used.
+    """
     compute = pick_dtype(dtype, device)
     master = torch.float64 if compute == torch.float64 else torch.float32
-    model = model.to(device=device, dtype=master).train()
+    model = model.to(device=device).train()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(master if parameter.requires_grad else compute)
     model.set_compute_dtype(compute)
     return model
 

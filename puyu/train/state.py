@@ -338,7 +338,7 @@ def _tried(shelf: Shelf, layout: Layout, identity: str, *, copy: bool) -> tuple[
                 f"{shelf} was saved by a run with another config or other inputs",
                 remedy="choose another --out, or remove its saved states to start over",
             )
-        for pieces in (layout.pieces(), layout.moments()):
+        for pieces in (layout.trained(), layout.moments()):
             state.fill(pieces, copy=copy)
     except (TornError, OSError) as error:
         return None, str(error).splitlines()[0]

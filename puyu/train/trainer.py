@@ -25,6 +25,7 @@ from puyu.dist import current_world
 from puyu.errors import ConfigError, ResourceError, RetryError, TrainingError
 from puyu.files import write_json
 from puyu.log import MetricsWriter, Progress, say
+from puyu.model.adapted import adapted_layers, plain_state
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.train import optim, parallel, state
 from puyu.train.evaluate import OnEvaluate, undisturbed
@@ -455,17 +456,18 @@ class Trainer:
     def whole_model(self) -> Iterator[CausalLM | None]:
         """The language model as one process sees it, on rank 0, for looking only; None elsewhere.
 
-        Every rank must enter it. It is the model itself where there is one process, else a copy.
+        Every rank must enter it. It is the model itself where there is one process and nothing is adapted, else a copy.
         """
         model = self.model
         assert isinstance(model, CausalLM)
-        if self.world.size == 1:
+        if self.world.size == 1 and not any(adapted_layers(model)):
             yield model
             return
         weights = self.full_weights()
         if not self.world.is_main:
             yield None
             return
+        weights = plain_state(model, weights)
         with torch.device("meta"):
             copy = CausalLM(model.config)
         dtype = model.trunk.compute_dtype  # which all weights are cast to when they are used

@@ -210,6 +210,12 @@ class Layout:
         for share in self.shares:
             yield from share.pieces()
 
+    def trained(self) -> Iterator[Piece]:
+        """The same of the weights that train."""
+        for share in self.shares:
+            if share.parameter.requires_grad:
+                yield from share.pieces()
+
     def moments(self) -> Iterator[Piece]:
         """What it holds of the optimizer's states, named KIND/PARAMETER; states not yet made are made, at zero."""
         optim.allocate(self.optimizer)

@@ -1,0 +1,382 @@
+"""Linear layers with a low-rank share that trains on a base that does not: LoRA (Hu et al. 2021, arXiv 2106.09685),
+rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), on a dense, an int8 or an NF4 base (QLoRA, 2305.14314).
+
+    adapted = adapt(model, AdapterForm(rank=16, alpha=32.0), targets=("attention.qkv", "mlp.down"))
+
+A fused matrix (queries, keys, values; gate and up) has one share for each of the matrices that its family stores, so
+that adapters are those of peft, matrix for matrix. T tokens, I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from puyu.model.config import ModelConfig
+from puyu.model.families import fuse_qkv, name_pairs
+from puyu.model.heads import CausalLM, ScalarModel
+from puyu.model.linear import Linear, QuantLinear, QuantWeight, quantize_tokens
+from puyu.model.nf4 import BLOCK, NF4
+
+Initial = Literal["zero", "pissa"]
+BaseKind = Literal["dense", "int8", "nf4"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterForm:
+    """What all shares of an adapter have in common."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The share counts alpha / rank times, or alpha / sqrt(rank) times with `rank_stable`."""
+    dropout: float = 0.0
+    """Of the share's inputs, while training."""
+    rank_stable: bool = False
+    """rsLoRA."""
+    magnitude: bool = False
+    """DoRA: the length of each row of the sum is a parameter of its own."""
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stable else self.rank)
+
+
+class LowRank(nn.Module):
+    """scale * B A x for the rows of one stored matrix: `a` [R, I], `b` [O, R], and for DoRA `magnitude` [O]."""
+
+    def __init__(self, inputs: int, outputs: int, *, rank: int, scale: float, magnitude: bool = False) -> None:
+        super().__init__()
+        self.scale = scale
+        self.a = nn.Parameter(torch.empty(rank, inputs))
+        self.b = nn.Parameter(torch.zeros(outputs, rank))
+        self.magnitude = nn.Parameter(torch.ones(outputs)) if magnitude else None
+
+    def outline(self) -> LowRank:
+        """One of the same form."""
+        sizes = self.a.shape[1], len(self.b)
+        return LowRank(*sizes, rank=len(self.a), scale=self.scale, magnitude=self.magnitude is not None)
+
+    def delta(self) -> Tensor:
+        """scale * B A, [O, I], in fp32 or wider."""
+        wide = torch.promote_types(self.b.dtype, torch.float32)
+        return (self.b.to(wide) @ self.a.to(wide)) * self.scale
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """How the rows of stored matrices are those of one of our layers: `rows` of each, and the key heads by which
+    queries, keys and values alternate (0: they stand below each other)."""
+
+    rows: tuple[int, ...]
+    num_kv_heads: int = 0
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        """[rows, ...] of each part -> [sum of rows, ...]."""
+        if self.num_kv_heads:
+            return fuse_qkv(list(parts), num_kv_heads=self.num_kv_heads)
+        return torch.cat(list(parts))
+
+    def columns(self, parts: Sequence[Tensor]) -> Tensor:
+        """[T, rows] of each part -> [T, sum of rows]."""
+        if self.num_kv_heads and len(parts) > 1:
+            return torch.cat([part.unflatten(-1, (self.num_kv_heads, -1)) for part in parts], dim=-1).flatten(-2)
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """The inverse: [sum of rows, ...] -> the parts."""
+        if not self.num_kv_heads or len(self.rows) == 1:
+            return list(joined.split(self.rows))
+        sizes = [rows // self.num_kv_heads for rows in self.rows]
+        grouped = joined.unflatten(0, (self.num_kv_heads, -1)).split(sizes, dim=1)
+        return [part.flatten(0, 1) for part in grouped]
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer on NF4 codes; the matrix in the inputs' dtype lives for one product at a time."""
+
+    def __init__(self, weight: NF4, *, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        for name in NF4.__slots__:
+            self.register_buffer(name, getattr(weight, name))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def matrix(self) -> NF4:
+        return NF4(self.codes, self.scale_codes, self.scales, self.offset)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_product(x, self.matrix().dequantized, self.bias)
+
+
+def frozen_product(x: Tensor, dense: Callable[[torch.dtype], Tensor], bias: Tensor | None) -> Tensor:
+    """x W^T + b, where `dense` makes W [O, I] in a dtype: once for the product and once for its gradient."""
+    found: Tensor = _FrozenProduct.apply(x, dense)  # type: ignore[no-untyped-call]
+    return found if bias is None else found + bias.to(found.dtype)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """F.linear with a matrix that has no gradient and is not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dense: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.dense = dense
+        return F.linear(x, dense(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return (grad @ ctx.dense(grad.dtype) if ctx.needs_input_grad[0] else None), None
+
+
+class _FrozenInteger(nn.Module):
+    """A frozen layer on integer codes in training: their dense product, in both directions."""
+
+    def __init__(self, base: QuantLinear) -> None:
+        super().__init__()
+        self.quantized = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.quantized.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_product(x, self.quantized.weight, self.bias)
+
+
+Frozen = Linear | NF4Linear | _FrozenInteger
+
+
+class AdaptedLinear(nn.Module):
+    """base(x) plus the shares of the stored matrices that have one, by their number among all of them."""
+
+    def __init__(self, base: Frozen, join: Join, shares: dict[int, LowRank], *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base, self.join = base, join
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.shares = nn.ModuleDict({str(number): share for number, share in sorted(shares.items())})
+        self.dropout = nn.Dropout(dropout) if dropout else None
+
+    def share(self, number: int) -> LowRank | None:
+        """That of a stored matrix."""
+        return self.shares[str(number)] if str(number) in self.shares else None  # type: ignore[return-value]  # noqa: SIM401
+
+    def _all(self) -> list[LowRank | None]:
+        return [self.share(number) for number in range(len(self.join.rows))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self._all()
+        low = self._low(x if self.dropout is None else self.dropout(x))
+        parts = [
+            x.new_zeros(*x.shape[:-1], rows) if share is None else F.linear(low.pop(0), share.b.to(x.dtype))
+            for share, rows in zip(shares, self.join.rows, strict=True)
+        ]
+        parts = [part if s is None else part * s.scale for s, part in zip(shares, parts, strict=True)]
+        y: Tensor = self.base(x)
+        added = self.join.columns(parts)
+        if not any(share is not None and share.magnitude is not None for share in shares):
+            return y + added
+        bias = None if self.base.bias is None else self.base.bias.to(y.dtype)
+        y = (y if bias is None else y - bias) + added
+        y = y * self._lengths().to(y.dtype)
+        return y if bias is None else y + bias
+
+    def _low(self, x: Tensor) -> list[Tensor]:
+        """A x of each share, one product for all."""
+        present = [share for share in self._all() if share is not None]
+        stacked = present[0].a if len(present) == 1 else torch.cat([share.a for share in present])
+        return list(F.linear(x, stacked.to(x.dtype)).split([len(share.a) for share in present], dim=-1))
+
+    def _lengths(self) -> Tensor:
+        """DoRA: what each row is multiplied by, [O]; the lengths of the sum count as constants, as in the paper."""
+        with torch.no_grad():
+            lengths = [part.norm(dim=1) for part in self._sums()]
+        factors = [
+            torch.ones_like(length) if share is None or share.magnitude is None else share.magnitude / length
+            for share, length in zip(self._all(), lengths, strict=True)
+        ]
+        return self.join(factors)
+
+    def dense(self) -> Tensor:
+        """The base's matrix [O, I], in fp32 or wider."""
+        if isinstance(self.base, Linear):
+            weight = self.base.weight.detach()
+            return weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if isinstance(self.base, NF4Linear):
+            return self.base.matrix().dequantized()
+        return self.base.quantized.weight(torch.float32)
+
+    def _sums(self) -> list[Tensor]:
+        """Base plus share of each stored matrix."""
+        bases = self.join.split(self.dense())
+        return [base if s is None else base + s.delta() for base, s in zip(bases, self._all(), strict=True)]
+
+    def with_values(self, values: Mapping[str, Tensor], prefix: str) -> AdaptedLinear:
+        """The same layer with parameters that somebody has gathered, by their full names."""
+        base, shares = self.base, {}
+        with torch.device("meta"):
+            if isinstance(base, Linear):
+                base = Linear(self.in_features, self.out_features, bias=base.bias is not None)
+            for number in range(len(self.join.rows)):
+                if share := self.share(number):
+                    shares[number] = share.outline()
+        found = AdaptedLinear(base, self.join, shares)
+        names = [name for name, _ in found.named_parameters() if f"{prefix}.{name}" in values]
+        found.load_state_dict({name: values[f"{prefix}.{name}"] for name in names}, strict=False, assign=True)
+        return found
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """One matrix [O, I] that computes the same, in fp32 or wider."""
+        found = []
+        for part, share in zip(self._sums(), self._all(), strict=True):
+            if share is not None and share.magnitude is not None:
+                part = part * (share.magnitude / part.norm(dim=1))[:, None]
+            found.append(part)
+        return self.join(found)
+
+
+def joins(config: ModelConfig) -> dict[str, tuple[Join, tuple[str, ...]]]:
+    """Names of our layers that are products over all tokens -> how they are joined, and what the family calls them."""
+    found = {}
+    for ours, theirs in name_pairs(config, head=None):
+        if ".layers." not in ours or ours.endswith("norm") or ".experts." in ours or ".shared" in ours:
+            continue
+        if not ours.endswith("router"):
+            found[ours] = (_join(ours, len(theirs), config), theirs)
+    return found
+
+
+def _join(ours: str, parts: int, config: ModelConfig) -> Join:
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    if ours.endswith(".qkv"):
+        return Join((heads, kv, kv), config.num_kv_heads) if parts == 3 else Join((heads + 2 * kv,))
+    if ours.endswith(".gate_up"):
+        return Join((config.intermediate_size,) * parts)
+    return Join((config.hidden_size,))
+
+
+Targets = Callable[[str], bool]
+"""Whether a stored matrix, by its name in the family, gets a share."""
+
+
+def adapt(
+    model: CausalLM | ScalarModel,
+    form: AdapterForm,
+    *,
+    targets: Targets,
+    base: BaseKind = "dense",
+    initial: Initial = "zero",
+    value: Callable[[str, tuple[int, ...]], Tensor],
+) -> list[str]:
+    """Freeze the model and give shares to the layers that have a target; returns the names of the target matrices.
+
+    `value(name, shape)` draws a new A (`init.lora_value`); B begins at zero.
+    """
+    model.requires_grad_(False)
+    found: list[str] = []
+    for ours, (join, theirs) in joins(model.config).items():
+        wanted = [number for number, name in enumerate(theirs) if targets(name)]
+        if not wanted:
+            continue
+        found += [theirs[number] for number in wanted]
+        parent, _, leaf = ours.rpartition(".")
+        layer = model.get_submodule(ours)
+        assert isinstance(layer, Linear | QuantLinear)
+        weight = layer.weight.detach() if isinstance(layer, Linear) else None
+        shares = {}
+        for number in wanted:
+            share = LowRank(
+                layer.in_features, join.rows[number], rank=form.rank, scale=form.scale, magnitude=form.magnitude
+            )
+            share.a.data = value(f"{theirs[number]}.lora_A", tuple(share.a.shape))
+            shares[number] = share
+        if initial == "pissa":
+            assert weight is not None
+            layer = _principal(layer, weight, join, shares)
+        frozen = freeze(layer, base)
+        adapted = AdaptedLinear(frozen, join, shares, dropout=form.dropout)
+        if form.magnitude:
+            _measure(adapted)
+        setattr(model.get_submodule(parent), leaf, adapted)
+    return found
+
+
+@torch.no_grad()
+def _measure(adapted: AdaptedLinear) -> None:
+    """DoRA begins with the lengths that the rows have."""
+    for number, part in enumerate(adapted.join.split(adapted.dense())):
+        share = adapted.share(number)
+        if share is not None and share.magnitude is not None:
+            share.magnitude.data = part.norm(dim=1)
+
+
+@torch.no_grad()
+def _principal(layer: Linear | QuantLinear, weight: Tensor, join: Join, shares: dict[int, LowRank]) -> Linear:
+    """PiSSA: the shares are the principal parts of the matrices, the base is what is left of them."""
+    parts = join.split(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    for number, share in shares.items():
+        rank = len(share.a)
+        u, s, v = torch.linalg.svd(parts[number], full_matrices=False)
+        roots = (s[:rank] / share.scale).sqrt()
+        share.a.data, share.b.data = (roots[:, None] * v[:rank]).contiguous(), (u[:, :rank] * roots).contiguous()
+        parts[number] = parts[number] - share.delta()
+    rest = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    rest.weight, rest.bias = nn.Parameter(join(parts).to(weight.dtype), requires_grad=False), layer.bias
+    return rest
+
+
+@torch.no_grad()
+def freeze(layer: Linear | QuantLinear, base: BaseKind) -> Frozen:
+    """The layer as a base that does not train."""
+    if isinstance(layer, QuantLinear):
+        return _FrozenInteger(layer)
+    bias = None if layer.bias is None else layer.bias.detach()
+    if base == "nf4" and layer.in_features % BLOCK == 0:
+        return NF4Linear(NF4.of(layer.weight.detach()), bias=bias)
+    if base == "int8":
+        codes, scales = quantize_tokens(layer.weight.detach())
+        return _FrozenInteger(QuantLinear.of(QuantWeight.of(codes, scales, bits=8), bias=bias))
+    return layer.requires_grad_(False)
+
+
+def adapted_layers(model: nn.Module) -> Iterable[tuple[str, AdaptedLinear]]:
+    """Those of a model, by name."""
+    return ((name, child) for name, child in model.named_modules() if isinstance(child, AdaptedLinear))
+
+
+@torch.no_grad()
+def plain_state(model: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The parameters of the plain model that computes the same (`values`: all parameters as somebody has gathered
+    them); matrices of adapted layers are merged, in fp32 or wider."""
+    values = dict(model.named_parameters()) if values is None else values
+    found, state = dict(adapted_layers(model)), {}
+    for name, layer in found.items():
+        state[f"{name}.weight"] = layer.with_values(values, name).merged()
+        if layer.base.bias is not None:
+            state[f"{name}.bias"] = values[_bias_name(name, layer)]
+    inside = tuple(f"{name}." for name in found)
+    for name, child in model.named_modules():
+        if isinstance(child, QuantLinear) and not name.startswith(inside):
+            state[f"{name}.weight"] = child.weight(torch.float32)
+    return {name: value.detach() for name, value in values.items() if not name.startswith(inside)} | state
+
+
+def _bias_name(name: str, layer: AdaptedLinear) -> str:
+    return f"{name}.base.quantized.bias" if isinstance(layer.base, _FrozenInteger) else f"{name}.base.bias"
+
+
+@torch.no_grad()
+def merge(model: CausalLM | ScalarModel, *, dtype: torch.dtype | None = None) -> None:
+    """Make every adapted layer a plain one that computes the same, in place (`dtype`: of the matrices; None: fp32)."""
+    for name, layer in list(adapted_layers(model)):
+        plain = Linear(layer.in_features, layer.out_features, bias=layer.base.bias is not None)
+        weight = layer.merged()
+        plain.weight = nn.Parameter(weight if dtype is None else weight.to(dtype))
+        plain.bias = layer.base.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)

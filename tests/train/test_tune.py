@@ -1,0 +1,173 @@
+"""Every method of fine-tuning by the command's own function: what trains, what is left, what goes on bit for bit."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from puyu.errors import CheckpointError, ConfigError, InputError
+from puyu.model.checkpoint import load_model, save_model
+from puyu.model.init import init_weights
+from puyu.train import sft
+from puyu.train.sft import ChatData, SFTConfig
+from tests.train import toys
+
+METHODS = ("full", "freeze", "lora", "rslora", "dora", "pissa", "lora+", "qlora")
+WIDE = {"hidden_size": 64, "intermediate_size": 128}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("base")
+    tokenizer = toys.tokenizer(folder)
+    model = toys.model(vocab_size=tokenizer.vocab_size, dtype=torch.float32, **WIDE)
+    init_weights(model, seed=1, std=0.05)
+    save_model(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    return toys.chats(tmp_path_factory.mktemp("chats") / "chats.jsonl")
+
+
+def config(model: Path, chats: Path, **tune) -> SFTConfig:
+    optim = {"lr": 0.003, "schedule": "constant", "warmup": 0}
+    more = {"steps": 6, "batch_tokens": 512, "dtype": "float32", "checkpoint_every": 1, "optim": optim}
+    values = {"base": model, "data": [ChatData(path=chats)], "tune": {"rank": 4, **tune}, **more}
+    return SFTConfig.model_validate(values)
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_what_it_leaves_goes_on_where_it_ended(base, chats, tmp_path, method):
+    found = sft.run(config(base, chats, method=method), out=tmp_path)
+    assert found["loss_last"] < found["loss_first"] - 0.02
+    adapter = tmp_path / "adapter_config.json"
+    assert adapter.is_file() == (method not in ("full", "freeze"))
+    model = load_model(tmp_path)
+    save_model(model, tmp_path / "plain")
+    toys.tokenizer(tmp_path / "plain")
+    one = config(tmp_path / "plain", chats).model_copy(update={"steps": 1})
+    assert sft.run(one, out=tmp_path / "on")["loss_first"] < found["loss_last"]
+    before = load_model(base).state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    parts = {name.split(".")[-2] for name in changed}
+    if method == "full":
+        assert changed == before.keys()
+    elif method == "freeze":
+        assert changed == {name for name in before if ".layers." in name}
+    else:
+        assert parts == {"qkv", "out", "gate_up", "down"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_and_begun_again_it_is_the_same_to_the_bit(base, chats, tmp_path, method):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    sft.run(config(base, chats, method=method, dropout=0.1), out=whole)
+
+    def kill(step, _):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        sft.run(config(base, chats, method=method, dropout=0.1), out=killed, on_step=kill)
+    sft.run(config(base, chats, method=method, dropout=0.1), out=killed)
+    assert losses(whole) == losses(killed)
+    for path in sorted(whole.glob("*.safetensors")):
+        assert path.read_bytes() == (killed / path.name).read_bytes(), path.name
+
+
+def test_a_state_holds_what_trains_and_nothing_else(base, chats, tmp_path):
+    sizes = {}
+    for method in ("full", "lora"):
+        out = tmp_path / method
+
+        def kill(step, _):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(SystemExit):
+            sft.run(config(base, chats, method=method), out=out, on_step=kill)
+        sizes[method] = sum(path.stat().st_size for path in out.rglob("part-*.safetensors"))
+    assert 0 < sizes["lora"] < sizes["full"] / 4
+
+
+def test_an_adapter_goes_on_and_another_is_put_on_top_of_it(base, chats, tmp_path):
+    first = sft.run(config(base, chats, method="lora"), out=tmp_path / "first")
+    on = sft.run(config(base, chats, method="lora", start=tmp_path / "first"), out=tmp_path / "on")
+    top = sft.run(config(base, chats, method="dora", adapters=[tmp_path / "first"]), out=tmp_path / "top")
+    assert on["loss_first"] < first["loss_last"] and top["loss_first"] == pytest.approx(on["loss_first"], abs=1e-5)
+
+
+def test_pissa_on_a_quantized_base_is_what_ran(base, chats, tmp_path):
+    found = sft.run(config(base, chats, method="pissa", base="nf4"), out=tmp_path)
+    save_model(load_model(tmp_path), tmp_path / "plain")
+    toys.tokenizer(tmp_path / "plain")
+    one = config(tmp_path / "plain", chats).model_copy(update={"steps": 1})
+    assert sft.run(one, out=tmp_path / "on")["loss_first"] < found["loss_last"]
+
+
+def test_whole_modules_train_beside_the_adapter(base, chats, tmp_path):
+    sft.run(config(base, chats, method="lora", also=["embedding", "head"], targets=["attention"]), out=tmp_path)
+    model, before = load_model(tmp_path), load_model(base).state_dict()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    layers = {f"trunk.layers.{at}.attention.{part}.weight" for at in (0, 1) for part in ("qkv", "out")}
+    assert changed == layers | {"trunk.embedding.weight", "head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ({"method": "lora", "targets": ["q_projj"]}, "fits no matrix of the model\n  remedy: give all, attention, mlp"),
+        ({"method": "freeze", "layers": 3}, "the model has 2 layers"),
+        ({"method": "lora", "also": ["norms"]}, "use method freeze"),
+    ],
+)
+def test_what_does_not_fit_is_named(base, chats, tmp_path, tune, message):
+    with pytest.raises(ConfigError, match=message):
+        sft.run(config(base, chats, **tune), out=tmp_path)
+
+
+def test_looking_at_an_adapted_model_changes_nothing_and_shows_what_is_saved(base, chats, tmp_path):
+    asked, seen = config(base, chats, method="lora"), {}
+    plain, looked = tmp_path / "plain", tmp_path / "looked"
+
+    def go_on(model, tokenizer, prompts, max_tokens, *, chat=False):
+        seen.update(model.state_dict())
+        return ["" for _ in prompts]
+
+    sft.run(asked, out=plain)
+    sft.run(asked.model_copy(update={"samples": ["hi"], "evaluate_every": 2}), out=looked, go_on=go_on)
+    assert losses(looked) == losses(plain)
+    for name, value in load_model(looked).state_dict().items():
+        torch.testing.assert_close(seen[name], value, rtol=0, atol=1e-6)
+
+
+def test_an_adapter_chats_at_once_and_merged_it_says_the_same(base, chats, tmp_path, capsys):
+    from puyu.cli.main import main
+    from puyu.engine.llm import LLM
+
+    sft.run(config(base, chats, method="qlora", also=["head"]), out=tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    assert "base and adapter in one" in capsys.readouterr().out
+    said = []
+    for folder in ("adapter", "merged"):
+        with LLM(tmp_path / folder, dtype="float32") as llm:
+            said.append([answer.text for answer in llm.batch(["hi 1", "hi 2"])])
+    assert said[0] == said[1]
+    assert main(["merge", str(base), "--out", str(tmp_path / "no")]) == CheckpointError.exit_code
+    assert "is no adapter" in capsys.readouterr().err
+
+
+def test_a_base_that_is_gone_is_named(base, chats, tmp_path):
+    sft.run(config(base, chats, method="lora"), out=tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/nowhere"}))
+    with pytest.raises(InputError, match="adapter_config.json: no such model folder: /nowhere"):
+        load_model(tmp_path)
