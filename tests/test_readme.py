@@ -24,6 +24,7 @@ DOCS = (
     "docs/inference.md",
     "docs/pretraining.md",
     "docs/scaling.md",
+    "docs/finetuning.md",
 )
 PAGES = ("README.md", "README.zh.md", *DOCS, "CONTRIBUTING.md")
 

@@ -21,7 +21,7 @@ from puyu.model.config import ModelConfig
 from puyu.model.families import fuse_qkv, name_pairs
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.linear import Linear, QuantLinear, QuantWeight, quantize_tokens
-from puyu.model.nf4 import BLOCK, NF4
+from puyu.model.nf4 import NF4
 
 Initial = Literal["zero", "pissa"]
 BaseKind = Literal["dense", "int8", "nf4"]
@@ -336,7 +336,7 @@ def freeze(layer: Linear | QuantLinear, base: BaseKind) -> Frozen:
     if isinstance(layer, QuantLinear):
         return _FrozenInteger(layer)
     bias = None if layer.bias is None else layer.bias.detach()
-    if base == "nf4" and layer.in_features % BLOCK == 0:
+    if base == "nf4":
         return NF4Linear(NF4.of(layer.weight.detach()), bias=bias)
     if base == "int8":
         codes, scales = quantize_tokens(layer.weight.detach())

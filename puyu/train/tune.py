@@ -27,7 +27,8 @@ from puyu.model.adapted import AdapterForm, BaseKind, adapt, joins, merge
 from puyu.model.adapter_files import Initials, initials, load_adapter, save_adapter
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.init import lora_value
-from puyu.model.linear import QuantLinear
+from puyu.model.linear import Linear, QuantLinear
+from puyu.model.nf4 import BLOCK
 from puyu.train.optim import OptimConfig
 from puyu.train.stage import save as save_checkpoint
 from puyu.train.trainer import Trainer
@@ -152,6 +153,11 @@ def _freeze(model: CausalLM | ScalarModel, config: TuneConfig) -> None:
 
 
 def _adapt(model: CausalLM | ScalarModel, config: TuneConfig, *, seed: int) -> Initials | None:
+    odd = {layer.in_features for name, layer in _layers(model) if layer.in_features % BLOCK}
+    if config.base_kind == "nf4" and odd:
+        raise ConfigError(
+            f"NF4 has blocks of {BLOCK} inputs, the model has matrices of {min(odd)}", remedy="set tune.base=int8"
+        )
     if config.method == "pissa" and any(isinstance(child, QuantLinear) for child in model.modules()):
         raise ConfigError("tune.method=pissa needs whole weights, the base is quantized", remedy="use lora or dora")
     found = adapt(
@@ -169,6 +175,11 @@ def _adapt(model: CausalLM | ScalarModel, config: TuneConfig, *, seed: int) -> I
             remedy=f"give all, attention, mlp, or some of {', '.join(names)}",
         )
     return initials(model) if config.method == "pissa" else None
+
+
+def _layers(model: CausalLM | ScalarModel) -> Iterable[tuple[str, Linear]]:
+    found = ((name, model.get_submodule(name)) for name in joins(model.config))
+    return ((name, layer) for name, layer in found if isinstance(layer, Linear))
 
 
 def _targets(model: CausalLM | ScalarModel, wanted: Iterable[str]) -> Callable[[str], bool]:

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ from puyu.errors import CheckpointError, ConfigError, InputError
 from puyu.model.checkpoint import load_model, save_model
 from puyu.model.init import init_weights
 from puyu.train import sft
+from puyu.train.layouts.config import LayoutConfig
+from puyu.train.layouts.place import check_adapters
 from puyu.train.sft import ChatData, SFTConfig
+from puyu.train.tune import TuneConfig, Tuning
 from tests.train import toys
 
+ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("full", "freeze", "lora", "rslora", "dora", "pissa", "lora+", "qlora")
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
 
@@ -165,9 +171,61 @@ def test_an_adapter_chats_at_once_and_merged_it_says_the_same(base, chats, tmp_p
     assert "is no adapter" in capsys.readouterr().err
 
 
+def test_a_base_that_nf4_does_not_fit_is_refused(chats, tmp_path):
+    made = toys.tokenizer(tmp_path / "narrow")
+    save_model(toys.model(vocab_size=made.vocab_size, dtype=torch.float32), tmp_path / "narrow")
+    with pytest.raises(
+        ConfigError, match="blocks of 64 inputs, the model has matrices of 16\n  remedy: set tune.base=int8"
+    ):
+        sft.run(config(tmp_path / "narrow", chats, method="qlora"), out=tmp_path / "out")
+
+
 def test_a_base_that_is_gone_is_named(base, chats, tmp_path):
     sft.run(config(base, chats, method="lora"), out=tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/nowhere"}))
     with pytest.raises(InputError, match="adapter_config.json: no such model folder: /nowhere"):
         load_model(tmp_path)
+
+
+LAYOUTS = {
+    "replicas": {"params": "replica", "grads": "replica", "states": "replica"},
+    "zero1": {"params": "replica", "grads": "replica", "states": "full"},
+    "full": {},
+    "sequence": {"sequence": 2},
+}
+
+
+def test_adapters_train_under_layouts_as_in_one_process(base, chats, tmp_path):
+    def row(name, method, layout, **more):
+        wanted = config(base, chats, method=method, targets=["attention", "mlp"])
+        values = wanted.model_dump(mode="json") | {"layout": layout, "dtype": "float64", "accumulate": 2, **more}
+        return {"stage": "sft", "config": values, "out": str(tmp_path / name)}
+
+    rows = [row(f"{method}-{name}", method, layout) for name, layout in LAYOUTS.items() for method in ("dora", "qlora")]
+    rows.append(row("bf16", "qlora", {}, dtype="bfloat16"))
+    (tmp_path / "plan.json").write_text(json.dumps(rows))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, "-m", "tests.train.run_stages", str(tmp_path / "plan.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for method in ("dora", "qlora"):
+        alone = row("alone", method, {})["config"]
+        sft.run(SFTConfig.model_validate(alone), out=tmp_path / f"{method}-alone")
+        for name in LAYOUTS:
+            assert losses(tmp_path / f"{method}-{name}") == pytest.approx(
+                losses(tmp_path / f"{method}-alone"), abs=1e-9
+            )
+            for key, value in load_model(tmp_path / f"{method}-{name}").state_dict().items():
+                other = load_model(tmp_path / f"{method}-alone").state_dict()[key]
+                torch.testing.assert_close(value, other, rtol=0, atol=1e-6)
+    assert losses(tmp_path / "bf16")[-1] < losses(tmp_path / "bf16")[0]
+
+
+@pytest.mark.parametrize("name", ["tensor", "pipeline"])
+def test_a_layout_that_does_not_know_adapters_is_refused(base, name):
+    model, layout = load_model(base), LayoutConfig.model_validate({name: 2})
+    check_adapters(model, layout)
+    Tuning.of(model, TuneConfig(method="lora"), seed=0, base=base)
+    with pytest.raises(ConfigError, match=f"layout.{name}=2 does not work with adapters"):
+        check_adapters(model, layout)

@@ -15,11 +15,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from puyu.errors import ConfigError
+from puyu.model.adapted import adapted_layers
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.layers import RMSNorm
 from puyu.model.linear import Linear
 from puyu.model.moe import Gate
-from puyu.train.layouts.config import DEPTH
+from puyu.train.layouts.config import DEPTH, LayoutConfig
 from puyu.train.layouts.experts import SharedExperts, share_experts
 from puyu.train.layouts.mesh import Mesh
 from puyu.train.layouts.shares import Cut, Spread
@@ -40,12 +41,23 @@ def cut(model: CausalLM | ScalarModel, mesh: Mesh, objective: Objective) -> dict
                 f"layout.{name} works with the language-model loss only, not with {_name(objective)}",
                 remedy=f"set layout.{name}=1: data-parallel processes take any objective",
             )
+    check_adapters(model, config)
     cuts = {}
     if config.tensor > 1 and isinstance(model, CausalLM):
         cuts = slice_model(model, mesh.dim("tensor"))
     if config.expert > 1:
         share_experts(model, mesh.dim("expert"))
     return cuts
+
+
+def check_adapters(model: nn.Module, config: LayoutConfig) -> None:
+    """ConfigError where a layout does not know adapters."""
+    for name in ("tensor", "pipeline"):
+        if getattr(config, name) > 1 and any(adapted_layers(model)):
+            raise ConfigError(
+                f"layout.{name}={getattr(config, name)} does not work with adapters",
+                remedy=f"set layout.{name}=1: data-parallel processes share a frozen base, too (layout.params)",
+            )
 
 
 def _name(objective: Objective) -> str:
