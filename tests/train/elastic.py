@@ -176,20 +176,27 @@ def random_attempts(rng, *, sparse, steps=12):
 def alone(out, steps, waits=False):
     """A run in float32 whose weights are written when it ends; or it waits in its last step, to be killed."""
     torch.set_num_threads(1)
-    config = TrainerConfig(steps=steps, optim=OptimConfig(lr=0.01), checkpoint_every=5, keep=2)
+    config = TrainerConfig(steps=steps, optim=OptimConfig(lr=0.01), checkpoint_every=5, checkpoint_wait=60)
     trainer = Trainer(toys.model(dtype=torch.float32), lm_loss, toys.source(), config, out=out)
     trainer.on_step = lambda done, _: signal.pause() if waits and done == steps else None
     trainer.fit()
     save_file(trainer.full_weights(), out / "weights.safetensors")
 
 
+def rows(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
 def kill_and_again(out, *, kills, steps, rng, longest):
-    """The same call until it is done, killed at random moments; returns the number of kills."""
+    """The same call until it is done, killed at random moments, each time further on; returns the number of kills."""
     context, done = multiprocessing.get_context("forkserver"), 0
     context.set_forkserver_preload([__name__])
     while True:
         process = context.Process(target=alone, args=(out, steps, done < kills))
         process.start()
+        while done < kills and process.is_alive() and rows(out) < steps * (done + 1) // (kills + 1):
+            time.sleep(0.001)
         if done < kills:
             time.sleep(rng.uniform(0, longest))
             process.kill()
