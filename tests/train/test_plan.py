@@ -21,11 +21,12 @@ from puyu.train.layouts.schedules import plan as order
 from puyu.train.layouts.schedules import timeline
 from puyu.train.memory import MemoryConfig
 from puyu.train.meter import work_of
+from puyu.train.planning import calibrate
 from puyu.train.planning.explain import refusals
 from puyu.train.planning.job import Job, parameters
 from puyu.train.planning.live import LiveBytes
 from puyu.train.planning.memory import peak_of
-from puyu.train.planning.search import LEVELS, layouts, search, usable
+from puyu.train.planning.search import LEVELS, layouts, search, shapes, usable
 from puyu.train.planning.speed import DEVICES, Device, Passes, Rates, bubble_share, seconds_of
 from tests.conftest import ROOT
 
@@ -253,6 +254,19 @@ def test_a_measured_step_is_the_sum_of_its_calls():
     hidden = 128 * 64 * 4 / 1e6
     assert step(tensor=2).communication == pytest.approx(2 * (4 * 6 + 2) * (1 + hidden))
     assert rates.seconds("sum", 5e5) == 1.5 and rates.seconds("sum", 3e6) == 4.0
+
+
+def test_a_cpu_is_measured_by_all_processes():
+    job = Job(ModelConfig(**TINY), 64, 128, torch.float32, cpu=True)
+    device = calibrate.cpu(job, sizes := shapes(job, 2), processes=2, capacity=1e9)
+    rates = device.rates
+    assert rates.size == 2 and set(rates.passes) == sizes == {(1, 64), (1, 32), (2, 128), (2, 64)}
+    assert all(
+        part.forward > 0 and min(*part.backward, *part.embedding, *part.head) > 0 for part in rates.passes.values()
+    )
+    assert all(seconds > 0 for points in rates.talk.values() for _, seconds in points) and 0 < rates.alone <= 1
+    assert rates.seconds("sum", 1 << 25) > rates.seconds("sum", 1 << 12)
+    assert {row.layout.tensor for row in search(job, device, processes=2, enough=1000).best} == {1, 2}
 
 
 def test_the_command(capsys):
