@@ -207,7 +207,7 @@ def test_rows_of_the_published_shapes():
 )
 def test_the_recipes_have_a_layout_that_fits(name, gpus, states):
     path = ROOT / "recipes" / f"{name}.yaml"
-    given = plan_train._options().parse_args([str(path), "--gpus", str(gpus)])
+    given = plan_train._plan_options().parse_args([str(path), "--gpus", str(gpus)])
     job = plan_train.job_of(plan_train.read_config(path), given)
     found = search(job, DEVICES["h100"], processes=gpus, enough=1)
     pick, flops = found.best[0], work_of(job.model, outputs=job.model.vocab_size).flops(job.row)

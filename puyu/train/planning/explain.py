@@ -22,7 +22,7 @@ GB = 1e9
 _KINDS = {
     "activations": " kept for the backward pass",
     "working": " of the operation at the peak: for head and loss a gradient of the head, logits of a chunk",
-    "gathered": " whole weights, in the master's precision",
+    "gathered": " whole weights of the process",
     "buffers": " of the gathering",
     "reducing": " the last gradients, until the next are summed",
 }

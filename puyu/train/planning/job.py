@@ -68,6 +68,11 @@ class Job:
         """Bytes of a master weight, a gradient, a moment."""
         return 8 if self.dtype == torch.float64 else 4
 
+    @property
+    def gathered(self) -> float:
+        """Bytes of a block's weights that travel, of each of their own: they are cast before, but for float8."""
+        return 1.0 if self.float8 else self.dtype.itemsize / self.master
+
     @cached_property
     def kinds(self) -> Counter[str]:
         """Parameters by kind."""

@@ -112,6 +112,7 @@ class _Step:
         mine = range(rank, config.chunks, config.pipeline)
         tables = (0 in mine) + (self.last in mine and not (model.tie_embeddings and 0 in mine))
         self.root = tables * table
+        self.travels = round(self.block * job.gathered)
         layers = sum(len(self.cuts[chunk]) for chunk in mine)
         self.params, self.grads, states = (extent(kind, mesh) for kind in (config.params, config.grads, config.states))
         # whole gradients until the last micro-batch
@@ -196,11 +197,11 @@ class _Step:
             if layer == layers - 2:
                 self.now.add(activations=self._middle(chunk))
             if self.params > 1:  # the buffer of the block before is freed when this one's has come
-                self.now.touch("gathering a block", buffers=self.block)
-                self.now.live["buffers"] = self.block
-                self.now.add(gathered=self.block)
+                self.now.touch("gathering a block", buffers=self.travels)
+                self.now.live["buffers"] = self.travels
+                self.now.add(gathered=self.travels)
             self._run("a block, forward", self._block_at(chunk, layer).forward)
-            self.now.add(gathered=-self.block if self.params > 1 else 0)
+            self.now.add(gathered=-self.travels if self.params > 1 else 0)
         if chunk == self.last:
             self._run("head and loss", self.trace.head.forward)
         else:
@@ -217,10 +218,10 @@ class _Step:
             if layer == 1:
                 self._skip(chunk, first=first)
             if self.params > 1:
-                self.now.live["buffers"] = self.block
-                self.now.add(gathered=self.block)
+                self.now.live["buffers"] = self.travels
+                self.now.add(gathered=self.travels)
                 self.now.touch("gathering a block")
-                self.now.live["buffers"] = self.block if layer else 0  # the next one's comes meanwhile
+                self.now.live["buffers"] = self.travels if layer else 0  # the next one's comes meanwhile
             self._part("a block, backward", self._block_at(chunk, layer), self.block, first=first)
             self.now.add(late=self.late)
         if chunk:
@@ -250,7 +251,7 @@ class _Step:
             fresh = weights if first else 0  # the head's table comes with the head, the sum is the same
             self.now.add(activations=-fresh, gradients=fresh)
             if self.late_sums and weights:
-                self.now.add(gathered=-weights)
+                self.now.add(gathered=-self._whole(weights))
                 if self.sums_now:
                     mine = self._divided(weights)
                     self.now.touch(f"summing gradients, {where}", reducing=weights + mine)
@@ -259,11 +260,14 @@ class _Step:
         self._run(where, _more(part.first, idle))
         if weights:
             mine = self._divided(weights)
-            self.now.add(gathered=-weights if self.params > 1 else 0)
+            self.now.add(gathered=-self._whole(weights) if self.params > 1 else 0)
             self.now.live["reducing"] = 0
             self.now.touch(f"summing gradients, {where}", reducing=weights + mine)
             self.now.add(activations=-weights, gradients=mine if first else 0)
             self.now.live["reducing"] = weights if self.params > 1 else 0
+
+    def _whole(self, weights: int) -> int:
+        return self.travels if weights == self.block else weights
 
     def _divided(self, weights: int) -> int:
         """What is kept of the gradient of a block's, or the tables', weights."""

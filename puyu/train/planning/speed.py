@@ -298,8 +298,9 @@ def _weights(plan: Plan) -> float:
     if layout.params != "replica":  # gathered twice and summed once a micro-batch
         near = extent(layout.params, mesh), inner
         outer = peers // near[0], inner * near[0]
-        passes, tables = 2 * accumulate, 2 * job.model.vocab_size * job.model.hidden_size * job.master / inner
-        gathered = passes * whole - accumulate * tables * (layout.pipeline == 1)  # head and embedding: once
+        passes, tables = 2 * accumulate, 2 - job.model.tie_embeddings
+        rest = tables * job.model.vocab_size * job.model.hidden_size * job.master / inner / layout.pipeline
+        gathered = passes * (whole - rest) * job.gathered + accumulate * rest  # head and embedding: once
         total = device.travel("gather", gathered, near, messages=passes * blocks)
         total += device.travel("scatter", sums * whole, near, messages=sums * blocks) + (passes + sums) * copied
         total += device.travel("sum", whole / near[0], outer, messages=blocks)
