@@ -167,21 +167,36 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10)
     parser.add_argument("--stride", type=int, default=1, help="try each so many bytes")
     parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
+    parser.add_argument("--only", choices=("cost", "crashes"), help="measure one of the two")
     arguments = parser.parse_args()
-    run = harness.Run("train_checkpoint", versions={"torch": torch.__version__})
-    with tempfile.TemporaryDirectory() as name:
-        shares, delays, run.notes = cost(
-            Path(name), pairs=arguments.pairs, every=arguments.every, layers=arguments.layers
-        )
+    if arguments.only != "cost":
+        crashes(arguments)
+    if arguments.only != "crashes":
+        costs(arguments)
+
+
+def crashes(arguments: argparse.Namespace) -> None:
+    """train.10."""
+    run = harness.Run("train_checkpoint_crashes", versions={"torch": torch.__version__}, before={})
     counts: Counter[str] = Counter()
     level = logger.level
     logger.setLevel("ERROR")  # thousands of torn states are named
     with tempfile.TemporaryDirectory() as name:
         wrong = wrong_states(Path(name), counts, stride=arguments.stride)
     logger.setLevel(level)
-    run.notes |= {"shares": shares, "delays": delays, **dict(sorted(counts.items()))}
+    run.notes = dict(sorted(counts.items()))
+    run.finish([harness.Samples("train.10", [wrong])], save=arguments.save)
+
+
+def costs(arguments: argparse.Namespace) -> None:
+    """train.9a and 9b."""
+    run = harness.Run("train_checkpoint", versions={"torch": torch.__version__})
+    sizes = {name: getattr(arguments, name) for name in ("pairs", "every", "layers")}
+    with tempfile.TemporaryDirectory() as name:
+        shares, delays, run.notes = cost(Path(name), **sizes)
+    run.notes |= {"shares": shares, "delays": delays}
     found = [harness.Samples("train.9a", shares), harness.Samples("train.9b", [max(delays)])]
-    run.finish([*found, harness.Samples("train.10", [wrong])], save=arguments.save)
+    run.finish(found, save=arguments.save)
 
 
 if __name__ == "__main__":
