@@ -170,12 +170,12 @@ def main() -> None:
     parser.add_argument("--only", choices=("cost", "crashes"), help="measure one of the two")
     arguments = parser.parse_args()
     if arguments.only != "cost":
-        crashes(arguments)
+        measure_crashes(arguments)
     if arguments.only != "crashes":
-        costs(arguments)
+        measure_cost(arguments)
 
 
-def crashes(arguments: argparse.Namespace) -> None:
+def measure_crashes(arguments: argparse.Namespace) -> None:
     """train.10."""
     run = harness.Run("train_checkpoint_crashes", versions={"torch": torch.__version__}, before={})
     counts: Counter[str] = Counter()
@@ -188,7 +188,7 @@ def crashes(arguments: argparse.Namespace) -> None:
     run.finish([harness.Samples("train.10", [wrong])], save=arguments.save)
 
 
-def costs(arguments: argparse.Namespace) -> None:
+def measure_cost(arguments: argparse.Namespace) -> None:
     """train.9a and 9b."""
     run = harness.Run("train_checkpoint", versions={"torch": torch.__version__})
     sizes = {name: getattr(arguments, name) for name in ("pairs", "every", "layers")}
