@@ -22,7 +22,7 @@ class Held:
     def __init__(self, held):
         self.held = held
 
-    def pieces(self):
+    def trained(self):
         return iter(self.held[:-1])
 
     def moments(self):
