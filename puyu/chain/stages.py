@@ -95,6 +95,14 @@ STAGES: dict[str, Stage] = {
         ),
         Stage("sft", "fine-tune on conversations", "puyu.train.sft", "SFTConfig", extras=_training_extras, trains=True),
         Stage("reward", "train a reward model on preference pairs", "puyu.train.reward", "RewardConfig", trains=True),
+        Stage(
+            "prefer",
+            "learn from preference pairs: DPO and its kin",
+            "puyu.train.prefer",
+            "PreferConfig",
+            extras=_training_extras,
+            trains=True,
+        ),
         Stage("ppo", "align a model with a reward (PPO)", "puyu.align.ppo", "PPOConfig", trains=True),
         Stage(
             "quantize",

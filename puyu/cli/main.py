@@ -44,6 +44,7 @@ _GROUPS: dict[str, tuple[Verb, ...]] = {
         Verb("pretrain", "train a model from documents (also under torchrun)", "puyu.cli.stage", stage=True),
         Verb("sft", "fine-tune on conversations", "puyu.cli.stage", stage=True),
         Verb("reward", "train a reward model on preference pairs", "puyu.cli.stage", stage=True),
+        Verb("prefer", "learn from preference pairs: DPO, SimPO, ORPO ...", "puyu.cli.stage", stage=True),
         Verb("ppo", "align with PPO against a reward model and checks", "puyu.cli.stage", stage=True),
         Verb("quantize", "8- or 4-bit weights, with size, quality and speed", "puyu.cli.stage", stage=True),
         Verb("eval", "score checkpoints on tasks, with intervals", "puyu.cli.stage", stage=True),

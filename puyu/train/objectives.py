@@ -12,7 +12,7 @@ An objective may hold frozen models; it never steps, logs or knows a schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -224,6 +224,50 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if scale.device.type != "cpu" or scale != 1:  # in place: the larger one has the size of the head
             grads = [None if grad is None else grad.mul_(scale.to(grad.dtype)) for grad in grads]
         return *grads, None, None, None, None
+
+
+def chunked_logprobs(hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor) -> Tensor:
+    """The log-probability of each target, [P], fp32 or wider, with a gradient: logits are made a chunk at a time, and
+    again in the backward pass, because what each row is weighted with is not known before."""
+    found: Tensor = _ChunkedLogprobs.apply(hidden_PD, weight_VD, targets_P)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Minus the cross-entropy of each row; nothing of the size [P, V] is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_PD, weight_VD, targets_P)
+        wide = torch.float64 if hidden_PD.dtype == torch.float64 else torch.float32
+        ones_P = torch.ones(len(targets_P), dtype=wide, device=hidden_PD.device)
+        parts = [losses_C for _, _, losses_C, _ in _chunks(hidden_PD, weight_VD, targets_P, ones_P, learns=False)]
+        return -torch.cat(parts) if parts else ones_P
+
+    @staticmethod
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_PD, weight_VD, targets_P = ctx.saved_tensors
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        grad_PD = torch.empty_like(hidden_PD) if of_hidden else None
+        grad_VD = torch.zeros_like(weight_VD) if of_weight else None
+        for cut, cast_VD, _, grad_CV in _chunks(hidden_PD, weight_VD, targets_P, -grad_P, learns=True):
+            if grad_PD is not None:
+                grad_PD[cut] = grad_CV @ cast_VD
+            if grad_VD is not None:
+                _accumulate(grad_VD, grad_CV, hidden_PD[cut])
+        return grad_PD, grad_VD, None
+
+
+def _chunks(
+    hidden_PD: Tensor, weight_VD: Tensor, targets_P: Tensor, weights_P: Tensor, *, learns: bool
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Rows, the cast head, weighted losses and weighted gradients of the logits, a chunk at a time."""
+    cast_VD = weight_VD.to(hidden_PD.dtype)
+    rows = _chunk_rows(len(cast_VD) * cast_VD.itemsize, len(targets_P), cast_VD.device)
+    for start in range(0, len(targets_P), rows):
+        cut = slice(start, start + rows)
+        logits_CV = hidden_PD[cut] @ cast_VD.T
+        yield cut, cast_VD, *_softmax_step(logits_CV, targets_P[cut], weights_P[cut].contiguous(), learns=learns)
 
 
 def _chunk_rows(row_bytes: int, count: int, device: torch.device) -> int:
