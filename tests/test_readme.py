@@ -33,6 +33,7 @@ ELSEWHERE = {
     "puyu certify layouts": "tests/train/test_certify.py",
     "puyu chain recipes/growth.yaml": "tests/chain/test_growth.py",
     "puyu growth": "tests/chain/test_growth.py",
+    "puyu merge ": "tests/train/test_tune.py",
     "$ puyu ": "tests/cli/test_watch.py",
     "deploy/": "tests/train/test_deploy.py",
     "sbatch ": "tests/train/test_deploy.py",
@@ -102,7 +103,8 @@ def test_every_puyu_command_works(command, place):
     words = shlex.split(command.replace("DIR", "runs/nano/sft").replace("VERB --help", "sft --help"))[1:]
     if words[0] == "serve":
         return serve_and_stop(words, place)
-    words += ["--set", "batch_tokens=256", "--set", "steps=2"] if words[0] == "sft" and "--base" in words else []
+    alone = words[0] in ("sft", "prefer") and "--base" in words
+    words += ["--set", "batch_tokens=256", "--set", "steps=2"] if alone else []
     words += next((more.split() for begins, more in IN_SMALL.items() if command.startswith(begins)), [])
     done = puyu(*words, cwd=place, stdin="Hello\n/quit\n" if words[0] == "chat" else None)
     assert done.stdout.strip() or words[0] == "chat"  # what a toy says may be spaces

@@ -1,6 +1,6 @@
 """Preference training: DPO and its kin, from pairs of answers to one prompt.
 
-    $ puyu prefer --base runs/nano/sft --data.0 pairs.jsonl --out runs/nano/dpo
+    $ puyu prefer --base runs/nano/sft --data pairs.jsonl --out runs/nano/dpo
 
 The reference is the model as it is before the first step; its log-probabilities of all answers are computed once, so
 that no second model is held. Only an answer's own tokens count. What trains is `tune`'s business.
@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor
 
 from puyu.configure import dump
@@ -31,7 +32,7 @@ from puyu.train.evaluate import GoOn, Latest, sampling
 from puyu.train.objectives import LossOutput, Objective, chunked_logprobs, head_weight, hidden_states
 from puyu.train.optim import OptimConfig
 from puyu.train.preference_losses import FREE_OF_REFERENCE, PairKind, PairValues, PreferenceForm, pair_loss
-from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, place
+from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, listed, place
 from puyu.train.trainer import OnStep, Trainer
 from puyu.train.tune import TuneConfig, Tuning
 from puyu.types import Conversation, Message, Preference
@@ -42,7 +43,7 @@ class PreferConfig(TrainingConfig):
 
     base: Path
     """Checkpoint or adapter to start from, and the reference (the SFT model)."""
-    data: list[Path]
+    data: Annotated[list[Path], BeforeValidator(listed)]
     """JSONL files of preference pairs: prompt, chosen, rejected; or another form of puyu.data.preferences."""
     validation: Path | None = None
     """Pairs whose loss and accuracy are taken every `evaluate_every` steps."""

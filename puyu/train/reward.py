@@ -1,6 +1,6 @@
 """Reward model: preference pairs -> a scalar model on the SFT trunk, one model for several domains.
 
-    $ puyu reward --base runs/nano/sft --data.0 pairs.jsonl --out runs/nano/reward
+    $ puyu reward --base runs/nano/sft --data pairs.jsonl --out runs/nano/reward
 
 Focal ranking loss with log barrier, domain rubrics, score at a reward token: InternLM2's COOL RLHF
 (arXiv 2403.17297, section 4.3). Some prompts are held out by hash; accuracy and loss of their pairs are reported per
@@ -13,9 +13,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from puyu.configure import dump
 from puyu.data.chats import read_preferences
@@ -29,7 +29,7 @@ from puyu.train.evaluate import Latest
 from puyu.train.objectives import ranking_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.scoring import Rubrics, reward_token, scoring_ids
-from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, place, save
+from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, listed, place, save
 from puyu.train.trainer import OnStep, Trainer
 from puyu.types import Preference
 
@@ -39,7 +39,7 @@ class RewardConfig(TrainingConfig):
 
     base: Path
     """Checkpoint to start from (the SFT model)."""
-    data: list[Path]
+    data: Annotated[list[Path], BeforeValidator(listed)]
     """JSONL files of preference pairs: prompt, chosen, rejected, domain; or another form of puyu.data.preferences."""
     limit: int = 0
     """Use only the first pairs of each file; 0: all."""

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: conversations -> a chat model, or an adapter; loss on what the assistant wrote alone.
 
-    $ puyu sft --base runs/nano/pretrain --data.0.path chats.jsonl --out runs/nano/sft
+    $ puyu sft --base runs/nano/pretrain --data chats.jsonl --out runs/nano/sft
 
 Conversations are rendered in the chat format of the base's tokenizer (InternLM2, ChatML, Qwen, Llama 3) and packed
 whole; each sees only itself. What trains is `tune`'s business.
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from puyu.configure import Config, dump
 from puyu.data.chats import read_conversations
@@ -25,7 +27,7 @@ from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.evaluate import GoOn, Latest, mean_loss, sampling
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, place
+from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, listed, place
 from puyu.train.trainer import OnStep, Trainer
 from puyu.train.tune import TuneConfig, Tuning
 from puyu.types import Conversation
@@ -40,13 +42,18 @@ class ChatData(Config):
     """How often an epoch sees it; 0.5 takes a fixed half."""
 
 
+def _chat_data(value: Any) -> Any:
+    items = listed(value)
+    return [{"path": item} if isinstance(item, str | Path) else item for item in items] if items is not None else items
+
+
 class SFTConfig(TrainingConfig):
     """Fine-tune on conversations."""
 
     base: Path
     """Checkpoint to start from."""
-    data: list[ChatData]
-    """Files of conversations."""
+    data: Annotated[list[ChatData], BeforeValidator(_chat_data)]
+    """Files of conversations: one, several, or with how often an epoch sees each."""
     epochs: float = 2.0
     """Passes over the data; used when steps is 0."""
     validation: Path | None = None

@@ -7,7 +7,7 @@ again returns the numbers at once. Another config or other inputs in the same fo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,11 @@ _PADDING = 1024
 """Models may have this many rows beyond the tokenizer (vocabularies are padded to round numbers)."""
 
 M = TypeVar("M", CausalLM, ScalarModel)
+
+
+def listed(value: Any) -> Any:
+    """One file where a list of them is asked for: `--data FILE`."""
+    return [value] if isinstance(value, str | Path | Mapping) else value
 
 
 @contextmanager

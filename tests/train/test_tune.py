@@ -171,6 +171,12 @@ def test_an_adapter_chats_at_once_and_merged_it_says_the_same(base, chats, tmp_p
     assert "is no adapter" in capsys.readouterr().err
 
 
+def test_one_file_of_data_needs_no_list(base, chats):
+    asked = config(base, chats)
+    for data in (str(chats), [str(chats)], [{"path": str(chats)}]):
+        assert SFTConfig.model_validate(asked.model_dump() | {"data": data}) == asked
+
+
 def test_a_base_that_nf4_does_not_fit_is_refused(chats, tmp_path):
     made = toys.tokenizer(tmp_path / "narrow")
     save_model(toys.model(vocab_size=made.vocab_size, dtype=torch.float32), tmp_path / "narrow")
