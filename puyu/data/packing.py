@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -240,23 +240,24 @@ class EpochCursor:
         self.epoch, self.position = state["epoch"], state["position"]
 
 
-class ConversationSource:
-    """Whole documents with loss masks, in batches of at most `tokens_per_batch` tokens.
+class ItemSource(Generic[T]):
+    """Whole items, packed into batches of at most `tokens_per_batch` tokens."""
 
-    Documents above that (or above `max_tokens`) are dropped and counted in `dropped["too_long"]`; those without a
-    learned token in `dropped["nothing_to_learn"]`.
-    """
-
-    def __init__(self, docs: Sequence[Doc], *, tokens_per_batch: int, seed: int, max_tokens: int | None = None) -> None:
-        limit = min(tokens_per_batch, max_tokens or tokens_per_batch)
-        fits = [doc for doc in docs if len(doc[0]) <= limit]
-        self.docs = [doc for doc in fits if doc[1] is None or any(doc[1][1:])]
-        self.dropped = {"too_long": len(docs) - len(fits), "nothing_to_learn": len(fits) - len(self.docs)}
-        self.cursor = EpochCursor([len(ids) for ids, _ in self.docs], tokens_per_batch, seed=seed)
+    def __init__(
+        self,
+        items: Sequence[T],
+        pack: Callable[[list[T]], Batch],
+        size: Callable[[T], int],
+        *,
+        tokens_per_batch: int,
+        seed: int,
+    ) -> None:
+        self.items, self._pack = list(items), pack
+        self.cursor = EpochCursor([size(item) for item in self.items], tokens_per_batch, seed=seed)
 
     def next_batch(self, *, rank: int = 0, world: int = 1) -> Batch:
-        """Advance by one global batch; return this rank's documents."""
-        return pack_documents([self.docs[i] for i in self.cursor.next_group()[rank::world]])
+        """Advance by one global batch; return this rank's items."""
+        return self._pack([self.items[i] for i in self.cursor.next_group()[rank::world]])
 
     def steps_for(self, epochs: float) -> int:
         """Batches until `epochs` epochs have been seen."""
@@ -267,6 +268,21 @@ class ConversationSource:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.cursor.load(state)
+
+
+class ConversationSource(ItemSource[Doc]):
+    """Whole documents with loss masks, in batches of at most `tokens_per_batch` tokens.
+
+    Documents above that (or above `max_tokens`) are dropped and counted in `dropped["too_long"]`; those without a
+    learned token in `dropped["nothing_to_learn"]`.
+    """
+
+    def __init__(self, docs: Sequence[Doc], *, tokens_per_batch: int, seed: int, max_tokens: int | None = None) -> None:
+        limit = min(tokens_per_batch, max_tokens or tokens_per_batch)
+        fits = [doc for doc in docs if len(doc[0]) <= limit]
+        learn = [doc for doc in fits if doc[1] is None or any(doc[1][1:])]
+        self.dropped = {"too_long": len(docs) - len(fits), "nothing_to_learn": len(fits) - len(learn)}
+        super().__init__(learn, pack_documents, lambda doc: len(doc[0]), tokens_per_batch=tokens_per_batch, seed=seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,24 +316,10 @@ def pack_pairs(pairs: Sequence[Pair]) -> Batch:
     return replace(batch, extras=extras)
 
 
-class PreferenceSource:
+class PreferenceSource(ItemSource[Pair]):
     """Pairs, kept whole, in batches of at most `tokens_per_batch` tokens; longer pairs are dropped and counted."""
 
     def __init__(self, pairs: Sequence[Pair], *, tokens_per_batch: int, seed: int) -> None:
-        self.pairs = [pair for pair in pairs if pair.num_tokens <= tokens_per_batch]
-        self.dropped = {"too_long": len(pairs) - len(self.pairs)}
-        self.cursor = EpochCursor([pair.num_tokens for pair in self.pairs], tokens_per_batch, seed=seed)
-
-    def next_batch(self, *, rank: int = 0, world: int = 1) -> Batch:
-        """Advance by one global batch; return this rank's pairs."""
-        return pack_pairs([self.pairs[i] for i in self.cursor.next_group()[rank::world]])
-
-    def steps_for(self, epochs: float) -> int:
-        """Batches until `epochs` epochs have been seen."""
-        return self.cursor.groups_in(epochs)
-
-    def state(self) -> dict[str, Any]:
-        return self.cursor.state()
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.cursor.load(state)
+        fits = [pair for pair in pairs if pair.num_tokens <= tokens_per_batch]
+        self.dropped = {"too_long": len(pairs) - len(fits)}
+        super().__init__(fits, pack_pairs, lambda pair: pair.num_tokens, tokens_per_batch=tokens_per_batch, seed=seed)

@@ -1,7 +1,7 @@
 """Linear layers with a low-rank share that trains on a base that does not: LoRA (Hu et al. 2021, arXiv 2106.09685),
 rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), on a dense, an int8 or an NF4 base (QLoRA, 2305.14314).
 
-    adapted = adapt(model, AdapterForm(rank=16, alpha=32.0), targets=("attention.qkv", "mlp.down"))
+    adapt(model, AdapterForm(rank=16, alpha=32.0), targets=lambda name: name.endswith("q_proj"), value=draw)
 
 A fused matrix (queries, keys, values; gate and up) has one share for each of the matrices that its family stores, so
 that adapters are those of peft, matrix for matrix. T tokens, I inputs, O outputs, R rank.
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from puyu.model.config import ModelConfig
-from puyu.model.families import fuse_qkv, name_pairs
+from puyu.model.families import Join, joins
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.linear import Linear, QuantLinear, QuantWeight, quantize_tokens
 from puyu.model.nf4 import NF4
@@ -56,44 +55,19 @@ class LowRank(nn.Module):
         self.b = nn.Parameter(torch.zeros(outputs, rank))
         self.magnitude = nn.Parameter(torch.ones(outputs)) if magnitude else None
 
-    def outline(self) -> LowRank:
-        """One of the same form."""
-        sizes = self.a.shape[1], len(self.b)
-        return LowRank(*sizes, rank=len(self.a), scale=self.scale, magnitude=self.magnitude is not None)
+    def with_values(self, values: Mapping[str, Tensor], prefix: str, device: torch.device) -> LowRank:
+        """Another one of the same form, with these values."""
+        with torch.device("meta"):
+            sizes = self.a.shape[1], len(self.b)
+            made = LowRank(*sizes, rank=len(self.a), scale=self.scale, magnitude=self.magnitude is not None)
+        state = {name: values[f"{prefix}.{name}"].to(device) for name, _ in self.named_parameters()}
+        made.load_state_dict(state, assign=True)
+        return made
 
     def delta(self) -> Tensor:
         """scale * B A, [O, I], in fp32 or wider."""
         wide = torch.promote_types(self.b.dtype, torch.float32)
         return (self.b.to(wide) @ self.a.to(wide)) * self.scale
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """How the rows of stored matrices are those of one of our layers: `rows` of each, and the key heads by which
-    queries, keys and values alternate (0: they stand below each other)."""
-
-    rows: tuple[int, ...]
-    num_kv_heads: int = 0
-
-    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
-        """[rows, ...] of each part -> [sum of rows, ...]."""
-        if self.num_kv_heads:
-            return fuse_qkv(list(parts), num_kv_heads=self.num_kv_heads)
-        return torch.cat(list(parts))
-
-    def columns(self, parts: Sequence[Tensor]) -> Tensor:
-        """[T, rows] of each part -> [T, sum of rows]."""
-        if self.num_kv_heads and len(parts) > 1:
-            return torch.cat([part.unflatten(-1, (self.num_kv_heads, -1)) for part in parts], dim=-1).flatten(-2)
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)
-
-    def split(self, joined: Tensor) -> list[Tensor]:
-        """The inverse: [sum of rows, ...] -> the parts."""
-        if not self.num_kv_heads or len(self.rows) == 1:
-            return list(joined.split(self.rows))
-        sizes = [rows // self.num_kv_heads for rows in self.rows]
-        grouped = joined.unflatten(0, (self.num_kv_heads, -1)).split(sizes, dim=1)
-        return [part.flatten(0, 1) for part in grouped]
 
 
 class NF4Linear(nn.Module):
@@ -194,7 +168,7 @@ class AdaptedLinear(nn.Module):
     def _lengths(self) -> Tensor:
         """DoRA: what each row is multiplied by, [O]; the lengths of the sum count as constants, as in the paper."""
         with torch.no_grad():
-            lengths = [part.norm(dim=1) for part in self._sums()]
+            lengths = [part.norm(dim=1) for part in self._sums(self.dense(), self._all())]
         factors = [
             torch.ones_like(length) if share is None or share.magnitude is None else share.magnitude / length
             for share, length in zip(self._all(), lengths, strict=True)
@@ -204,60 +178,34 @@ class AdaptedLinear(nn.Module):
     def dense(self) -> Tensor:
         """The base's matrix [O, I], in fp32 or wider."""
         if isinstance(self.base, Linear):
-            weight = self.base.weight.detach()
-            return weight.to(torch.promote_types(weight.dtype, torch.float32))
+            return _wide(self.base.weight.detach())
         if isinstance(self.base, NF4Linear):
             return self.base.matrix().dequantized()
         return self.base.quantized.weight(torch.float32)
 
-    def _sums(self) -> list[Tensor]:
+    def _sums(self, base: Tensor, shares: Sequence[LowRank | None]) -> list[Tensor]:
         """Base plus share of each stored matrix."""
-        bases = self.join.split(self.dense())
-        return [base if s is None else base + s.delta() for base, s in zip(bases, self._all(), strict=True)]
-
-    def with_values(self, values: Mapping[str, Tensor], prefix: str) -> AdaptedLinear:
-        """The same layer with parameters that somebody has gathered, by their full names."""
-        base, shares = self.base, {}
-        with torch.device("meta"):
-            if isinstance(base, Linear):
-                base = Linear(self.in_features, self.out_features, bias=base.bias is not None)
-            for number in range(len(self.join.rows)):
-                if share := self.share(number):
-                    shares[number] = share.outline()
-        found = AdaptedLinear(base, self.join, shares)
-        names = [name for name, _ in found.named_parameters() if f"{prefix}.{name}" in values]
-        found.load_state_dict({name: values[f"{prefix}.{name}"] for name in names}, strict=False, assign=True)
-        return found
+        parts = self.join.split(base)
+        return [part if s is None else part + s.delta() for part, s in zip(parts, shares, strict=True)]
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """One matrix [O, I] that computes the same, in fp32 or wider."""
+    def merged(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """One matrix [O, I] that computes the same, in fp32 or wider (`values`: of the parameters, by their names here,
+        as somebody has gathered them, in place of the layer's own)."""
+        shares, base = self._all(), self.dense()
+        if values is not None:
+            base = _wide(values["base.weight"]) if isinstance(self.base, Linear) else base
+            shares = [s and s.with_values(values, f"shares.{at}", base.device) for at, s in enumerate(shares)]
         found = []
-        for part, share in zip(self._sums(), self._all(), strict=True):
+        for part, share in zip(self._sums(base, shares), shares, strict=True):
             if share is not None and share.magnitude is not None:
                 part = part * (share.magnitude / part.norm(dim=1))[:, None]
             found.append(part)
         return self.join(found)
 
 
-def joins(config: ModelConfig) -> dict[str, tuple[Join, tuple[str, ...]]]:
-    """Names of our layers that are products over all tokens -> how they are joined, and what the family calls them."""
-    found = {}
-    for ours, theirs in name_pairs(config, head=None):
-        if ".layers." not in ours or ours.endswith("norm") or ".experts." in ours or ".shared" in ours:
-            continue
-        if not ours.endswith("router"):
-            found[ours] = (_join(ours, len(theirs), config), theirs)
-    return found
-
-
-def _join(ours: str, parts: int, config: ModelConfig) -> Join:
-    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    if ours.endswith(".qkv"):
-        return Join((heads, kv, kv), config.num_kv_heads) if parts == 3 else Join((heads + 2 * kv,))
-    if ours.endswith(".gate_up"):
-        return Join((config.intermediate_size,) * parts)
-    return Join((config.hidden_size,))
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 Targets = Callable[[str], bool]
@@ -356,9 +304,11 @@ def plain_state(model: nn.Module, values: Mapping[str, Tensor] | None = None) ->
     values = dict(model.named_parameters()) if values is None else values
     found, state = dict(adapted_layers(model)), {}
     for name, layer in found.items():
-        state[f"{name}.weight"] = layer.with_values(values, name).merged()
-        if layer.base.bias is not None:
-            state[f"{name}.bias"] = values[_bias_name(name, layer)]
+        own = {key.removeprefix(f"{name}."): value for key, value in values.items() if key.startswith(f"{name}.")}
+        state[f"{name}.weight"] = layer.merged(own)
+        state |= {
+            f"{name}.bias": value for key, value in own.items() if key.startswith("base.") and key.endswith("bias")
+        }
     inside = tuple(f"{name}." for name in found)
     for name, child in model.named_modules():
         if isinstance(child, QuantLinear) and not name.startswith(inside):
@@ -366,17 +316,12 @@ def plain_state(model: nn.Module, values: Mapping[str, Tensor] | None = None) ->
     return {name: value.detach() for name, value in values.items() if not name.startswith(inside)} | state
 
 
-def _bias_name(name: str, layer: AdaptedLinear) -> str:
-    return f"{name}.base.quantized.bias" if isinstance(layer.base, _FrozenInteger) else f"{name}.base.bias"
-
-
 @torch.no_grad()
-def merge(model: CausalLM | ScalarModel, *, dtype: torch.dtype | None = None) -> None:
-    """Make every adapted layer a plain one that computes the same, in place (`dtype`: of the matrices; None: fp32)."""
+def merge(model: CausalLM | ScalarModel) -> None:
+    """Make every adapted layer a plain one that computes the same, in place; matrices in fp32 or wider."""
     for name, layer in list(adapted_layers(model)):
-        plain = Linear(layer.in_features, layer.out_features, bias=layer.base.bias is not None)
-        weight = layer.merged()
-        plain.weight = nn.Parameter(weight if dtype is None else weight.to(dtype))
-        plain.bias = layer.base.bias
+        with torch.device("meta"):
+            plain = Linear(layer.in_features, layer.out_features)
+        plain.weight, plain.bias = nn.Parameter(layer.merged()), layer.base.bias
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, plain)

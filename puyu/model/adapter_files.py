@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from puyu.errors import CheckpointError
 from puyu.files import disk_errors, read_object, write_json
 from puyu.hub import base_of
-from puyu.model.adapted import AdapterForm, BaseKind, LowRank, adapt, adapted_layers, joins, merge
+from puyu.model.adapted import AdapterForm, BaseKind, LowRank, adapt, adapted_layers, merge
 from puyu.model.checkpoint import copy_side_files, load_model, save_model
-from puyu.model.families import name_pairs
+from puyu.model.families import joins, name_pairs
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.lora import PREFIX, WEIGHTS, read_settings, read_tensors, scale_of
 

@@ -292,3 +292,53 @@ def split_qkv(fused: Tensor, *, num_kv_heads: int, queries_per_kv: int, num_part
     grouped = fused.reshape(num_kv_heads, queries_per_kv + 2, -1, *fused.shape[1:])
     query, key, value = grouped.split([queries_per_kv, 1, 1], dim=1)
     return [part.flatten(0, 2).contiguous() for part in (query, key, value)]
+
+
+_PRODUCTS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """How the rows of stored matrices are those of one of our layers: `rows` of each, and the key heads by which
+    queries, keys and values alternate (0: they stand below each other)."""
+
+    rows: tuple[int, ...]
+    num_kv_heads: int = 0
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        """[rows, ...] of each part -> [sum of rows, ...]."""
+        if self.num_kv_heads:
+            return fuse_qkv(parts, num_kv_heads=self.num_kv_heads)
+        return torch.cat(tuple(parts))
+
+    def columns(self, parts: Sequence[Tensor]) -> Tensor:
+        """[T, rows] of each part -> [T, sum of rows]."""
+        if self.num_kv_heads:
+            return torch.cat([part.unflatten(-1, (self.num_kv_heads, -1)) for part in parts], dim=-1).flatten(-2)
+        return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=-1)
+
+    def split(self, joined: Tensor) -> list[Tensor]:
+        """The inverse: [sum of rows, ...] -> the parts."""
+        if not self.num_kv_heads:
+            return list(joined.split(self.rows))
+        group = self.rows[0] // self.rows[1]
+        return split_qkv(joined, num_kv_heads=self.num_kv_heads, queries_per_kv=group, num_parts=len(self.rows))
+
+
+def joins(config: ModelConfig) -> dict[str, tuple[Join, tuple[str, ...]]]:
+    """Names of our layers that are products over all tokens of a step (experts see only some) -> how they are joined,
+    and what the family calls the parts."""
+    found = {}
+    for ours, theirs in name_pairs(config, head=None):
+        if ".layers." in ours and ours.endswith(_PRODUCTS) and ".experts." not in ours and ".shared." not in ours:
+            found[ours] = (_join(ours, len(theirs), config), theirs)
+    return found
+
+
+def _join(ours: str, parts: int, config: ModelConfig) -> Join:
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    if ours.endswith(".qkv"):
+        return Join((heads, kv, kv), config.num_kv_heads) if parts == 3 else Join((heads + 2 * kv,))
+    if ours.endswith(".gate_up"):
+        return Join((config.intermediate_size,) * parts)
+    return Join((config.hidden_size,))

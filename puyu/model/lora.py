@@ -30,11 +30,10 @@ from torch.utils.hooks import RemovableHandle
 from puyu.errors import CheckpointError, RequestError
 from puyu.files import read_object
 from puyu.model.config import ModelConfig
-from puyu.model.families import fuse_qkv, name_pairs
+from puyu.model.families import Join, joins
 from puyu.model.heads import CausalLM
 
 WEIGHTS = "adapter_model.safetensors"
-_PRODUCTS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
 PREFIX = "base_model.model."
 _ALONE = ("use_dora", "modules_to_save")
 _UNSUPPORTED = (
@@ -131,11 +130,11 @@ def read_adapter(
     """Our layers' names -> their deltas, from a peft directory."""
     settings, stored = read_settings(folder), read_tensors(folder)
     unused, deltas = set(stored), {}
-    for ours, theirs in name_pairs(config, head=None):
-        pairs = [_take(stored, unused, name) for name in theirs] if _takes_adapters(ours) else []
+    for ours, (join, theirs) in joins(config).items():
+        pairs = [_take(stored, unused, name) for name in theirs]
         if any(pairs):
             scales = [scale_of(settings, name, pair) for name, pair in zip(theirs, pairs, strict=True)]
-            delta = _fused(ours, pairs, scales, config)
+            delta = _fused(ours, join, pairs, scales, inputs=_inputs(ours, config))
             deltas[ours] = Delta(delta.a.to(device, dtype), delta.b.to(device, dtype))
     if unused:
         raise CheckpointError(f"{folder}: {len(unused)} tensors fit no layer of the model: {sorted(unused)[:3]}")
@@ -170,11 +169,6 @@ def read_settings(folder: Path, *, training: bool = False) -> Mapping[str, Any]:
     return settings
 
 
-def _takes_adapters(ours: str) -> bool:
-    """Whether this layer of ours is a product over all tokens of a step; experts see some of them."""
-    return ".layers." in ours and ours.endswith(_PRODUCTS) and ".experts." not in ours and ".shared." not in ours
-
-
 Pair = tuple[Tensor, Tensor] | None
 
 
@@ -198,12 +192,11 @@ def scale_of(settings: Mapping[str, Any], name: str, pair: Pair) -> float:
     return alpha / (rank**0.5 if settings.get("use_rslora") else rank)
 
 
-def _fused(ours: str, pairs: Sequence[Pair], scales: Sequence[float], config: ModelConfig) -> Delta:
+def _fused(ours: str, join: Join, pairs: Sequence[Pair], scales: Sequence[float], *, inputs: int) -> Delta:
     """The parts of a fused layer as one: their As below each other, each B in columns of its own."""
-    rows, inputs = _part_rows(ours, len(pairs), config), _inputs(ours, config)
     total = sum(pair[0].shape[0] for pair in pairs if pair)
     blocks, start = [], 0
-    for pair, scale, count in zip(pairs, scales, rows, strict=True):
+    for pair, scale, count in zip(pairs, scales, join.rows, strict=True):
         block = torch.zeros(count, total)
         if pair:
             rank = pair[0].shape[0]
@@ -216,8 +209,7 @@ def _fused(ours: str, pairs: Sequence[Pair], scales: Sequence[float], config: Mo
             block[:, start : start + rank] = pair[1].float() * scale
             start += rank
         blocks.append(block)
-    fused = fuse_qkv(blocks, num_kv_heads=config.num_kv_heads) if ours.endswith(".qkv") else torch.cat(blocks)
-    return Delta(torch.cat([pair[0].float() for pair in pairs if pair]), fused)
+    return Delta(torch.cat([pair[0].float() for pair in pairs if pair]), join(blocks))
 
 
 def _inputs(ours: str, config: ModelConfig) -> int:
@@ -225,14 +217,3 @@ def _inputs(ours: str, config: ModelConfig) -> int:
     if ours.endswith(".down"):
         return config.intermediate_size
     return config.num_heads * config.head_dim if ours.endswith(".out") else config.hidden_size
-
-
-def _part_rows(ours: str, num_parts: int, config: ModelConfig) -> list[int]:
-    """Output rows of each part of one of our layers."""
-    if ours.endswith(".qkv"):
-        sizes = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        sizes = sizes if num_parts == 3 else [sum(sizes)]
-        return [size * config.head_dim for size in sizes]
-    if ours.endswith(".gate_up"):
-        return [config.intermediate_size] * num_parts
-    return [config.hidden_size]

@@ -11,6 +11,7 @@ N = O * I / 64 blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -71,6 +72,7 @@ class NF4:
         return blocks_N.view(self.shape).to(dtype)
 
 
+@cache
 def dynamic_table() -> Tensor:
     """The 256 values of the 8-bit format with a dynamic exponent, ascending in [-1, 1], fp32 (Dettmers 2016, arXiv
     1511.04561): for each power of ten from 1e-6 to 1 twice as many fractions as for the one below."""

@@ -59,7 +59,7 @@ def spare(model: nn.Module, config: MemoryConfig) -> None:
     assert isinstance(trunk, nn.Module) and isinstance(trunk.layers, nn.ModuleList)
     for index, block in enumerate(trunk.layers):
         if config.checkpoint != "none" and index % config.every == 0:
-            block.forward = partial(_recomputed, block.forward, _contexts(config.checkpoint))  # type: ignore[method-assign]
+            block.forward = partial(_recomputed, block.forward, _contexts(config.checkpoint), _draws(block))  # type: ignore[method-assign]
         if config.offload:
             block.forward = partial(_offloaded, block.forward)  # type: ignore[method-assign]
         if config.compile:
@@ -79,11 +79,15 @@ def _policy(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _recomputed(forward: Callable[..., Tensor], contexts: Contexts, x_TD: Tensor, *rest: Any) -> Tensor:
+def _draws(block: nn.Module) -> bool:
+    """Whether random numbers are drawn inside a block (by an adapter's dropout): the same ones must come again."""
+    return any(isinstance(module, nn.Dropout) for module in block.modules())
+
+
+def _recomputed(forward: Callable[..., Tensor], contexts: Contexts, draws: bool, x_TD: Tensor, *rest: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(x_TD, *rest)
-    # no random numbers are drawn inside a block
-    found: Tensor = checkpoint(forward, x_TD, *rest, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)  # type: ignore[no-untyped-call]
+    found: Tensor = checkpoint(forward, x_TD, *rest, use_reentrant=False, preserve_rng_state=draws, context_fn=contexts)  # type: ignore[no-untyped-call]
     return found
 
 

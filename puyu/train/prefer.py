@@ -10,21 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from pydantic import BeforeValidator
 from torch import Tensor
 
 from puyu.configure import dump
 from puyu.data.chats import read_preferences
-from puyu.data.packing import Batch, Doc, EpochCursor, grouped, pack_documents
+from puyu.data.packing import Batch, Doc, ItemSource, grouped, pack_documents
+from puyu.dist import current_world
 from puyu.errors import InputError
 from puyu.files import BadRecord
-from puyu.log import logger
-from puyu.model.checkpoint import load_model
 from puyu.model.heads import CausalLM
 from puyu.tokenizer.chat import render_all
 from puyu.tokenizer.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ from puyu.train.evaluate import GoOn, Latest, sampling
 from puyu.train.objectives import LossOutput, Objective, chunked_logprobs, head_weight, hidden_states
 from puyu.train.optim import OptimConfig
 from puyu.train.preference_losses import FREE_OF_REFERENCE, PairKind, PairValues, PreferenceForm, pair_loss
-from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, listed, place
+from puyu.train.stage import TrainingConfig, begun, finish, finished, identity_of, listed, opened, place, tell_torn
 from puyu.train.trainer import OnStep, Trainer
 from puyu.train.tune import TuneConfig, Tuning
 from puyu.types import Conversation, Message, Preference
@@ -83,10 +84,6 @@ class Answers:
     rejected: Doc
     reference: tuple[float, float] = (0.0, 0.0)
 
-    @property
-    def size(self) -> int:
-        return len(self.chosen[0]) + len(self.rejected[0])
-
 
 def run(config: PreferConfig, *, out: Path, on_step: OnStep | None = None, go_on: GoOn | None = None) -> dict[str, Any]:
     """Train (or go on), save; returns the key numbers. `go_on` answers `samples`."""
@@ -94,28 +91,25 @@ def run(config: PreferConfig, *, out: Path, on_step: OnStep | None = None, go_on
         identity = identity_of(config)
         if numbers := finished(out, identity):
             return numbers
-        tokenizer = Tokenizer.load(config.base)
-        loaded = load_model(config.base)
-        check_vocabulary(tokenizer, loaded.config.vocab_size, folder=config.base)
+        tokenizer, loaded = opened(config.base)
         limit = config.max_tokens or loaded.config.max_positions
         pairs, torn = read_answers(config.data, tokenizer)
         held, _ = read_answers([config.validation] if config.validation else [], tokenizer)
         budget = config.batch_tokens // config.accumulate
-        fits = [pair for pair in pairs if pair.size <= budget and max(map(len, _ids(pair))) <= limit]
+        fits = [pair for pair in pairs if _size(pair) <= budget and max(_lengths(pair)) <= limit]
         tuning = Tuning.of(loaded, config.tune, seed=config.seed, base=config.base)
         model = place(loaded, dtype=config.dtype, device=device)
         if config.loss not in FREE_OF_REFERENCE:
             heart.at("log-probabilities of the reference")
             fits, held = (with_reference(model, some, batch_tokens=budget) for some in (fits, held))
-        source = AnswerSource(fits, tokens_per_batch=budget, seed=config.seed)
-        steps = config.steps or -(-source.cursor.groups_in(config.epochs) // config.accumulate)
-        settings = config.trainer(steps, name="prefer", identity=identity)
-        settings = settings.model_copy(update={"optim": tuning.rates(config.optim)})
+        source = ItemSource(fits, pack_answers, _size, tokens_per_batch=budget, seed=config.seed)
+        steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
+        settings = tuning.rates(config.trainer(steps, name="prefer", identity=identity))
         trainer = Trainer(model, preference_loss(config.loss, config.form), source, settings, out=out)
         trainer.on_step, trainer.about, trainer.heart = on_step, {"config": dump(config)}, heart
         validation = Latest(lambda run: measure(run, held, batch_tokens=budget), _in_row)
         trainer.evaluations = [*([validation] if held else []), *sampling(config, tokenizer, go_on, chat=True)]
-        trainer.meter.enter_whole([len(ids) for pair in fits for ids in _ids(pair)])
+        trainer.meter.enter_whole([length for pair in fits for length in _lengths(pair)])
         trainer.on_export = lambda folder: tuning.save(trainer, folder, tokenizer.save)
         numbers = trainer.fit()
         numbers |= {"validation": validation.of(trainer)} if held else {}
@@ -125,8 +119,12 @@ def run(config: PreferConfig, *, out: Path, on_step: OnStep | None = None, go_on
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
 
-def _ids(pair: Answers) -> tuple[Any, Any]:
-    return pair.chosen[0], pair.rejected[0]
+def _lengths(pair: Answers) -> tuple[int, int]:
+    return len(pair.chosen[0]), len(pair.rejected[0])
+
+
+def _size(pair: Answers) -> int:
+    return sum(_lengths(pair))
 
 
 def read_answers(paths: Sequence[Path], tokenizer: Tokenizer) -> tuple[list[Answers], list[BadRecord]]:
@@ -136,8 +134,7 @@ def read_answers(paths: Sequence[Path], tokenizer: Tokenizer) -> tuple[list[Answ
     for path in paths:
         preferences, bad = read_preferences(path)
         torn += bad
-        for record in bad:
-            logger.warning("torn record left out: %s, line %d (byte %d)", record.path, record.line, record.offset)
+        tell_torn(bad)
         talks = [_talk(pair, answer) for pair in preferences for answer in (pair.chosen, pair.rejected)]
         rendered = render_all(talks, tokenizer, where=lambda at, path=path: f"{path}, pair {at // 2 + 1}")  # type: ignore[misc]
         docs: list[Doc] = [(one.ids, last_turn(one.loss)) for one in rendered]
@@ -173,25 +170,7 @@ def pack_answers(pairs: Sequence[Answers]) -> Batch:
     return replace(batch, extras={"number_T": number_T, "reference_S": reference_S})
 
 
-class AnswerSource:
-    """Pairs, kept whole, in batches of at most `tokens_per_batch` tokens."""
-
-    def __init__(self, pairs: Sequence[Answers], *, tokens_per_batch: int, seed: int) -> None:
-        self.pairs = list(pairs)
-        self.cursor = EpochCursor([pair.size for pair in self.pairs], tokens_per_batch, seed=seed)
-
-    def next_batch(self, *, rank: int = 0, world: int = 1) -> Batch:
-        """Advance by one global batch; return this rank's pairs."""
-        return pack_answers([self.pairs[i] for i in self.cursor.next_group()[rank::world]])
-
-    def state(self) -> dict[str, Any]:
-        return self.cursor.state()
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        self.cursor.load(state)
-
-
-def answer_logprobs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+def document_logprobs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     """The summed log-probability of each document's learned tokens, and how many they are, [S] each."""
     learned = batch.weights_T.nonzero().squeeze(-1)
     logprobs_P = chunked_logprobs(hidden_states(model, batch)[learned], head_weight(model), batch.targets_T[learned])
@@ -204,7 +183,7 @@ def preference_loss(kind: PairKind, form: PreferenceForm) -> Objective:
     """The objective; its weight is the number of pairs."""
 
     def objective(model: CausalLM, batch: Batch) -> LossOutput:
-        sums_S, lengths_S = answer_logprobs(model, batch)
+        sums_S, lengths_S = document_logprobs(model, batch)
         pairs = len(batch.extras["reference_S"]) // 2  # a rank without a pair still takes part in collectives
         sums_P2, lengths_P2, reference_P2 = (
             part[: 2 * pairs].reshape(-1, 2) for part in (sums_S, lengths_S, batch.extras["reference_S"].to(sums_S))
@@ -221,20 +200,26 @@ def preference_loss(kind: PairKind, form: PreferenceForm) -> Objective:
 
 @torch.no_grad()
 def with_reference(model: CausalLM, pairs: Sequence[Answers], *, batch_tokens: int) -> list[Answers]:
-    """The pairs with the log-probabilities that the model gives them now."""
+    """The pairs with the log-probabilities that the model gives them now; each process computes its share of them."""
+    world, device = current_world(), next(model.parameters()).device
+    found: dict[int, tuple[float, float]] = {}
     model.eval()
-    device, found = next(model.parameters()).device, []
-    for group in grouped(pairs, lambda pair: pair.size, most=batch_tokens):
-        values = answer_logprobs(model, pack_answers(group).to(device))[0].tolist()
-        found += [replace(pair, reference=(values[2 * at], values[2 * at + 1])) for at, pair in enumerate(group)]
+    groups = grouped(range(len(pairs)), lambda at: _size(pairs[at]), most=batch_tokens)
+    for group in islice(groups, world.rank, None, world.size):
+        values = document_logprobs(model, pack_answers([pairs[at] for at in group]).to(device))[0].tolist()
+        found |= dict(zip(group, zip(values[::2], values[1::2], strict=True), strict=True))
     model.train()
-    return found
+    parts = [found] * world.size
+    if world.size > 1:
+        dist.all_gather_object(parts, found)
+    whole = {at: values for part in parts for at, values in part.items()}
+    return [replace(pair, reference=whole[at]) for at, pair in enumerate(pairs)]
 
 
 def measure(trainer: Trainer, pairs: Sequence[Answers], *, batch_tokens: int) -> dict[str, float]:
     """Loss, accuracy and margin of held-out pairs. Every rank must call it."""
     rank, size = trainer.reader.rank, trainer.reader.size
-    groups = grouped(pairs, lambda pair: pair.size, most=batch_tokens)
+    groups = grouped(pairs, _size, most=batch_tokens)
     sums = trainer.evaluate(pack_answers(group[rank::size]) for group in groups)
     return {name: sums[name] / sums["weight"] for name in ("loss", "accuracy", "margin")}
 

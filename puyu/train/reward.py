@@ -22,14 +22,24 @@ from puyu.data.chats import read_preferences
 from puyu.data.packing import Pair, PreferenceSource, grouped, pack_pairs
 from puyu.errors import ConfigError, InputError
 from puyu.files import hash_json
-from puyu.log import logger
 from puyu.model.checkpoint import scalar_from_language
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.evaluate import Latest
 from puyu.train.objectives import ranking_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.scoring import Rubrics, reward_token, scoring_ids
-from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, listed, place, save
+from puyu.train.stage import (
+    TrainingConfig,
+    begun,
+    check_vocabulary,
+    finish,
+    finished,
+    identity_of,
+    listed,
+    place,
+    save,
+    tell_torn,
+)
 from puyu.train.trainer import OnStep, Trainer
 from puyu.types import Preference
 
@@ -92,14 +102,14 @@ def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> di
         trainer.on_step, trainer.about, trainer.heart = on_step, {"config": dump(config)}, heart
         heldout = Latest(lambda run: measure(run, pairs.heldout, rubrics, batch_tokens=budget), _in_row)
         trainer.evaluations = [heldout] if pairs.heldout else []
-        trainer.meter.enter_whole([len(ids) for pair in source.pairs for ids in (pair.chosen, pair.rejected)])
+        trainer.meter.enter_whole([len(ids) for pair in source.items for ids in (pair.chosen, pair.rejected)])
         extra = {"reward_token_id": rubrics.reward_id, "reward_domains_hash": rubrics.key()}
         trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save, rubrics.save, extra=extra)
         numbers = trainer.fit()
         numbers["heldout"] = heldout.of(trainer)
         heart.at("writing the model")
         save(trainer, out, tokenizer.save, rubrics.save, extra=extra)
-        numbers |= {"pairs": len(source.pairs), "dropped": source.dropped, "quarantined": pairs.torn}
+        numbers |= {"pairs": len(source.items), "dropped": source.dropped, "quarantined": pairs.torn}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
 
@@ -120,8 +130,7 @@ def read_pairs(config: RewardConfig, rubrics: Rubrics, tokenizer: Tokenizer) -> 
     for path in config.data:
         preferences, bad = read_preferences(path)
         torn += len(bad)
-        for record in bad:
-            logger.warning("torn record left out: %s, line %d (byte %d)", record.path, record.line, record.offset)
+        tell_torn(bad)
         for preference in preferences[: config.limit or None]:
             chosen_part = heldout if _is_heldout(preference, config.heldout) else train
             chosen_part.append(_pair(preference, rubrics, tokenizer, path))

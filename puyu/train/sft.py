@@ -20,14 +20,12 @@ from puyu.data.mix import key_of, permuted
 from puyu.data.packing import ConversationSource, Doc
 from puyu.errors import ConfigError
 from puyu.files import BadRecord
-from puyu.log import logger
-from puyu.model.checkpoint import load_model
 from puyu.tokenizer.chat import render_all
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.evaluate import GoOn, Latest, mean_loss, sampling
 from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
-from puyu.train.stage import TrainingConfig, begun, check_vocabulary, finish, finished, identity_of, listed, place
+from puyu.train.stage import TrainingConfig, begun, finish, finished, identity_of, listed, opened, place, tell_torn
 from puyu.train.trainer import OnStep, Trainer
 from puyu.train.tune import TuneConfig, Tuning
 from puyu.types import Conversation
@@ -76,9 +74,7 @@ def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None, go_on: G
         identity = identity_of(config)
         if numbers := finished(out, identity):
             return numbers
-        tokenizer = Tokenizer.load(config.base)
-        loaded = load_model(config.base)
-        check_vocabulary(tokenizer, loaded.config.vocab_size, folder=config.base)
+        tokenizer, loaded = opened(config.base)
         docs, torn = read_docs(config.data, tokenizer, seed=config.seed)
         limit = config.max_tokens or loaded.config.max_positions
         source = ConversationSource(
@@ -86,20 +82,19 @@ def run(config: SFTConfig, *, out: Path, on_step: OnStep | None = None, go_on: G
         )
         steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
         tuning = Tuning.of(loaded, config.tune, seed=config.seed, base=config.base)
-        settings = config.trainer(steps, name="sft", identity=identity)
-        settings = settings.model_copy(update={"optim": tuning.rates(config.optim)})
+        settings = tuning.rates(config.trainer(steps, name="sft", identity=identity))
         model = place(loaded, dtype=config.dtype, device=device)
         trainer = Trainer(model, lm_loss, source, settings, out=out)
         trainer.on_step, trainer.about, trainer.heart = on_step, {"config": dump(config)}, heart
         validation = _validation(config, tokenizer)
         trainer.evaluations = [*([validation] if validation else []), *sampling(config, tokenizer, go_on, chat=True)]
-        trainer.meter.enter_whole([len(ids) for ids, _ in source.docs])
+        trainer.meter.enter_whole([len(ids) for ids, _ in source.items])
         trainer.on_export = lambda folder: tuning.save(trainer, folder, tokenizer.save)
         numbers = trainer.fit()
         numbers |= {"val_loss": validation.of(trainer)} if validation else {}
         heart.at("writing the model")
         tuning.save(trainer, out, tokenizer.save)
-        numbers |= {"conversations": len(source.docs), "dropped": source.dropped, "quarantined": len(torn)}
+        numbers |= {"conversations": len(source.items), "dropped": source.dropped, "quarantined": len(torn)}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
 
@@ -123,8 +118,7 @@ def read_docs(data: Sequence[ChatData], tokenizer: Tokenizer, *, seed: int) -> t
         order = repeated(len(conversations), part.repeat, key=key_of(seed, number))
         docs += _rendered(conversations, order, tokenizer, path=part.path)
         torn += bad
-    for record in torn:
-        logger.warning("torn record left out: %s, line %d (byte %d)", record.path, record.line, record.offset)
+    tell_torn(torn)
     return docs, torn
 
 

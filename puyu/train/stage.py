@@ -7,7 +7,7 @@ again returns the numbers at once. Another config or other inputs in the same fo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +18,10 @@ from puyu.configure import Config, dump
 from puyu.device import pick_device, pick_dtype
 from puyu.dist import barrier, current_world
 from puyu.errors import CheckpointError, InputError
-from puyu.files import clear_folder, hash_json, read_json, write_json
+from puyu.files import BadRecord, clear_folder, hash_json, read_json, write_json
 from puyu.lineage import input_of, without_paths
-from puyu.model.checkpoint import save_model
+from puyu.log import logger
+from puyu.model.checkpoint import load_model, save_model
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.health import Heartbeat, Journal
@@ -137,6 +138,19 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, folder: Path) -> 
             f"{folder}: the tokenizer has {tokenizer.vocab_size} entries, the model has {vocab_size}",
             remedy="use the tokenizer that the model was trained with",
         )
+
+
+def opened(folder: Path) -> tuple[Tokenizer, CausalLM]:
+    """The tokenizer and the language model of a checkpoint or an adapter, which fit each other."""
+    tokenizer, model = Tokenizer.load(folder), load_model(folder)
+    check_vocabulary(tokenizer, model.config.vocab_size, folder=folder)
+    return tokenizer, model
+
+
+def tell_torn(records: Sequence[BadRecord]) -> None:
+    """Name the lines that were left out."""
+    for record in records:
+        logger.warning("torn record left out: %s, line %d (byte %d)", record.path, record.line, record.offset)
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -23,18 +23,18 @@ from pydantic import Field
 from puyu.configure import Config
 from puyu.dist import barrier
 from puyu.errors import ConfigError
-from puyu.model.adapted import AdapterForm, BaseKind, adapt, joins, merge
+from puyu.model.adapted import AdapterForm, BaseKind, adapt, merge
 from puyu.model.adapter_files import Initials, initials, load_adapter, save_adapter
+from puyu.model.families import joins
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.init import lora_value
 from puyu.model.linear import Linear, QuantLinear
 from puyu.model.nf4 import BLOCK
-from puyu.train.optim import OptimConfig
 from puyu.train.stage import save as save_checkpoint
-from puyu.train.trainer import Trainer
+from puyu.train.trainer import Trainer, TrainerConfig
 
 Method = Literal["full", "freeze", "lora", "rslora", "dora", "pissa", "lora+", "qlora"]
-_LAST = re.compile(r"trunk\.layers\.(\d+)\.")
+_LAYER = re.compile(r"trunk\.layers\.(\d+)\.")
 
 
 class TuneConfig(Config):
@@ -96,6 +96,8 @@ class Tuning:
     @staticmethod
     def of(model: CausalLM | ScalarModel, config: TuneConfig, *, seed: int, base: Path) -> Tuning:
         """Freeze and adapt the model, in place. ConfigError names a setting that does not fit it."""
+        if config.start is not None and not config.adapts:
+            raise ConfigError(f"tune.start: method {config.method} trains no adapter", remedy="set tune.method=lora")
         for folder in config.adapters:
             load_adapter(model, folder)
             merge(model)
@@ -110,13 +112,12 @@ class Tuning:
             _also(model, config)
         return Tuning(config, form, str(base), first)
 
-    def rates(self, optim: OptimConfig) -> OptimConfig:
-        """The optimizer's settings with the rates that the method asks for."""
-        return optim.model_copy(update={"scale": {**optim.scale, "*.b": self.config.ratio}}) if self._plus else optim
-
-    @property
-    def _plus(self) -> bool:
-        return self.config.method == "lora+"
+    def rates(self, settings: TrainerConfig) -> TrainerConfig:
+        """The run's settings with the rates that the method asks for."""
+        if self.config.method != "lora+":
+            return settings
+        optim = settings.optim.model_copy(update={"scale": {**settings.optim.scale, "*.b": self.config.ratio}})
+        return settings.model_copy(update={"optim": optim})
 
     def save(self, trainer: Trainer, out: Path, *parts: Callable[[Path], None]) -> None:
         """Write the checkpoint, or the adapter, and what belongs to it; every rank must call it."""
@@ -146,7 +147,7 @@ def _freeze(model: CausalLM | ScalarModel, config: TuneConfig) -> None:
         raise ConfigError(f"tune.layers={config.layers}: the model has {count} layers", remedy=f"give 1 to {count}")
     numbers = range(count - config.layers, count) if config.layers > 0 else range(-config.layers)
     for name, parameter in model.named_parameters():
-        found = _LAST.match(name)
+        found = _LAYER.match(name)
         parameter.requires_grad_(found is not None and int(found[1]) in numbers)
     if isinstance(model, ScalarModel):
         model.head.requires_grad_(True)

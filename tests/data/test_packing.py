@@ -241,7 +241,7 @@ def test_conversations_resume_and_split_by_rank():
 def test_what_cannot_be_used_is_counted():
     docs = [([1] * 20, None), ([1] * 9, [False] * 9), ([1] * 9, [True] + [False] * 8), ([1] * 5, None)]
     source = ConversationSource(docs, tokens_per_batch=100, max_tokens=12, seed=0)
-    assert source.dropped == {"too_long": 1, "nothing_to_learn": 2} and len(source.docs) == 1
+    assert source.dropped == {"too_long": 1, "nothing_to_learn": 2} and len(source.items) == 1
     with pytest.raises(InputError, match="nothing to train on"):
         ConversationSource(docs[:1], tokens_per_batch=8, seed=0)
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from puyu.errors import CheckpointError
-from puyu.model.adapted import AdapterForm, Join, adapt, adapted_layers, joins, merge
+from puyu.model.adapted import AdapterForm, adapt, adapted_layers, merge, plain_state
 from puyu.model.adapter_files import initials, load_adapter, save_adapter, shares_of
 from puyu.model.checkpoint import load_model, save_model
 from puyu.model.config import ModelConfig
+from puyu.model.families import Join, joins
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights, initial_value
 from puyu.model.packed import PackedPlan
@@ -166,6 +167,20 @@ def test_merged_is_what_ran(base, method, kind):
         assert not list(adapted_layers(model))
         difference = (ours(model) - runs).norm() / runs.norm()
     assert float(difference) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8", "nf4"])
+def test_a_plain_state_is_a_copy_and_the_layers_stay_as_they_are(base, kind):
+    model = load_model(base)
+    adapt(model, METHODS["dora"], targets=lambda _: True, base=kind, value=draw())
+    train(model)
+    before, runs = dict(model.named_parameters()), ours(model).detach()
+    gathered = {name: parameter.detach().clone() for name, parameter in before.items()}
+    state = plain_state(model, gathered)
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    plain = CausalLM(model.config)
+    plain.load_state_dict(state)
+    torch.testing.assert_close(ours(plain).detach(), runs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -18,7 +18,7 @@ from puyu.configure import build
 from puyu.dist import current_world, world
 from puyu.train import pretrain, stage
 
-CONFIGS = {"pretrain": "PretrainConfig", "sft": "SFTConfig", "reward": "RewardConfig"}
+CONFIGS = {"pretrain": "PretrainConfig", "sft": "SFTConfig", "reward": "RewardConfig", "prefer": "PreferConfig"}
 
 
 def killer(step):

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,11 @@ from puyu.model.packed import PackedPlan
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train import objectives, prefer
 from puyu.train.objectives import chunked_logprobs
-from puyu.train.prefer import PreferConfig, answer_logprobs, last_turn, pack_answers, preference_loss, read_answers
+from puyu.train.prefer import PreferConfig, document_logprobs, last_turn, pack_answers, preference_loss, read_answers
 from puyu.train.preference_losses import FREE_OF_REFERENCE, PreferenceForm
 from tests.train import toys
 
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("sigmoid", "hinge", "ipo", "robust", "sppo_hard", "nca_pair", "apo_zero", "apo_down", "simpo", "orpo")
 
 
@@ -73,7 +76,7 @@ def test_an_answers_logprob_is_that_of_its_own_tokens(base, pairs):
     model, tokenizer = load_model(base, dtype=torch.float64), Tokenizer.load(base)
     found, _ = read_answers([pairs], tokenizer)
     model.requires_grad_(False)
-    sums, lengths = answer_logprobs(model, pack_answers(found[:3]))
+    sums, lengths = document_logprobs(model, pack_answers(found[:3]))
     for at, (ids, loss) in enumerate(doc for pair in found[:3] for doc in (pair.chosen, pair.rejected)):
         tokens = torch.tensor(ids)
         logits = model(tokens, torch.arange(len(ids)), PackedPlan.build([0], len(ids)))
@@ -130,6 +133,21 @@ def test_the_reference_stays_when_a_run_goes_on(base, pairs, tmp_path):
     assert [row["loss"] for row in rows(whole)] == [row["loss"] for row in rows(killed)]
     name = "adapter_model.safetensors"
     assert (whole / name).read_bytes() == (killed / name).read_bytes()
+
+
+def test_two_processes_learn_what_one_does(base, pairs, tmp_path):
+    asked = config(base, pairs, batch_tokens=300, validation=pairs)
+    plan = [{"stage": "prefer", "config": asked.model_dump(mode="json"), "out": str(tmp_path / "two")}]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, "-m", "tests.train.run_stages", str(tmp_path / "plan.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    prefer.run(asked, out=tmp_path / "one")
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert {name: two[name] for name in ("loss", "margin", "chosen")} == pytest.approx(
+            {name: one[name] for name in ("loss", "margin", "chosen")}, abs=1e-9
+        )
 
 
 def test_pairs_that_are_too_long_are_counted(base, pairs, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from puyu.errors import CheckpointError, ConfigError, InputError
 from puyu.model.checkpoint import load_model, save_model
@@ -16,6 +17,7 @@ from puyu.model.init import init_weights
 from puyu.train import sft
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.place import check_adapters
+from puyu.train.memory import MemoryConfig
 from puyu.train.sft import ChatData, SFTConfig
 from puyu.train.tune import TuneConfig, Tuning
 from tests.train import toys
@@ -90,6 +92,27 @@ def test_killed_and_begun_again_it_is_the_same_to_the_bit(base, chats, tmp_path,
         assert path.read_bytes() == (killed / path.name).read_bytes(), path.name
 
 
+def test_lora_plus_moves_b_by_its_ratio(base, chats, tmp_path):
+    moved = {}
+    for method in ("lora", "lora+"):
+        asked = config(base, chats, method=method, ratio=5.0)
+        sft.run(asked.model_copy(update={"steps": 1}), out=tmp_path / method)
+        stored = load_file(tmp_path / method / "adapter_model.safetensors")
+        moved[method] = torch.cat([value.flatten() for name, value in stored.items() if "lora_B" in name])
+    torch.testing.assert_close(moved["lora+"], 5 * moved["lora"], rtol=0.05, atol=1e-4)
+
+
+@pytest.mark.parametrize("checkpoint", ["selective", "full"])
+def test_dropout_is_the_same_where_activations_are_computed_again(base, chats, tmp_path, checkpoint):
+    asked = config(base, chats, method="lora", dropout=0.5)
+    sft.run(asked, out=tmp_path / "kept")
+    memory = MemoryConfig(checkpoint=checkpoint)
+    sft.run(asked.model_copy(update={"memory": memory}), out=tmp_path / "again")
+    sft.run(config(base, chats, method="lora"), out=tmp_path / "without")
+    assert losses(tmp_path / "again") == pytest.approx(losses(tmp_path / "kept"), abs=1e-5)
+    assert abs(losses(tmp_path / "without")[-1] - losses(tmp_path / "kept")[-1]) > 1e-3
+
+
 def test_a_state_holds_what_trains_and_nothing_else(base, chats, tmp_path):
     sizes = {}
     for method in ("full", "lora"):
@@ -132,6 +155,7 @@ def test_whole_modules_train_beside_the_adapter(base, chats, tmp_path):
     [
         ({"method": "lora", "targets": ["q_projj"]}, "fits no matrix of the model\n  remedy: give all, attention, mlp"),
         ({"method": "freeze", "layers": 3}, "the model has 2 layers"),
+        ({"method": "full", "start": "anywhere"}, "tune.start: method full trains no adapter"),
         ({"method": "lora", "also": ["norms"]}, "use method freeze"),
     ],
 )
