@@ -251,13 +251,17 @@ def comparison(
     compare: Callable[[argparse.Namespace], None],
     *,
     pairs: int,
+    only: Sequence[str] = (),
 ) -> None:
-    """The command line of a bench with a peer: itself, and in its workers one of its sides."""
+    """The command line of a bench with a peer: itself, and in its workers one of its sides. `only`: bars that can be
+    measured alone."""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=pairs, help="samples of each side")
     parser.add_argument("--peer-python", type=Path, help="interpreter with the peer; default: made in .venv-peers")
     parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    if only:
+        parser.add_argument("--only", choices=only, default="", help="measure one of them")
     arguments = parser.parse_args()
     if arguments.worker:
         sides[arguments.worker[0]](Path(arguments.worker[1]))

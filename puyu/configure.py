@@ -16,10 +16,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from puyu.errors import ConfigError, InputError
 
@@ -30,6 +30,16 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
     free: ClassVar[Set[str]] = frozenset()
     """Fields that change nothing of what is made: a run goes on when they are changed."""
+
+    @model_validator(mode="after")
+    def _keep_defaults(self) -> Self:
+        """A part that is given in part is otherwise as the field's default has it, not as its class has it."""
+        for name, info in type(self).model_fields.items():
+            part = getattr(self, name)
+            if isinstance(info.default, Config) and type(part) is type(info.default) and name in self.model_fields_set:
+                given = {field: getattr(part, field) for field in part.model_fields_set}
+                self.__dict__[name] = info.default.model_copy(update=given)
+        return self
 
     def inputs(self) -> list[tuple[str, Path]]:
         """(dotted field, path) of everything that this config reads: each value typed as a Path."""

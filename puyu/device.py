@@ -47,6 +47,20 @@ def pick_device(name: str = "auto") -> torch.device:
         raise ConfigError(f"unknown device {name!r}", remedy="use auto, cpu or cuda") from error
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that this process may use at most there: of the GPU, or of the host within its control group's limit."""
+    import torch
+
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8 << 30
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        text = path.read_text().strip() if path.is_file() else ""
+        if text.isdigit():
+            found = min(found, int(text))
+    return found
+
+
 def release_memory(device: torch.device) -> None:
     """Give what torch keeps for later use back to the device, for other processes."""
     import torch

@@ -217,6 +217,15 @@ class Preference:
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """One answer to a prompt, and whether it is wanted."""
+
+    prompt: Conversation
+    answer: Message
+    good: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Guide:
     """The form that an answer must have. `value` by kind: a JSON Schema, a regular expression, a Lark grammar, or the
     texts to choose from."""

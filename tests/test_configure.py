@@ -95,3 +95,23 @@ def test_inputs_are_all_paths_by_their_dotted_names(tmp_path):
 
 def test_dump_is_plain():
     assert dump(build(Outer, {"name": "x", "inner": {"path": "p"}}))["inner"] == {"rate": 1e-3, "path": "p"}
+
+
+class _Part(Config):
+    rate: float = 0.1
+    decay: float = 0.5
+
+
+class _Whole(Config):
+    part: _Part = _Part(decay=0.0)
+    other: _Part = _Part()
+
+
+def test_a_part_that_is_given_in_part_keeps_the_defaults_of_its_field():
+    """`--optim.lr 1` leaves the decay of that stage as its help says it."""
+    assert build(_Whole, {"part": {"rate": "1"}}).part == _Part(rate=1.0, decay=0.0)
+    assert build(_Whole, {"part": {"decay": 0.3}}).part.decay == 0.3
+    assert build(_Whole, {"part": {}}).part.decay == 0.0 and build(_Whole, {"other": {}}).other.decay == 0.5
+    assert _Whole(part=_Part(decay=0.2)).model_dump()["part"] == {"rate": 0.1, "decay": 0.2}
+    found = build(_Whole, {"part": {"rate": 2}})
+    assert _Whole(other=found.part).other.decay == 0.0, "handed on, a part stays as it is"

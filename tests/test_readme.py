@@ -34,6 +34,7 @@ ELSEWHERE = {
     "puyu chain recipes/growth.yaml": "tests/chain/test_growth.py",
     "puyu growth": "tests/chain/test_growth.py",
     "puyu merge ": "tests/train/test_tune.py",
+    "puyu chat runs/sft-lora": "tests/train/test_first_use.py",
     "$ puyu ": "tests/cli/test_watch.py",
     "deploy/": "tests/train/test_deploy.py",
     "sbatch ": "tests/train/test_deploy.py",
@@ -90,8 +91,9 @@ def place(micro_run, tmp_path_factory):
     )
     chat = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}\n'
     (folder / "my_chats.jsonl").write_text(chat * 8)
-    for path in (ROOT / "recipes").glob("internlm*.yaml"):
-        (folder / "recipes" / path.name).symlink_to(path)
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        if path.name != "nano.yaml":
+            (folder / "recipes" / path.name).symlink_to(path)
     small = {"model": toys.SHAPE, "batch_tokens": 64, "phases": [{"steps": 2, "seq_len": 32}], "evaluate_every": 2}
     (folder / "my.yaml").write_text(yaml.safe_dump(my_yaml() | small | {"device": "cpu"}))
     (folder / "questions.jsonl").write_text('{"prompt": "2 + 2 =", "params": {"max_tokens": 4}}\n')
@@ -103,7 +105,7 @@ def test_every_puyu_command_works(command, place):
     words = shlex.split(command.replace("DIR", "runs/nano/sft").replace("VERB --help", "sft --help"))[1:]
     if words[0] == "serve":
         return serve_and_stop(words, place)
-    alone = words[0] in ("sft", "prefer") and "--base" in words
+    alone = words[0] in ("sft", "prefer") and {"--base", "--model"} & {*words}
     words += ["--set", "batch_tokens=256", "--set", "steps=2"] if alone else []
     words += next((more.split() for begins, more in IN_SMALL.items() if command.startswith(begins)), [])
     done = puyu(*words, cwd=place, stdin="Hello\n/quit\n" if words[0] == "chat" else None)

@@ -1,8 +1,8 @@
-"""report.html of one training run, or of two beside each other: one page that opens from disk, no script, no request.
+"""report.html of one training run, or of several beside each other: one page that opens from disk, without a script.
 
     write_run_report([RunView(Path("runs/nano/pretrain"))], Path("report.html"))
 
-One run: x is the step, phases are bands, what health noted are dotted lines. Two runs: x is tokens, which is what
+One run: x is the step, phases are bands, what health noted are dotted lines. More: x is tokens, which is what
 runs of different batches share, and the fields of their configs that differ are listed.
 """
 
@@ -61,7 +61,7 @@ def _head(name: str, runs: Sequence[RunView]) -> str:
         tiles.append((f"time in steps{where}", duration(seconds)))
     facts = [f"{run.status}, {run.about['processes']} x {run.about['device']}" for run in runs if run.about]
     facts += [f"{run.torn} torn lines of metrics.jsonl left out" for run in runs if run.torn]
-    what = "A training run: what it" if len(runs) == 1 else "Two training runs: what they"
+    what = "A training run: what it" if len(runs) == 1 else f"{len(runs)} training runs: what they"
     return masthead(name, f"{what} learned, how fast, and what happened on the way.", facts, tiles)
 
 

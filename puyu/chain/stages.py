@@ -97,7 +97,7 @@ STAGES: dict[str, Stage] = {
         Stage("reward", "train a reward model on preference pairs", "puyu.train.reward", "RewardConfig", trains=True),
         Stage(
             "prefer",
-            "learn from preference pairs: DPO and its kin",
+            "learn from preferences: DPO and its kin, KTO",
             "puyu.train.prefer",
             "PreferConfig",
             extras=_training_extras,

@@ -96,6 +96,7 @@ def _native_checks() -> Iterator[tuple[bool, str, str]]:
     from puyu.data.ngram_native import LIBRARY as NGRAM
     from puyu.documents.texts import LIBRARY
     from puyu.engine.native import library
+    from puyu.model.native import LIBRARY as NF4
     from puyu.tokenizer.library import LIBRARY as BPE
     from puyu.train.native import LIBRARY as LOSS
 
@@ -107,6 +108,7 @@ def _native_checks() -> Iterator[tuple[bool, str, str]]:
         ("measures of texts", LIBRARY.path(), texts),
         ("n-gram model", NGRAM.path(), "not built, Python does its work; remedy: python -m puyu.data.ngram_native"),
         ("byte-level BPE", BPE.path(), bpe),
+        ("values of NF4", NF4.path(), "not built, PyTorch does its work; remedy: python -m puyu.model.native"),
         ("loss of training", LOSS.path(), "not built, PyTorch does its work; remedy: python -m puyu.train.native"),
     ):
         yield path.is_file(), "native", f"{what}: {path if path.is_file() else remedy}"

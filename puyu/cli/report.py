@@ -1,4 +1,4 @@
-"""`puyu report RUN [RUN2] [--out FILE]`: the page about a training run, or about two beside each other.
+"""`puyu report RUN [RUN2 ...] [--out FILE]`: the page about a training run, or about some beside each other.
 
 puyu report runs/nano/pretrain
 puyu report runs/raw/pretrain runs/clean/pretrain --out compare.html
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="puyu report", description="one page about a training run, or two of them")
+    parser = argparse.ArgumentParser(prog="puyu report", description="one page about a training run, or up to six")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of training runs (their --out)")
     parser.add_argument("--out", type=Path, help="the page [report.html in the first folder]")
     given = parser.parse_args(list(arguments))
@@ -20,8 +20,8 @@ def main(arguments: Sequence[str]) -> int:
     from puyu.chain.run_view import RunView
     from puyu.errors import ConfigError
 
-    if len(given.runs) > 2:
-        raise ConfigError(f"puyu report takes one run or two, got {len(given.runs)}")
+    if len(given.runs) > 6:
+        raise ConfigError(f"puyu report takes one run to six, got {len(given.runs)}")
     runs = [RunView(path) for path in given.runs]
     print(write_run_report(runs, given.out or runs[0].folder / "report.html"))
     return 0

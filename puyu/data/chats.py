@@ -1,9 +1,9 @@
-"""JSONL of conversations and preferences -> Conversation, Preference. Torch-free.
+"""Files of conversations and preferences -> Conversation, Preference: JSONL, JSON, CSV. Torch-free.
 
 A conversation line is OpenAI's form, `{"messages": [...], "tools": [...]?}`, or another one of `puyu.data.formats`
 (ShareGPT, Alpaca, XTuner, text), told by its fields. A preference line has `prompt`, `chosen`, `rejected` and
-`domain`?, or another form of `puyu.data.preferences`. A torn line is quarantined and counted; a line that is valid JSON
-but no record is an error that names file, line and field.
+`domain`?, or another form of `puyu.data.preferences`; judged answers are those of `puyu.data.judged`. A torn line is
+quarantined and counted; a line that is valid JSON but no record is an error that names file, line and field.
 
     >>> records, torn = read_conversations(Path("sft.jsonl"))
 """
@@ -14,11 +14,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from puyu.data.check import rows_of
 from puyu.data.formats import form_of
+from puyu.data.judged import judged_of
 from puyu.data.preferences import preference_of
 from puyu.errors import InputError
-from puyu.files import BadRecord, read_jsonl_lines
-from puyu.types import Conversation, Preference
+from puyu.files import BadRecord
+from puyu.types import Conversation, Judged, Preference
 
 R = TypeVar("R")
 
@@ -33,10 +35,16 @@ def read_preferences(path: Path) -> tuple[list[Preference], list[BadRecord]]:
     return _read(path, preference_of)
 
 
+def read_judged(path: Path) -> tuple[list[Judged], list[BadRecord]]:
+    """All judged answers of a file (see `puyu.data.judged`), and its torn lines."""
+    found, torn = _read(path, judged_of)
+    return [answer for record in found for answer in record], torn
+
+
 def _read(path: Path, build: Callable[[Mapping[str, Any]], R]) -> tuple[list[R], list[BadRecord]]:
     torn: list[BadRecord] = []
     records = []
-    for number, value in read_jsonl_lines(path, quarantine=torn.append):
+    for number, value in rows_of(path, torn):
         try:
             if not isinstance(value, Mapping):
                 raise InputError(f"a record must be a JSON object, not {type(value).__name__}")

@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from puyu.data import preferences
 from puyu.data.formats import FORMS, Form, form_named, form_of
+from puyu.data.judged import is_judged, judged_of
 from puyu.data.preferences import PREFERENCE_FORMS, PreferenceForm, is_preference
 from puyu.errors import ConfigError, InputError
 from puyu.files import (
@@ -186,6 +187,10 @@ def _look(record: Any, form: str, report: Report) -> list[Finding]:
         pair = told.read(record)
         report.forms[f"{told.name} pairs"] += 1
         return list(_pair_findings(pair))
+    if not form and is_judged(record):
+        [one] = judged_of(record)
+        report.forms["judged answers"] += 1
+        return [*_doubts(one.prompt.messages, answered=False), *_text_doubts(one.answer, "the answer")]
     single = _conversation_form(record, form)
     conversation = single.read(record)
     report.forms[single.name] += 1

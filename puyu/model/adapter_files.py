@@ -20,14 +20,13 @@ from puyu.errors import CheckpointError
 from puyu.files import disk_errors, read_object, write_json
 from puyu.hub import base_of
 from puyu.model.adapted import AdapterForm, BaseKind, LowRank, adapt, adapted_layers, merge
-from puyu.model.checkpoint import copy_side_files, load_model, save_model
+from puyu.model.checkpoint import POSITIONS, TUNING, copy_side_files, load_model, read_config, save_model
+from puyu.model.config import ModelConfig
 from puyu.model.families import joins, name_pairs
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.lora import PREFIX, WEIGHTS, read_settings, read_tensors, scale_of
 
 CONFIG = "adapter_config.json"
-TUNING = "tuning.json"
-"""Beside an adapter: on what kind of base it was trained."""
 INITIAL = "initial.safetensors"
 """PiSSA on a quantized base: the shares that it lost before it was quantized."""
 Initials = Mapping[str, tuple[Tensor, Tensor]]
@@ -64,8 +63,8 @@ def save_adapter(
 
     `state`: the parameters as a layout has gathered them. `first`: the shares that the base has lost at the beginning
     (PiSSA). On a dense base what is written is then the difference, twice the rank, for the base as it was; on a
-    quantized one, which the difference would not fit, they are written beside the adapter. `kind` of the base stands in
-    `tuning.json`.
+    quantized one, which the difference would not fit, they are written beside the adapter. `kind` of the base, and the
+    model's positions where they were stretched, stand in `tuning.json`.
     """
     apart = first is not None and kind != "dense"
     minus = None if apart else first
@@ -85,8 +84,14 @@ def save_adapter(
         if apart and first is not None:
             pairs = {f"{name}.{word}": pair[at] for name, pair in first.items() for at, word in enumerate("AB")}
             save_file({name: tensor.contiguous() for name, tensor in pairs.items()}, folder / INITIAL)
-    write_json(folder / TUNING, {"base": kind})
+    write_json(folder / TUNING, {"base": kind, **_positions(model.config, Path(base))})
     write_json(folder / CONFIG, _settings(model, form, base=base, ranks=ranks, modules=modules))
+
+
+def _positions(config: ModelConfig, base: Path) -> dict[str, Any]:
+    """The positions of a model that has been made longer than its base."""
+    found, before = ({name: getattr(one, name) for name in POSITIONS} for one in (config, read_config(base)))
+    return {} if found == before else {"positions": found}
 
 
 def _values(values: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

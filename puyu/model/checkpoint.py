@@ -29,6 +29,10 @@ from puyu.model.quant_files import FileForm
 from puyu.model.quant_modules import fill_quantized, quantized_tensors
 from puyu.model.weights import Stored, open_weights, save_weights
 
+TUNING = "tuning.json"
+"""Beside an adapter: on what kind of base it was trained, and with which positions."""
+POSITIONS = ("max_positions", "rope_theta", "rope_scaling")
+"""Fields of a model's config."""
 SIDE_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,11 +50,18 @@ def read_config(folder: Path) -> ModelConfig:
     if not folder.is_dir():
         raise CheckpointError(f"no such checkpoint directory: {folder}", remedy="check the path")
     if (base := base_of(folder)) != folder:
-        return read_config(base)
+        return read_config(base).with_(**trained_positions(folder))
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json", remedy="it is not a checkpoint directory")
     config = ModelConfig.from_hf(read_object(folder / "config.json"), where=str(folder / "config.json"))
     return config.with_(stop_ids=_stop_ids(config, folder / "generation_config.json"))
+
+
+def trained_positions(folder: Path) -> dict[str, Any]:
+    """The fields of the positions that an adapter was trained with, where it says them: it may have stretched them."""
+    path = folder / TUNING
+    found = read_object(path).get("positions") if path.is_file() else None
+    return {name: found[name] for name in POSITIONS} if isinstance(found, Mapping) else {}
 
 
 def _stop_ids(config: ModelConfig, path: Path) -> tuple[int, ...]:
@@ -79,6 +90,7 @@ def load_model(
 
         model = load_model(base, allow_pickle=allow_pickle)
         merge_adapter(model, folder)
+        model.set_shape(model.config.with_(**trained_positions(folder)))
         model = model.to(dtype)
     else:
         head = None if config.tie_embeddings else config.row.head

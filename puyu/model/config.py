@@ -12,7 +12,7 @@ from typing import Any
 
 from puyu.errors import CheckpointError, ConfigError
 from puyu.model.families import FAMILIES, REFUSED, Family
-from puyu.model.rope import RopeScaling
+from puyu.model.rope import RopeKind, RopeScaling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +120,22 @@ class ModelConfig:
             return self.with_(max_positions=length, rope_theta=theta, rope_scaling=None)
         settled = {"original_max_position_embeddings": scaling.original, "factor": scaling.factor}
         return self.with_(max_positions=length, rope_scaling={**(self.rope_scaling or {}), **settled})
+
+    def longer(self, length: int, rope: RopeKind) -> ModelConfig:
+        """This model for training on contexts of `length` tokens beyond its own, with its positions stretched: `yarn`,
+        `linear` or `llama3` as rope.py says, `ntk` by a larger base, `none` not at all."""
+        if length <= self.max_positions:
+            return self
+        if rope == "none":
+            return self.with_(max_positions=length)
+        original = self.scaling.original if self.scaling else self.max_positions
+        if rope == "ntk":
+            theta = self.rope_theta * (length / original) ** (self.head_dim / (self.head_dim - 2))
+            return self.with_(max_positions=length, rope_theta=theta, rope_scaling=None)
+        settings = {"rope_type": rope, "factor": length / original, "original_max_position_embeddings": original}
+        if rope == "llama3":
+            settings |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        return self.with_(max_positions=length, rope_scaling=settings)
 
     @staticmethod
     def from_hf(value: Mapping[str, Any], *, where: str = "config.json") -> ModelConfig:

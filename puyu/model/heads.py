@@ -31,6 +31,10 @@ class _Headed(nn.Module):
         """Run activations and products of the trunk in `dtype`; master weights stay as they are."""
         self.trunk.compute_dtype = dtype
 
+    def set_shape(self, config: ModelConfig) -> None:
+        """Take the positions of a config that differs in nothing else."""
+        self.trunk.config, self.trunk.rope_theta = config, config.rope_theta
+
     def set_rope_theta(self, theta: float) -> None:
         """Change the rotary base (a new training phase with longer context)."""
         self.trunk.rope_theta = theta
@@ -56,8 +60,7 @@ class CausalLM(_Headed):
 
     def set_context(self, length: int) -> None:
         """Let contexts have `length` tokens; see `ModelConfig.stretched` for what that does to positions."""
-        config = self.config.stretched(length)
-        self.trunk.config, self.trunk.rope_theta = config, config.rope_theta
+        self.set_shape(self.config.stretched(length))
 
 
 class ScalarModel(_Headed):

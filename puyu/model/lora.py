@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from puyu.errors import CheckpointError, RequestError
 from puyu.files import read_object
+from puyu.model.checkpoint import trained_positions
 from puyu.model.config import ModelConfig
 from puyu.model.families import Join, joins
 from puyu.model.heads import CausalLM
@@ -67,6 +68,11 @@ class AdapterBank:
         """Read a peft directory; CheckpointError names what does not fit the model."""
         if not name or name in self._adapters:
             raise CheckpointError(f"an adapter needs a name of its own, {name!r} is not free")
+        if trained_positions(folder):
+            raise CheckpointError(
+                f"{folder} was trained with stretched positions, which it cannot bring to a model beside others",
+                remedy="make one checkpoint of it: puyu merge",
+            )
         weight = self.model.trunk.embedding.weight
         dtype = self.model.trunk.compute_dtype or weight.dtype
         self._adapters[name] = read_adapter(Path(folder), self.model.config, dtype=dtype, device=weight.device)
@@ -134,7 +140,7 @@ def read_adapter(
         pairs = [_take(stored, unused, name) for name in theirs]
         if any(pairs):
             scales = [scale_of(settings, name, pair) for name, pair in zip(theirs, pairs, strict=True)]
-            delta = _fused(ours, join, pairs, scales, inputs=_inputs(ours, config))
+            delta = _fused(ours, join, pairs, scales, inputs=inputs_of(ours, config))
             deltas[ours] = Delta(delta.a.to(device, dtype), delta.b.to(device, dtype))
     if unused:
         raise CheckpointError(f"{folder}: {len(unused)} tensors fit no layer of the model: {sorted(unused)[:3]}")
@@ -212,7 +218,7 @@ def _fused(ours: str, join: Join, pairs: Sequence[Pair], scales: Sequence[float]
     return Delta(torch.cat([pair[0].float() for pair in pairs if pair]), join(blocks))
 
 
-def _inputs(ours: str, config: ModelConfig) -> int:
+def inputs_of(ours: str, config: ModelConfig) -> int:
     """Input columns of one of our layers."""
     if ours.endswith(".down"):
         return config.intermediate_size

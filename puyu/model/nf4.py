@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from puyu.model.native import nf4_values
+
 BLOCK = 64
 """Weights that share a scale."""
 _GROUP = 256
@@ -48,7 +50,7 @@ class NF4:
         blocks_N = weight_OI.float().reshape(-1, BLOCK)
         absmax_N = blocks_N.abs().amax(1)
         shares = (blocks_N * (1.0 / absmax_N.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
-        table = torch.tensor(TABLE, device=weight_OI.device)
+        table = _table().to(weight_OI.device)
         numbers = torch.bucketize(shares, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
         pairs = numbers.view(rows, columns // 2, 2)
         offset = absmax_N.mean()
@@ -66,10 +68,17 @@ class NF4:
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """What the codes stand for, [O, I]: the product of table and scale in fp32, rounded to `dtype`."""
-        table = torch.tensor(TABLE, device=self.codes.device)
+        if (values := nf4_values(self, dtype, dynamic=dynamic_table(), table=_table())) is not None:
+            return values
+        table = _table().to(self.codes.device)
         numbers = torch.stack((self.codes >> 4, self.codes & 15), dim=-1)
         blocks_N = table[numbers.int()].view(-1, BLOCK) * self.block_scales()[:, None]
         return blocks_N.view(self.shape).to(dtype)
+
+
+@cache
+def _table() -> Tensor:
+    return torch.tensor(TABLE)
 
 
 @cache

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from torch import Tensor
 from puyu.errors import CheckpointError
 
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+RopeKind = Literal["yarn", "linear", "ntk", "llama3", "none"]
+"""How a model is made longer for training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,10 +18,12 @@ from torch import nn
 from puyu.data.packing import Doc, grouped, pack_documents
 from puyu.dist import barrier
 from puyu.errors import ConfigError
-from puyu.log import MetricsWriter
+from puyu.log import MetricsWriter, say
 from puyu.model.heads import CausalLM
 from puyu.tokenizer.tokenizer import Tokenizer
+from puyu.train.layouts.base import first_of
 from puyu.train.monitor import MonitorSettings
+from puyu.train.state import saved
 
 if TYPE_CHECKING:
     from puyu.train.trainer import Trainer
@@ -82,6 +84,7 @@ def sampling(
         with trainer.whole_model() as model:
             if model is not None:
                 texts = go_on(model, tokenizer, settings.samples, settings.sample_tokens, chat=chat)
+                _show(step, settings.samples, texts)
                 writer = MetricsWriter(trainer.out / "samples.jsonl", from_step=step)
                 for prompt, text in zip(settings.samples, texts, strict=True):
                     writer.write(step, {"prompt": prompt, "text": text})
@@ -90,6 +93,21 @@ def sampling(
         return {}
 
     return [sample]
+
+
+def _show(step: int, prompts: Sequence[str], texts: Sequence[str]) -> None:
+    say(f"\n  {f'after step {step}' if step else 'before the first step'}:")
+    for prompt, text in zip(prompts, texts, strict=True):
+        say(f"    {' '.join(prompt.split())}\n      -> {' '.join(text.split())[:300]}")
+
+
+def at_first(trainer: Trainer, callbacks: Sequence[OnEvaluate]) -> None:
+    """What the callbacks find before the first step, unless the run goes on from a state. Every rank must call it."""
+    if first_of("saved" if trainer.world.is_main and saved(trainer.out) else ""):
+        return
+    with undisturbed(trainer.model, trainer.device):
+        for callback in callbacks:
+            callback(0, trainer)
 
 
 def mean_loss(trainer: Trainer, docs: Sequence[Doc], *, batch_tokens: int) -> float:

@@ -375,6 +375,29 @@ def ranking_loss(*, gamma: float = 2.0, penalty: float = 0.02) -> Objective:
     return objective
 
 
+def noisy(objective: Objective, alpha: float) -> Objective:
+    """The objective with noise on what the embedding gives, in training: uniform in ±alpha / sqrt(L D) for a document
+    of L tokens and D dimensions (NEFTune, Jain et al. 2023, arXiv 2310.05914)."""
+
+    def noisy_loss(model: CausalLM, batch: Batch) -> LossOutput:
+        if not (model.training and torch.is_grad_enabled()):
+            return objective(model, batch)
+        lengths_S = torch.tensor(batch.ends_S) - torch.tensor(batch.starts_S)
+        scale_T = (lengths_S * model.config.hidden_size).rsqrt().repeat_interleave(lengths_S) * alpha
+
+        def add(_: nn.Module, __: object, embedded_TD: Tensor) -> Tensor:
+            own_T = F.pad(scale_T, (0, len(embedded_TD) - len(scale_T))).to(embedded_TD)  # nothing for padding
+            return embedded_TD + torch.empty_like(embedded_TD).uniform_(-1, 1) * own_T[:, None]
+
+        hook = model.trunk.embedding.register_forward_hook(add)
+        try:
+            return objective(model, batch)
+        finally:
+            hook.remove()
+
+    return noisy_loss
+
+
 class Step(nn.Module):
     """Model and objective as one module, so that sharding sees the whole computation as one forward pass."""
 

@@ -1,4 +1,4 @@
-"""Losses of preference training, from the log-probabilities of whole answers: DPO and its variants, SimPO, ORPO.
+"""Losses of preference training, from the log-probabilities of whole answers: DPO and its variants, SimPO, ORPO, KTO.
 
     losses_P = pair_loss("sigmoid", PairValues(chosen, rejected, ...), PreferenceForm(beta=0.1))
 
@@ -19,6 +19,8 @@ from torch.nn import functional as F
 PairKind = Literal[
     "sigmoid", "hinge", "ipo", "robust", "sppo_hard", "nca_pair", "apo_zero", "apo_down", "simpo", "orpo"
 ]
+SingleKind = Literal["kto", "apo_zero_unpaired"]
+"""Kinds that judge answers one by one."""
 FREE_OF_REFERENCE: tuple[PairKind, ...] = ("simpo", "orpo")
 """Kinds that look at the trained model alone."""
 
@@ -35,6 +37,10 @@ class PreferenceForm:
     """SimPO: what the better answer must be ahead by."""
     imitation: float = 0.0
     """This times the chosen answer's mean negative log-probability is added (RPO)."""
+    wanted: float = 1.0
+    """KTO: weight of wanted answers."""
+    unwanted: float = 1.0
+    """KTO: weight of the others."""
 
 
 class PairValues(NamedTuple):
@@ -129,3 +135,15 @@ def _log_rest(logprob: Tensor) -> Tensor:
     """log(1 - exp(x)) for x < 0, exact at both ends; what is certain counts as nearly certain, without a gradient."""
     logprob = logprob.clamp(max=-1e-7)
     return torch.where(logprob > -0.6931, torch.log(-torch.expm1(logprob)), torch.log1p(-torch.exp(logprob)))
+
+
+def single_loss(kind: SingleKind, ratio_N: Tensor, good_N: Tensor, *, drift: Tensor, form: PreferenceForm) -> Tensor:
+    """The loss of each of N answers, [N], from how much likelier each has become than it was for the reference.
+
+    KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8): `drift`, one number without a gradient, is how much
+    likelier answers to other prompts have become. APO-zero (arXiv 2408.06266) judges against no drift.
+    """
+    zero = drift if kind == "kto" else torch.zeros_like(drift)
+    good_N = good_N.to(ratio_N)
+    sign_N, weight_N = 2 * good_N - 1, form.wanted * good_N + form.unwanted * (1 - good_N)
+    return weight_N * torch.sigmoid(-form.beta * sign_N * (ratio_N - zero))

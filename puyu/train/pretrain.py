@@ -49,9 +49,9 @@ from puyu.train.stage import (
     finished,
     identity_of,
     place,
-    save,
 )
 from puyu.train.trainer import OnStep, Trainer
+from puyu.train.tune import TuneConfig, Tuning
 
 
 class ModelShape(Config):
@@ -145,6 +145,8 @@ class PretrainConfig(TrainingConfig):
     """hard: rows are always full; soft: documents that fit a row stay whole; document: one document a row."""
     batch_tokens: int = 8192
     """Tokens of one optimizer step, over all processes."""
+    tune: TuneConfig = TuneConfig()
+    """Which weights of the base train, and in what form."""
     ramp: BatchRamp | None = None
     """Smaller batches at first. Steps and learning rates stay as they are."""
     optim: OptimConfig = OptimConfig(lr=2e-3)
@@ -191,14 +193,14 @@ def run(
             writes=current_world().is_main,
             moved=lambda: heart.at("reading data"),
         )
-        model, blank = first_model(config, tokenizer, device=device)
+        model, blank, tuning = first_model(config, tokenizer, device=device)
         parameters = count_parameters(model)
         phases = Phases(config, corpus, model)
         steps = sum(phase.steps for phase in config.phases)
-        settings = config.trainer(steps, name="pretrain", identity=identity)
+        settings = tuning.rates(config.trainer(steps, name="pretrain", identity=identity))
         trainer = Trainer(model, lm_loss, phases.source, settings, out=out, blank=blank)
         trainer.on_step, trainer.heart = on_step, heart
-        trainer.on_export = lambda folder: save(trainer, folder, tokenizer.save)
+        trainer.on_export = lambda folder: tuning.save(trainer, folder, tokenizer.save)
         trainer.about = {"config": dump(config), "phases": phases.bands()}
 
         def enter(step: int) -> int:
@@ -216,31 +218,38 @@ def run(
         phases.enter(numbers["steps"] - 1)
         numbers |= {"parameters": parameters, "heldout": heldout.of(trainer), **phases.report()}
         heart.at("writing the model")
-        save(trainer, out, tokenizer.save)
+        tuning.save(trainer, out, tokenizer.save)
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
 
-def first_model(config: PretrainConfig, tokenizer: Tokenizer, *, device: torch.device) -> tuple[CausalLM, Blank | None]:
-    """The model before the first step: the base with room for the longest phase, or a new one.
+def first_model(
+    config: PretrainConfig, tokenizer: Tokenizer, *, device: torch.device
+) -> tuple[CausalLM, Blank | None, Tuning]:
+    """The model before the first step, the base with room for the longest phase or a new one, and what of it trains.
 
-    On several processes it has no numbers yet: its layout gives each process those of its part.
+    On several processes it has no numbers yet where all of it trains: its layout gives each process those of its part.
     """
-    base, shape = config.base, base_shape(config, tokenizer) if config.base else new_shape(config, tokenizer)
-    if current_world().size > 1:
+    base, tune = config.base, config.tune
+    if base is None and tune.method != "full":
+        raise ConfigError(f"tune.method={tune.method} trains a part of a model, and there is none", remedy="give base")
+    shape = base_shape(config, tokenizer) if base else new_shape(config, tokenizer)
+    if current_world().size > 1 and tune.method == "full" and not tune.adapters:
         with torch.device("meta"):
             model = CausalLM(shape)
         value = stored_values(model, base) if base else partial(initial_value, seed=config.seed)
         compute = str(pick_dtype(config.dtype, device)).removeprefix("torch.")
+        tuning = Tuning.of(model, tune, seed=config.seed, base=base)
         model, blank = place(model, dtype=compute, device=torch.device("meta")), Blank(device, value)
     else:
         model, blank = load_model(base) if base else CausalLM(shape), None
         if not base:
             init_weights(model, seed=config.seed)
+        tuning = Tuning.of(model, tune, seed=config.seed, base=base)
         model = place(model, dtype=config.dtype, device=device)
     longest = max((phase.seq_len for phase in config.phases), default=0)
     if longest > shape.max_positions:  # never of a new one
         model.trunk.config = shape.with_(max_positions=longest)
-    return model, blank
+    return model, blank, tuning
 
 
 def base_shape(config: PretrainConfig, tokenizer: Tokenizer) -> ModelConfig:

@@ -41,6 +41,7 @@ from puyu.train.stage import (
     tell_torn,
 )
 from puyu.train.trainer import OnStep, Trainer
+from puyu.train.tune import TuneConfig, Tuning
 from puyu.types import Preference
 
 
@@ -71,6 +72,8 @@ class RewardConfig(TrainingConfig):
     """Share of the prompts kept apart for the pair accuracy."""
     reward_token: str = "<|reward|>"
     """Token that carries the score."""
+    tune: TuneConfig = TuneConfig()
+    """Which weights train beside the head, and in what form; adapters are merged when the model is written."""
     optim: OptimConfig = OptimConfig(lr=5e-4, weight_decay=0.01)
     """Optimizer and schedule."""
 
@@ -96,9 +99,11 @@ def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> di
         budget = config.batch_tokens // config.accumulate
         source = PreferenceSource(pairs.train, tokens_per_batch=budget, seed=config.seed)
         steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
+        tuning = Tuning.of(loaded, config.tune, seed=config.seed, base=config.base)
+        settings = tuning.rates(config.trainer(steps, name="reward", identity=identity))
         model = place(loaded, dtype=config.dtype, device=device)
         objective = ranking_loss(gamma=config.gamma, penalty=config.penalty)
-        trainer = Trainer(model, objective, source, config.trainer(steps, name="reward", identity=identity), out=out)
+        trainer = Trainer(model, objective, source, settings, out=out)
         trainer.on_step, trainer.about, trainer.heart = on_step, {"config": dump(config)}, heart
         heldout = Latest(lambda run: measure(run, pairs.heldout, rubrics, batch_tokens=budget), _in_row)
         trainer.evaluations = [heldout] if pairs.heldout else []

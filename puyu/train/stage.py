@@ -21,8 +21,10 @@ from puyu.errors import CheckpointError, InputError
 from puyu.files import BadRecord, clear_folder, hash_json, read_json, write_json
 from puyu.lineage import input_of, without_paths
 from puyu.log import logger
+from puyu.model.adapted import adapted_layers, plain_state
 from puyu.model.checkpoint import load_model, save_model
 from puyu.model.heads import CausalLM, ScalarModel
+from puyu.model.rope import RopeKind
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.health import Heartbeat, Journal
 from puyu.train.layouts.base import first_of
@@ -107,10 +109,12 @@ def finish(out: Path, identity: str, numbers: dict[str, Any]) -> dict[str, Any]:
 
 
 def save(trainer: Trainer, out: Path, *parts: Callable[[Path], None], extra: dict[str, Any] | None = None) -> None:
-    """Write the checkpoint and what belongs to it (tokenizer, rubrics); every rank must call it."""
+    """Write the checkpoint, adapters merged, and what belongs to it (tokenizer, rubrics); every rank must call it."""
     weights = trainer.full_weights()
     assert isinstance(trainer.model, CausalLM | ScalarModel)
     if trainer.world.is_main:
+        if any(adapted_layers(trainer.model)):
+            weights = plain_state(trainer.model, weights)
         save_model(trainer.model, out, state=weights, dtype=torch.float32, extra=extra)
         for part in parts:
             part(out)
@@ -140,10 +144,12 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, folder: Path) -> 
         )
 
 
-def opened(folder: Path) -> tuple[Tokenizer, CausalLM]:
-    """The tokenizer and the language model of a checkpoint or an adapter, which fit each other."""
+def opened(folder: Path, *, context: int = 0, rope: RopeKind = "none") -> tuple[Tokenizer, CausalLM]:
+    """The tokenizer and the language model of a checkpoint or an adapter, which fit each other; for contexts of
+    `context` tokens where that is longer than its own."""
     tokenizer, model = Tokenizer.load(folder), load_model(folder)
     check_vocabulary(tokenizer, model.config.vocab_size, folder=folder)
+    model.set_shape(model.config.longer(context, rope))
     return tokenizer, model
 
 

@@ -90,11 +90,13 @@ class Tuning:
     config: TuneConfig
     form: AdapterForm
     base: str
+    trained: int
+    """Parameters that train."""
     first: Initials | None = None
     """PiSSA: the shares that the base has lost."""
 
     @staticmethod
-    def of(model: CausalLM | ScalarModel, config: TuneConfig, *, seed: int, base: Path) -> Tuning:
+    def of(model: CausalLM | ScalarModel, config: TuneConfig, *, seed: int, base: Path | None) -> Tuning:
         """Freeze and adapt the model, in place. ConfigError names a setting that does not fit it."""
         if config.start is not None and not config.adapts:
             raise ConfigError(f"tune.start: method {config.method} trains no adapter", remedy="set tune.method=lora")
@@ -110,7 +112,8 @@ class Tuning:
             first = _adapt(model, config, seed=seed)
         if config.method != "full":
             _also(model, config)
-        return Tuning(config, form, str(base), first)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return Tuning(config, form, str(base or ""), trained, first)
 
     def rates(self, settings: TrainerConfig) -> TrainerConfig:
         """The run's settings with the rates that the method asks for."""

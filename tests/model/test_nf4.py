@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from puyu.model import native, nf4
 from puyu.model.nf4 import BLOCK, NF4, TABLE, dequantize_dynamic, dynamic_table, quantize_dynamic
 
 THEIRS = {
@@ -68,3 +69,19 @@ def test_a_matrix_takes_about_a_quarter_of_its_bytes_in_bf16():
     made = NF4.of(matrix(512, 1024))
     size = sum(tensor.nbytes for tensor in (made.codes, made.scale_codes, made.scales, made.offset))
     assert size / (512 * 1024 * 2) <= 0.27
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_values_are_those_of_torch(dtype, monkeypatch):
+    """Many shapes, codes and scales of all kinds, bit for bit; other dtypes are torch's."""
+    if native.load() is None:
+        pytest.skip("not built: make setup builds it where there is a C++ compiler")
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((1, 64), (3, 128), (65, 320), (300, 1024)):
+        made = NF4.of(torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator) ** 4)
+        fast = made.dequantized(dtype)
+        with monkeypatch.context() as patch:
+            patch.setattr(nf4, "nf4_values", lambda *_, **__: None)
+            slow = made.dequantized(dtype)
+        assert torch.equal(fast.view(torch.uint8), slow.view(torch.uint8))
+        assert made.dequantized(torch.float64).dtype == torch.float64

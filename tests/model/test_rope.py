@@ -13,6 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from puyu.model.checkpoint import load_model, save_model
+from puyu.model.packed import PackedPlan
 from puyu.model.rope import RopeScaling, rotation
 from tests.model.reference import our_logits, reference, reference_logits, saved, small_config, small_model, tokens
 
@@ -131,3 +132,29 @@ def test_a_model_without_scaling_has_the_angles_it_always_had() -> None:
     assert small_model().trunk.config.scaling is None
     dynamic = small_model(rope_scaling={"type": "dynamic", "factor": 2.0})
     assert torch.equal(our_logits(dynamic, tokens(200)), our_logits(small_model(), tokens(200)))
+
+
+@pytest.mark.parametrize("rope", ["yarn", "linear", "llama3", "ntk", "none"])
+def test_a_longer_model_has_the_positions_of_transformers(rope: Any, tmp_path: Path) -> None:
+    theirs = reference("llama", rope_parameters={"rope_type": "default", "rope_theta": 1e4}, max_position_embeddings=64)
+    theirs.save_pretrained(tmp_path / "base")
+    model = load_model(tmp_path / "base", dtype=torch.float64)
+    found = model.config.longer(256, rope)
+    assert found.max_positions == 256 and model.config.longer(64, rope) == model.config
+    assert found.longer(512, rope).max_positions == 512
+    model.set_shape(found)
+    save_model(model, tmp_path / "longer", dtype=torch.float32)
+    again = load_model(tmp_path / "longer", dtype=torch.float64)
+    assert again.config.with_(stop_ids=()) == found.with_(stop_ids=())
+    import transformers
+
+    right = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "longer", dtype=torch.float64).eval()
+    tokens = torch.arange(200) % theirs.config.vocab_size
+    with torch.no_grad():
+        expected = right(tokens[None]).logits[0]
+        ours = again(tokens, torch.arange(200), PackedPlan.build([0], 200))
+    torch.testing.assert_close(ours, expected, **CLOSE)
+    if rope == "ntk":
+        assert found.rope_theta == pytest.approx(1e4 * 4 ** (found.head_dim / (found.head_dim - 2)))
+    if rope in ("yarn", "linear", "llama3"):
+        assert found.scaling is not None and found.scaling.factor == 4.0

@@ -141,18 +141,18 @@ def test_validation_of_sft_is_the_mean_over_learned_tokens(world, tmp_path):
     settings = build(sft.SFTConfig, values | more)
     sft.run(settings, out=tmp_path, go_on=go_on)
     model, tokenizer = load_model(root / "watched", dtype=torch.float64), Tokenizer.load(root / "watched")
-    docs, _ = sft.read_docs([sft.ChatData(path=root / "chats.jsonl")], tokenizer, seed=0)
+    docs = sft.read_docs([sft.ChatData(path=root / "chats.jsonl")], tokenizer, seed=0).train
     with torch.no_grad():
         outputs = [lm_loss(model, pack_documents([doc])) for doc in docs]
     naive = sum(float(o.loss_sum) for o in outputs) / sum(float(o.weight_sum) for o in outputs)
     found = [row["val_loss"] for row in rows(tmp_path) if "val_loss" in row]
     assert found == pytest.approx([naive, naive], rel=1e-6)  # the rate is 0
-    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 6  # the first before any step
     settings = build(sft.SFTConfig, values | more | {"evaluate_every": 0})
     numbers = sft.run(settings, out=tmp_path / "end", go_on=go_on)
     found = [row["val_loss"] for row in rows(tmp_path / "end") if "val_loss" in row]
     assert found == [numbers["val_loss"]] == pytest.approx([naive], rel=1e-6)
-    assert {row["step"] for row in read_jsonl(tmp_path / "end" / "samples.jsonl")} == {4}
+    assert {row["step"] for row in read_jsonl(tmp_path / "end" / "samples.jsonl")} == {0, 4}
 
 
 @pytest.mark.parametrize("terminal", [False, True])

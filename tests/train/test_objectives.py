@@ -12,7 +12,16 @@ from puyu.model.heads import ScalarModel
 from puyu.model.init import init_weights
 from puyu.train import objectives
 from puyu.train.native import load
-from puyu.train.objectives import barrier, focal_ranking, lm_loss, pair_losses, ranking_loss, token_losses
+from puyu.train.objectives import (
+    barrier,
+    focal_ranking,
+    hidden_states,
+    lm_loss,
+    noisy,
+    pair_losses,
+    ranking_loss,
+    token_losses,
+)
 from tests.train import toys
 
 
@@ -187,3 +196,27 @@ def test_a_rank_without_pairs_still_has_a_graph():
     output.loss_sum.backward()
     assert output.weight_sum.item() == 0 and set(output.metrics) == {"accuracy", "margin"}
     assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in model.parameters())
+
+
+def test_noise_is_that_of_neftune_on_each_document_and_in_training_only():
+    """The embedding's output as a block sees it: uniform in +-alpha / sqrt(L D), anew in each pass."""
+    model, docs, seen = toys.model(), [list(range(4)), list(range(25))], []
+    batch = pack_documents([(doc, None) for doc in docs])
+    plain = model.trunk.embedding(batch.tokens_T)
+    model.trunk.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()[:29]))
+    objective = noisy(lm_loss, 5.0)
+    torch.manual_seed(0)
+    loss = objective(model, batch).loss_sum
+    loss.backward()
+    objective(model, batch)
+    noise = [one - plain.detach() for one in seen]
+    for cut, length in ((slice(0, 4), 4), (slice(4, 29), 25)):
+        bound = 5.0 / math.sqrt(length * 16)
+        assert 0.9 * bound < noise[0][cut].abs().max() <= bound
+    assert not torch.equal(*noise) and abs(float(noise[0].mean())) < 0.1
+    with torch.no_grad():
+        quiet = objective(model, batch).loss_sum
+    model.eval()
+    assert quiet == lm_loss(model, batch).loss_sum == objective(model, batch).loss_sum != loss
+    assert not model.trunk.embedding._forward_hooks
+    assert torch.isfinite(hidden_states(model, batch)).all()

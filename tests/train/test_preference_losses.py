@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from puyu.train.preference_losses import FREE_OF_REFERENCE, PairValues, PreferenceForm, pair_loss
+from puyu.train.preference_losses import FREE_OF_REFERENCE, PairValues, PreferenceForm, pair_loss, single_loss
 
 ROWS = [(-12.0, -9.0, -10.0, -11.0, 6, 5), (-3.0, -8.0, -4.0, -4.5, 3, 9), (-20.5, -20.5, -19.0, -22.0, 10, 10)]
 
@@ -77,3 +77,16 @@ def test_orpo_is_finite_where_an_answer_is_certain(certain):
     found = pair_loss("orpo", values([row])._replace(chosen=chosen), PreferenceForm())
     found.sum().backward()
     assert bool(found.isfinite()) and bool(chosen.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("kind", ["kto", "apo_zero_unpaired"])
+def test_judged_answers_have_the_losses_of_their_papers(kind):
+    form = PreferenceForm(beta=0.3, wanted=1.5, unwanted=0.7)
+    ratio, good = torch.tensor([2.0, -1.0, 0.5, -3.0], dtype=torch.float64), torch.tensor([True, True, False, False])
+    drift = torch.tensor(0.4, dtype=torch.float64)
+    zero = 0.4 if kind == "kto" else 0.0
+    right = [
+        1.5 * (1 - sigmoid(0.3 * (r - zero))) if g else 0.7 * (1 - sigmoid(0.3 * (zero - r)))
+        for r, g in zip(ratio.tolist(), good.tolist(), strict=True)
+    ]
+    assert single_loss(kind, ratio, good, drift=drift, form=form).tolist() == pytest.approx(right, abs=1e-12)

@@ -54,7 +54,7 @@ def test_fine_tuning_learns_and_keeps_the_format(base, tmp_path):
 def test_what_is_trained_on_is_what_the_assistant_wrote(base, tmp_path):
     path = toys._lines(tmp_path / "chats.jsonl", [{"messages": TURNS, "tools": [TOOL]}])
     tokenizer = Tokenizer.load(base)
-    docs, _ = sft.read_docs(config(base, path).data, tokenizer, seed=0)
+    docs = sft.read_docs(config(base, path).data, tokenizer, seed=0).train
     ((ids, loss),) = docs
     text = tokenizer.decode([id for id, trained in zip(ids, loss, strict=True) if trained])
     assert text.count('"name": "add"') == 1 and "It is 3." in text

@@ -11,13 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from puyu.data.chats import read_preferences
 from puyu.errors import CheckpointError, ConfigError, InputError
-from puyu.model.checkpoint import load_model, save_model
+from puyu.model.adapter_files import write_merged
+from puyu.model.checkpoint import load_model, load_scalar_model, read_config, save_model
 from puyu.model.init import init_weights
-from puyu.train import sft
+from puyu.model.lora import AdapterBank
+from puyu.train import pretrain, reward, sft
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.place import check_adapters
 from puyu.train.memory import MemoryConfig
+from puyu.train.scoring import RewardModel
 from puyu.train.sft import ChatData, SFTConfig
 from puyu.train.tune import TuneConfig, Tuning
 from tests.train import toys
@@ -259,3 +263,103 @@ def test_a_layout_that_does_not_know_adapters_is_refused(base, name):
     Tuning.of(model, TuneConfig(method="lora"), seed=0, base=base)
     with pytest.raises(ConfigError, match=f"layout.{name}=2 does not work with adapters"):
         check_adapters(model, layout)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_longer_context_is_learned_saved_and_loaded(base, tmp_path, method):
+    """Also by an adapter, which says so beside its files; a server refuses it beside others."""
+    talk = {"messages": [{"role": "user", "content": "hi " * 900}, {"role": "assistant", "content": "the cat"}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(talk) + "\n")
+    short = read_config(base)
+    asked = config(base, tmp_path / "long.jsonl", method=method).model_copy(update={"batch_tokens": 4096})
+    with pytest.raises(InputError, match="nothing to train on"):
+        sft.run(asked, out=tmp_path / "short")
+    numbers = sft.run(asked.model_copy(update={"context": 4096}), out=tmp_path / "out")
+    found = load_model(tmp_path / "out").config
+    assert numbers["conversations"] == 1 and found == short.longer(4096, "yarn") == read_config(tmp_path / "out")
+    assert found.max_positions == 4096 > short.max_positions and found.scaling.kind == "yarn"
+    if method == "lora":
+        with pytest.raises(CheckpointError, match="stretched positions"):
+            AdapterBank(load_model(base)).load("long", tmp_path / "out")
+        write_merged(tmp_path / "out", tmp_path / "merged")
+        assert read_config(tmp_path / "merged").scaling == found.scaling
+
+
+def test_noise_changes_the_losses_and_is_the_same_when_a_run_goes_on(base, chats, tmp_path):
+    plain = config(base, chats, method="full")
+    asked = plain.model_copy(update={"noise": 5.0})
+    for out, one in (("plain", plain), ("whole", asked)):
+        sft.run(one, out=tmp_path / out)
+
+    def kill(step, _):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        sft.run(asked, out=tmp_path / "killed", on_step=kill)
+    sft.run(asked, out=tmp_path / "killed")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "killed") != losses(tmp_path / "plain")
+
+
+def test_conversations_held_out_are_not_learned(base, tmp_path):
+    chats = toys.chats(tmp_path / "chats.jsonl", 60)
+    asked = config(base, chats).model_copy(update={"heldout": 0.2})
+    numbers = sft.run(asked, out=tmp_path / "out")
+    docs = sft.read_docs(asked.data, toys.tokenizer(tmp_path), seed=0, heldout=0.2)
+    assert 4 < len(docs.held) < 20 and len(docs.held) + len(docs.train) == 60
+    assert not {tuple(ids) for ids, _ in docs.held} & {tuple(ids) for ids, _ in docs.train}
+    assert numbers["conversations"] == len(docs.train) and numbers["val_loss"] > 0
+    with pytest.raises(ValueError, match="give one of the two"):
+        SFTConfig(base=base, data=[ChatData(path=chats)], heldout=0.1, validation=chats)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "freeze"])
+def test_a_reward_model_is_tuned_and_written_whole(base, tmp_path, method):
+    pairs = toys.pairs(tmp_path / "pairs.jsonl")
+    domains = {"default": "", "helpful": "Rate how much it helps."}
+    more = {"steps": 8, "batch_tokens": 2048, "dtype": "float32", "domains": domains, "heldout": 0.2}
+    more |= {"optim": {"lr": 0.01}}
+    asked = reward.RewardConfig.model_validate(
+        {"base": base, "data": [pairs], "tune": {"method": method, "rank": 4, "layers": 1}, **more}
+    )
+    numbers = reward.run(
+        asked.model_copy(update={"optim": asked.optim.model_copy(update={"lr": 0.01})}), out=tmp_path / "out"
+    )
+    assert (
+        numbers["loss_last"] < numbers["loss_first"] - 0.02 and not (tmp_path / "out" / "adapter_config.json").exists()
+    )
+    model, before = load_scalar_model(tmp_path / "out"), load_model(base)
+    assert model.head.weight.abs().sum() > 0
+    assert torch.equal(model.trunk.embedding.weight, before.trunk.embedding.weight)
+    changed = not torch.equal(model.trunk.layers[1].mlp.down.weight, before.trunk.layers[1].mlp.down.weight)
+    assert changed and numbers["heldout"]["all"]["accuracy"] == measured_again(tmp_path / "out", asked)
+
+
+def measured_again(folder: Path, asked) -> float:
+    """The accuracy of the held-out pairs by the model that was written."""
+    rewards = RewardModel.load(folder)
+    found, _ = read_preferences(asked.data[0])
+    held = [pair for pair in found if reward._is_heldout(pair, asked.heldout)]
+    scores = rewards.score(
+        [(pair.prompt, answer, pair.domain) for pair in held for answer in (pair.chosen, pair.rejected)]
+    )
+    return sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True)) / len(held)
+
+
+def test_pretraining_goes_on_with_an_adapter(base, tmp_path):
+    toys.corpus(tmp_path / "data", 80)
+    asked = {"data": tmp_path / "data", "tokenizer": base, "base": base, "tune": {"method": "lora", "rank": 4}}
+    fast = {"batch_tokens": 128, "dtype": "float32", "phases": [{"steps": 12, "seq_len": 64}], "optim": {"lr": 0.01}}
+    numbers = pretrain.run(pretrain.PretrainConfig.model_validate(asked | fast), out=tmp_path / "out")
+    assert numbers["loss_last"] < numbers["loss_first"] - 0.05 and (tmp_path / "out" / "adapter_config.json").is_file()
+    assert not torch.equal(load_model(tmp_path / "out").head.weight, 0 * load_model(base).head.weight)
+    changed = {
+        name
+        for (name, a), (_, b) in zip(
+            load_model(base).named_parameters(), load_model(tmp_path / "out").named_parameters(), strict=True
+        )
+        if not torch.equal(a, b)
+    }
+    assert {name.split(".")[-2] for name in changed} == {"qkv", "out", "gate_up", "down"}
+    with pytest.raises(ConfigError, match="there is none"):
+        pretrain.run(pretrain.PretrainConfig.model_validate({**asked, **fast, "base": None}), out=tmp_path / "nothing")

@@ -61,7 +61,8 @@ def check_adapters(model: nn.Module, config: LayoutConfig) -> None:
 
 
 def _name(objective: Objective) -> str:
-    return getattr(objective, "__qualname__", type(objective).__name__).partition(".<")[0]
+    function = getattr(objective, "func", objective)  # of a partial
+    return getattr(function, "__qualname__", type(function).__name__).partition(".<")[0].lstrip("_")
 
 
 def shard(step: Step, mesh: Mesh) -> None:
