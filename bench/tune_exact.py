@@ -2,10 +2,10 @@
 
     python bench/tune_exact.py [--save] [--only tune.3]
 
-tune.1: losses and gradients of packed documents against transformers on padded rows (SFT, reward, DPO, ORPO). tune.2: a
-step of eight micro-batches against one of one. tune.3: logits of adapters against those of the merged checkpoint that
-`load_model` gives. tune.4: `puyu sft`'s function killed in the middle and run again. tune.5: adapters between here and
-peft. tune.12: bytes of NF4 matrices of a 7B, made and counted.
+tune.1: losses and gradients of packed documents against whole logits of padded rows, and of documents one by one.
+tune.2: a step of eight micro-batches against one of one. tune.3: logits of adapters against those of the merged
+checkpoint that `load_model` gives. tune.4: `puyu sft`'s function killed in the middle and run again. tune.5: adapters
+between here and peft. tune.12: bytes of NF4 matrices of a 7B, made and counted.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import peft
 import torch
 import transformers
 from torch import Tensor
+from torch.nn import functional as F
 
 from puyu.data.packing import Pair, pack_documents, pack_pairs
 from puyu.model.adapter_files import load_adapter
-from puyu.model.checkpoint import load_model, save_model, their_state
+from puyu.model.checkpoint import load_model, save_model
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.init import init_weights, initial_value
@@ -56,7 +57,7 @@ def made(folder: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     tokenizer = from_merges([(b"t", b"h")], chat_template=CHAT_TEMPLATE)
     tokenizer.save(folder)
     model = CausalLM(ModelConfig(family="llama", vocab_size=tokenizer.vocab_size, max_positions=512, **SHAPE))
-    init_weights(model, seed=1, std=0.08)
+    init_weights(model, seed=1, std=0.02)
     save_model(model, folder)
     return load_model(folder, dtype=dtype)
 
@@ -67,27 +68,17 @@ def documents(count: int, vocab: int) -> list[Doc]:
     return [([rng.randrange(3, vocab) for _ in range(n)], [at >= n // 3 for at in range(n)]) for n in lengths]
 
 
-# --- tune.1: packed against padded rows of another implementation ---------------------------------------------------
+# --- tune.1 ---------------------------------------------------------------------------------------------------------
 
 
-def padded(docs: list[Doc], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and attention mask [B, L], and the weight of each next token [B, L - 1]."""
+def padded(docs: list[Doc], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Ids [B, L], and the weight of each next token [B, L - 1]."""
     longest = max(len(ids) for ids, _ in docs)
-    ids_BL, mask_BL = torch.zeros(len(docs), longest, dtype=torch.long), torch.zeros(len(docs), longest)
-    weights_BL = torch.zeros(len(docs), longest, dtype=dtype)
+    ids_BL, weights_BL = torch.zeros(len(docs), longest, dtype=torch.long), torch.zeros(len(docs), longest, dtype=dtype)
     for row, (ids, learned) in enumerate(docs):
         ids_BL[row, : len(ids)] = torch.tensor(ids)
-        mask_BL[row, : len(ids)] = 1
         weights_BL[row, : len(ids)] = torch.tensor(learned).to(dtype)
-    return ids_BL, mask_BL, weights_BL[:, 1:]
-
-
-def their_logprobs(model: Any, docs: list[Doc]) -> tuple[Tensor, Tensor]:
-    """Sums over learned tokens [B], and how many they are."""
-    ids_BL, mask_BL, weights_BL = padded(docs, model.dtype)
-    logits = model(ids_BL, attention_mask=mask_BL).logits[:, :-1]
-    each = torch.log_softmax(logits, -1).gather(-1, ids_BL[:, 1:, None]).squeeze(-1) * weights_BL
-    return each.sum(1), weights_BL.sum(1)
+    return ids_BL, weights_BL[:, 1:]
 
 
 def pairs_of(docs: list[Doc]) -> list[Answers]:
@@ -96,18 +87,31 @@ def pairs_of(docs: list[Doc]) -> list[Answers]:
     return [Answers((a, b), (-2.0 * len(a[0]), -2.1 * len(b[0]))) for a, b in couples]
 
 
-def their_loss(kind: str, model: Any, docs: list[Doc], head: Tensor) -> Tensor:
+def padded_loss(kind: str, model: Any, docs: list[Doc], *, alone: bool) -> Tensor:
+    """From whole logits of rows of one length, or of each document `alone`."""
+    dtype = next(model.parameters()).dtype
+    ids_BL, weights_BL = padded(docs, dtype)
+    rows, longest = ids_BL.shape
+    if alone:
+        hidden = []
+        for ids, _ in docs:
+            plan, place = PackedPlan.build([0], len(ids)), torch.arange(len(ids))
+            hidden.append(F.pad(model.trunk(torch.tensor(ids), place, plan), (0, 0, 0, longest - len(ids))))
+        hidden_BLD = torch.stack(hidden)
+    else:
+        plan = PackedPlan.build([longest * row for row in range(rows)], rows * longest)
+        hidden_BLD = model.trunk(ids_BL.flatten(), torch.arange(longest).repeat(rows), plan).view(rows, longest, -1)
     if kind == "reward":
-        ids_BL, mask_BL, _ = padded(docs, model.dtype)
-        hidden = model.model(ids_BL, attention_mask=mask_BL).last_hidden_state
         last = torch.tensor([len(ids) - 1 for ids, _ in docs])
-        scores = hidden[torch.arange(len(docs)), last] @ head
+        scores = model.head(hidden_BLD[torch.arange(rows), last]).squeeze(-1)
         return pair_losses(scores[::2], scores[1::2]).mean()
-    sums, lengths = their_logprobs(model, docs)
+    logits = hidden_BLD[:, :-1] @ model.head.weight.T
+    each = torch.log_softmax(logits, -1).gather(-1, ids_BL[:, 1:, None]).squeeze(-1) * weights_BL
+    sums, lengths = each.sum(1), weights_BL.sum(1)
     if kind == "sft":
         return -sums.sum() / lengths.sum()
-    reference = torch.tensor([value for one in pairs_of(docs) for value in one.reference]).to(sums)
-    halves = [(part[::2], part[1::2]) for part in (sums, reference, lengths)]
+    reference = torch.tensor([value for one in pairs_of(docs) for value in one.reference], dtype=torch.float64)
+    halves = [(part[::2], part[1::2]) for part in (sums, reference.to(sums), lengths)]
     values = PairValues(*(part for pair in halves for part in pair))
     return pair_loss("sigmoid" if kind == "dpo" else "orpo", values, PreferenceForm()).mean()
 
@@ -124,29 +128,28 @@ def our_loss(kind: str, model: Any, docs: list[Doc]) -> Tensor:
     return output.loss_sum / output.weight_sum
 
 
-def ours_and_theirs(kind: str, folder: Path, dtype: torch.dtype) -> tuple[Found, Found]:
-    model: Any = load_model(folder, dtype=dtype)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    head = initial_value("scores", (1, SHAPE["hidden_size"]), seed=5, std=0.3).to(dtype)
-    docs = documents(24, model.config.vocab_size)
-    if kind == "reward":
-        scalar = ScalarModel(model.config).to(dtype)
-        scalar.trunk.load_state_dict(model.trunk.state_dict())
-        scalar.head.weight.data = head
-        model = scalar
-    loss, right = our_loss(kind, model, docs), their_loss(kind, theirs, docs, head[0])
-    loss.backward()
-    right.backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if name != "head.weight" or kind != "reward"}
-    named = their_state(model, {name: grad for name, grad in grads.items() if grad is not None})
-    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    assert named.keys() >= expected.keys() - {"lm_head.weight"}, "a gradient is missing"
-    return (float(loss.detach()), named), (float(right.detach()), expected)
+def three_ways(kind: str, folder: Path, dtype: torch.dtype) -> list[Found]:
+    """Packed by the stage's own objective, padded, and one by one."""
+    found: list[Found] = []
+    for way in ("packed", "padded", "alone"):
+        model: Any = load_model(folder, dtype=dtype)
+        docs = documents(24, model.config.vocab_size)
+        if kind == "reward":
+            scalar = ScalarModel(model.config).to(dtype)
+            scalar.trunk.load_state_dict(model.trunk.state_dict())
+            scalar.head.weight.data = initial_value("scores", (1, SHAPE["hidden_size"]), seed=5, std=0.3).to(dtype)
+            model = scalar
+        loss = our_loss(kind, model, docs) if way == "packed" else padded_loss(kind, model, docs, alone=way == "alone")
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((float(loss.detach()), grads))
+    return found
 
 
 def apart(a: Found, b: Found, *, relative: bool) -> float:
     """The larger difference of the two: of losses, of gradients."""
-    names = a[1].keys() & b[1].keys()
+    names = a[1].keys()
+    assert names and names == b[1].keys()
     one, two = (torch.cat([found[1][name].double().flatten() for name in sorted(names)]) for found in (a, b))
     if relative:
         return max(abs(a[0] / b[0] - 1), float((one - two).norm() / two.norm()))
@@ -156,10 +159,10 @@ def apart(a: Found, b: Found, *, relative: bool) -> float:
 def packing(folder: Path, notes: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for bar, dtype in (("tune.1", torch.float64), ("tune.1b", torch.float32)):
         made(folder)
-        found = {
-            kind: apart(*ours_and_theirs(kind, folder, dtype), relative=bar == "tune.1b")
-            for kind in ("sft", "reward", "dpo", "orpo")
-        }
+        found = {}
+        for kind in ("sft", "reward", "dpo", "orpo"):
+            packed, *others = three_ways(kind, folder, dtype)
+            found[kind] = max(apart(packed, other, relative=bar == "tune.1b") for other in others)
         notes[bar] = found
         yield bar, max(found.values())
 
@@ -206,7 +209,9 @@ def accumulation(folder: Path, notes: dict[str, Any]) -> Iterator[tuple[str, flo
                     trainer = Trainer(model, objective, Given(batches), config, out=Path(out))
                     sums = trainer.layout.backward(batches, scale=1.0)
                 weight = sums["weight"]
-                grads = {n: p.grad / weight for n, p in trainer.model.named_parameters() if p.grad is not None}
+                grads = {
+                    one.name: one.update.grad / weight for one in trainer.layout.shares if one.update.grad is not None
+                }
                 found.append((sums["loss"] / weight, grads))
             notes[bar][name] = apart(found[1], found[0], relative=dtype == "float32")
         yield bar, max(notes[bar].values())
@@ -234,7 +239,7 @@ def trained(folder: Path, method: str, base: str) -> tuple[CausalLM, Tuning]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                noise = initial_value(name, tuple(parameter.shape), seed=9, std=0.05)
+                noise = initial_value(name, tuple(parameter.shape), seed=9, std=0.01)
                 parameter.mul_(1 + noise) if name.endswith("magnitude") else parameter.add_(noise)
     return model, tuning
 
@@ -275,7 +280,7 @@ def exchange(folder: Path, notes: dict[str, Any]) -> Iterator[tuple[str, float]]
 
 
 def going_on(folder: Path, notes: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    made(folder)
+    made(folder / "base")
     talks = [
         {
             "messages": [
@@ -293,9 +298,9 @@ def going_on(folder: Path, notes: dict[str, Any]) -> Iterator[tuple[str, float]]
 
     differences = 0
     for method in ("full", "freeze", *METHODS, "qlora"):
-        values = {"base": folder, "data": folder / "chats.jsonl", "steps": 12, "batch_tokens": 512, "noise": 5.0}
+        values = {"base": folder / "base", "data": folder / "chats.jsonl", "steps": 12, "batch_tokens": 512}
         tune = {"method": method, "rank": 8, "dropout": 0.1}
-        config = sft.SFTConfig.model_validate({**values, "tune": tune, "checkpoint_every": 1, "accumulate": 2})
+        config = sft.SFTConfig.model_validate({**values, "tune": tune, "checkpoint_every": 1, "noise": 5.0})
         whole, killed = folder / "runs" / method / "whole", folder / "runs" / method / "killed"
         sft.run(config, out=whole)
         try:

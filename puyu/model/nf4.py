@@ -106,6 +106,7 @@ def quantize_dynamic(values_N: Tensor) -> tuple[Tensor, Tensor]:
     shares = blocks * (1 / torch.where(scales > 0, scales, 1.0))[:, None]
     shares = ((shares + 1) * (0.5 * _STEPS) + 0.5).floor_() / _STEPS * 2 - 1
     codes = torch.bucketize(shares, (table[1:] + table[:-1]) / 2, out_int32=True)
+    codes *= scales[:, None] > 0  # where all are zero, bitsandbytes writes code 0
     return codes.to(torch.uint8).flatten()[:count], scales
 
 

@@ -65,6 +65,12 @@ def test_scales_keep_their_order_and_are_near():
     assert len(table) == 256 and bool((table[1:] > table[:-1]).all()) and table[127] == 0 and table[-1] == 1
 
 
+def test_a_single_block_has_no_deviation_and_the_code_of_bitsandbytes_for_that():
+    made = NF4.of(matrix(1, 64))
+    assert made.scale_codes.tolist() == [0] and made.scales.tolist() == [0.0]
+    assert float(made.block_scales()) == float(matrix(1, 64).abs().max())
+
+
 def test_a_matrix_takes_about_a_quarter_of_its_bytes_in_bf16():
     made = NF4.of(matrix(512, 1024))
     size = sum(tensor.nbytes for tensor in (made.codes, made.scale_codes, made.scales, made.offset))
