@@ -55,7 +55,7 @@ def test_public_names_are_there():
 
 def test_size_of_the_house():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
-    assert sum(lines.values()) <= 66_000
+    assert sum(lines.values()) <= 70_000
     long = {str(path.relative_to(ROOT)): count for path, count in lines.items() if count > 500}
     assert not long, long
 

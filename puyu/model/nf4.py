@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ BLOCK = 64
 _GROUP = 256
 """Scales that share a scale of their own."""
 _STEPS = 65535
+_CPU = torch.device("cpu")
 TABLE = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -50,7 +52,7 @@ class NF4:
         blocks_N = weight_OI.float().reshape(-1, BLOCK)
         absmax_N = blocks_N.abs().amax(1)
         shares = (blocks_N * (1.0 / absmax_N.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
-        table = _table().to(weight_OI.device)
+        table = _table(weight_OI.device)
         numbers = torch.bucketize(shares, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
         pairs = numbers.view(rows, columns // 2, 2)
         offset = absmax_N.mean()
@@ -70,19 +72,29 @@ class NF4:
         """What the codes stand for, [O, I]: the product of table and scale in fp32, rounded to `dtype`."""
         if (values := nf4_values(self, dtype, dynamic=dynamic_table(), table=_table())) is not None:
             return values
-        table = _table().to(self.codes.device)
+        table = _table(self.codes.device)
+        if dtype in (torch.bfloat16, torch.float16, torch.float32) and _launches(self.codes.device):
+            from puyu.model.nf4_triton import nf4_values as on_gpu
+
+            return on_gpu(self.codes, self.block_scales(), table, dtype)
         numbers = torch.stack((self.codes >> 4, self.codes & 15), dim=-1)
         blocks_N = table[numbers.int()].view(-1, BLOCK) * self.block_scales()[:, None]
         return blocks_N.view(self.shape).to(dtype)
 
 
 @cache
-def _table() -> Tensor:
-    return torch.tensor(TABLE)
+def _table(device: torch.device = _CPU) -> Tensor:
+    return torch.tensor(TABLE, device=device)
 
 
 @cache
-def dynamic_table() -> Tensor:
+def _launches(device: torch.device) -> bool:
+    """Whether Triton's kernel runs there."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+@cache
+def dynamic_table(device: torch.device = _CPU) -> Tensor:
     """The 256 values of the 8-bit format with a dynamic exponent, ascending in [-1, 1], fp32 (Dettmers 2016, arXiv
     1511.04561): for each power of ten from 1e-6 to 1 twice as many fractions as for the one below."""
     values = [0.0, 1.0]
@@ -91,7 +103,7 @@ def dynamic_table() -> Tensor:
         means = (bounds[:-1] + bounds[1:]) / 2
         found = (10.0 ** (exponent - 6) * means).tolist()
         values += found + [-value for value in found]
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), device=device)
 
 
 def quantize_dynamic(values_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +112,7 @@ def quantize_dynamic(values_N: Tensor) -> tuple[Tensor, Tensor]:
     The share of a value is first rounded to one of 65,536 steps, as bitsandbytes does on a CPU: near the middle between
     two values that decides.
     """
-    table, count = dynamic_table().to(values_N.device), len(values_N)
+    table, count = dynamic_table(values_N.device), len(values_N)
     blocks = torch.nn.functional.pad(values_N, (0, -count % _GROUP)).view(-1, _GROUP)
     scales = blocks.abs().amax(1)
     shares = blocks * (1 / torch.where(scales > 0, scales, 1.0))[:, None]
@@ -112,5 +124,5 @@ def quantize_dynamic(values_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_dynamic(codes_N: Tensor, scales: Tensor) -> Tensor:
     """The values of the codes, fp32 [N]."""
-    table = dynamic_table().to(codes_N.device)
+    table = dynamic_table(codes_N.device)
     return table[codes_N.int()] * scales.repeat_interleave(_GROUP)[: len(codes_N)]

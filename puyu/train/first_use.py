@@ -37,6 +37,10 @@ _BYTES = {"nf4": 0.5 + (1 + 4 / 256) / 64, "int8": 1.0}
 _TRAINED = 16
 """Bytes of a weight that trains: itself, its gradient and AdamW's two moments, in fp32."""
 _PROMPTS = 3
+_MOST = 4e-3
+"""Largest rate of adapters: with more, models of a few million parameters fall apart."""
+_SMALL = 100_000_000
+"""Models with fewer parameters need more steps to learn what they have never seen."""
 
 
 class Reason(NamedTuple):
@@ -130,7 +134,7 @@ def _rate(config: SFTConfig, facts: Facts, given: Set[str]) -> list[Reason]:
     lr = 1e-3 * (facts.parameters / 5e6) ** -(math.log(25) / math.log(1400))
     lr, why = min(1e-3, max(1e-5, lr)), f"for {facts.parameters / 1e6:,.0f} M parameters"
     if config.tune.adapts:
-        lr, why = lr * 10, f"{why}, ten times that of full fine-tuning"
+        lr, why = min(_MOST, lr * 10), f"{why}, ten times that of full fine-tuning and at most {_MOST:g}"
     return [Reason("optim.lr", float(f"{lr:.1e}"), why)]
 
 
@@ -155,8 +159,9 @@ def _passes(config: SFTConfig, facts: Facts, given: Set[str]) -> list[Reason]:
         if facts.conversations >= least:
             return [Reason("epochs", float(epochs), f"{facts.conversations:,} conversations")]
     steps = max(1.0, facts.tokens / config.batch_tokens)
-    epochs = min(10, max(3, math.ceil(100 / steps)))
-    why = "little data: at most ten passes, towards 100 steps" if epochs > 3 else "the usual for this much data"
+    goal, most = (250, 30) if facts.parameters < _SMALL else (100, 5)
+    epochs = min(most, max(3, math.ceil(goal / steps)))
+    why = f"little data: towards {goal} steps, at most {most} passes" if epochs > 3 else "the usual for so much data"
     return [Reason("epochs", float(epochs), why)]
 
 

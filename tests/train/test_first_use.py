@@ -59,14 +59,14 @@ def test_rates_fall_with_size_and_adapters_take_ten_times_as_much(base, tmp_path
         return rate
 
     assert of(7_000_000_000, "full") == pytest.approx(4e-5, rel=0.02) and of(5_000_000, "full") == 1e-3
-    assert of(7_000_000_000, "qlora") == pytest.approx(4e-4, rel=0.02)
+    assert of(7_000_000_000, "qlora") == pytest.approx(4e-4, rel=0.02) and of(5_000_000, "lora") == 4e-3
     assert of(10**6, "full") == 1e-3 and of(10**12, "full") == 1e-5
 
 
 def test_batches_and_passes_follow_the_data(base, tmp_path):
     few = chosen(base, toys.chats(tmp_path / "few.jsonl", 12))
     many = chosen(base, toys.chats(tmp_path / "many.jsonl", 6000))
-    assert few["epochs"] == 10 and many["epochs"] == 2 and "heldout" not in few and many["heldout"] == 0.05
+    assert 10 < few["epochs"] <= 30 and many["epochs"] == 2 and "heldout" not in few and many["heldout"] == 0.05
     assert few["batch_tokens"] % 64 == 0 and few["batch_tokens"] < many["batch_tokens"] <= 65_536
     talks, _ = read_conversations(tmp_path / "few.jsonl")
     assert set(few["samples"]) < {talk.messages[0].text for talk in talks} and len(few["samples"]) == 3

@@ -19,7 +19,8 @@ with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
     if HAS_TRITON:
         import puyu.engine.gpu
-        import puyu.engine.kernels.sampling  # noqa: F401
+        import puyu.engine.kernels.sampling
+        import puyu.model.nf4_triton  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
