@@ -23,7 +23,7 @@ from typing import Any
 
 import harness
 
-WARM_STEPS, SAMPLE_STEPS = 2, 2
+WARM_STEPS, SAMPLE_STEPS = 2, 1
 TOKENS, LONGEST, DOCUMENTS, RATE, RANK = 4096, 1024, 4000, 1e-4, 16
 WIDE = {"vocab_size": 92544, "hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 6}
 WIDE |= {"num_key_value_heads": 3, "intermediate_size": 768}
