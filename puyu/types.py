@@ -80,6 +80,8 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str = ""
     name: str = ""
+    learned: bool = True
+    """Whether fine-tuning learns it, where it is the assistant's."""
 
     @property
     def text(self) -> str:
@@ -208,12 +210,14 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """Two answers to one prompt, the better first. `domain` picks the reward model's system prompt."""
+    """Two answers to one prompt, the better first. `domain` picks the reward model's system prompt; `margin` is by how
+    much their scores should differ at least."""
 
     prompt: Conversation
     chosen: Message
     rejected: Message
     domain: str = "default"
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

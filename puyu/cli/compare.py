@@ -28,8 +28,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{_USAGE}\n\nmethods: {', '.join(_methods())}; all other flags are those of `puyu sft`")
         return 0
     _refuse(options)
-    given = [word for word in arguments if word not in options.positional]
-    rows = [_run(method, given, options) for method in options.positional]
+    rows = [_run(method, options) for method in options.positional]
     assert options.out is not None
     from puyu.chain.run_report import write_run_report
     from puyu.chain.run_view import RunView
@@ -61,12 +60,14 @@ def _refuse(options: Options) -> None:
         raise ConfigError("--method: the methods are the words behind compare", remedy=_USAGE)
 
 
-def _run(method: str, given: Sequence[str], options: Options) -> dict[str, Any]:
+def _run(method: str, options: Options) -> dict[str, Any]:
     """Train with one method; its numbers."""
     assert options.out is not None
     out = options.out / method
     say(f"--- {method}")
-    words = [*_without_out(given), "--method", method, "--out", str(out)]
+    words = [f"--{name}={value}" for name, value in options.fields]
+    words += [f"--set={text}" for text in options.overrides]
+    words += ["--method", method, "--out", str(out)]
     said = {name for name, _ in options.fields} | {text.partition("=")[0] for text in options.overrides}
     if not said & {"heldout", "validation"}:
         words += ["--heldout", "0.1"]
@@ -80,18 +81,6 @@ def _run(method: str, given: Sequence[str], options: Options) -> dict[str, Any]:
     memory = max((row["memory_gib"] for row in rows if "memory_gib" in row), default=0.0)
     kept = {name: numbers[name] for name in ("trained_parameters", "loss_last", "tokens_per_s", "seconds")}
     return {"method": method, "val_loss": numbers.get("val_loss"), "memory_gib": memory, "bytes": size, **kept}
-
-
-def _without_out(words: Sequence[str]) -> list[str]:
-    found: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "--out":
-            rest.pop(0)
-        elif not word.startswith("--out="):
-            found.append(word)
-    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@ Also for `puyu prefer` and `puyu reward`, whose other settings have fixed defaul
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +32,9 @@ def tuning_words(options: Options) -> list[tuple[str, Any]]:
 
             mapped = read_ds_config(Path(value))
             found += mapped.overrides
-            say(f"{value}: {', '.join(f'{key}={setting}' for key, setting in mapped.overrides) or 'nothing to map'}")
+            _tell(f"{value}: {', '.join(f'{key}={setting}' for key, setting in mapped.overrides) or 'nothing to map'}")
             for note in mapped.notes:
-                say(f"  {note}")
+                _tell(f"  {note}")
         else:
             rest.append((_WORDS.get(name, name), value))
     options.fields = [(name, _folder(value) if name == "base" else value) for name, value in rest]
@@ -44,6 +45,12 @@ def _folder(value: str) -> str:
     from puyu.hub import resolve
 
     return str(resolve(value))
+
+
+def _tell(text: str) -> None:
+    """Of several processes the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text)
 
 
 def default_out(verb: str, config: Any) -> Path:
@@ -63,7 +70,7 @@ def first_use(verb: str, config: Config, values: Mapping[str, Any]) -> Config:
 
     assert isinstance(config, SFTConfig)
     config, reasons = fill(config, given=set(_names(values)))
-    say("\n".join(lines_of(reasons)))
+    _tell("\n".join(lines_of(reasons)))
     return config
 
 
@@ -80,7 +87,7 @@ def _check(path: Path, *, pairs: bool) -> None:
     if not path.is_file():
         raise InputError(f"no such file: {path}", remedy="check --data")
     report = check(path)
-    say("\n".join(lines_of(report, limit=5)))
+    _tell("\n".join(lines_of(report, limit=5)))
     if report.errors:
         first = next(problem for problem in report.problems if problem.level == "error")
         raise InputError(

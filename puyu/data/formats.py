@@ -4,10 +4,11 @@
     >>> form.name, form.read({"instruction": "Add.", "input": "1 2", "output": "3"}).messages[0].text
     ('alpaca', 'Add.\\n1 2')
 
-`openai`    {"messages": [{"role", "content", "tool_calls"?}], "tools"?}, InternLM's role `environment` included
+`openai`    {"messages": [{"role", "content", "tool_calls"?, "weight"?}], "tools"?}, InternLM's role `environment`
+            included; a turn of the assistant with weight 0 (or `loss` or `train` false) is not learned
 `sharegpt`  {"conversations": [{"from", "value"}], "system"?, "tools"?} with human, gpt, function_call, observation
 `alpaca`    {"instruction", "input"?, "output", "system"?, "history"?}; instruction and input are joined by a line end
-`xtuner`    {"conversation": [{"system"?, "input", "output"}]}
+`xtuner`    {"conversation": [{"system"?, "input", "output", "output_with_loss"?}]}
 `text`      {"text"}: one assistant turn, all of it learned
 
 What is read and written again in the same form is the same conversation (tested as a property). What a form cannot say
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from puyu.errors import ConfigError, InputError
@@ -75,12 +76,36 @@ def _items(record: Record, name: str) -> list[Record]:
 # ---- OpenAI
 
 
+_LEARNED = ("weight", "loss", "train")
+"""How a message says whether it is learned: OpenAI's 0 or 1, XTuner's and axolotl's true or false."""
+
+
 def _read_openai(record: Record) -> Conversation:
-    return Conversation.from_openai(record)
+    found = Conversation.from_openai(record)
+    learned = [_learned(value, f"messages[{index}]") for index, value in enumerate(record["messages"])]
+    messages = [replace(m, learned=flag) for m, flag in zip(found.messages, learned, strict=True)]
+    return replace(found, messages=tuple(messages)) if not all(learned) else found
+
+
+def _learned(value: Record, place: str) -> bool:
+    for name in _LEARNED:
+        if value.get(name) is None:
+            continue
+        if not isinstance(value[name], int | float) or value[name] not in (0, 1):
+            raise InputError(f"{place}.{name} must be true or false (1 or 0), not {value[name]!r}")
+        is_answer = value.get("role") == "assistant"
+        if value[name] and not is_answer:
+            raise InputError(f"{place}.{name}: only what the assistant says is learned, not a turn of {value['role']}")
+        return bool(value[name]) or not is_answer
+    return True
 
 
 def _write_openai(conversation: Conversation) -> dict[str, Any]:
-    return conversation.to_openai()
+    record = conversation.to_openai()
+    for message, value in zip(conversation.messages, record["messages"], strict=True):
+        if not message.learned:
+            value["weight"] = 0
+    return record
 
 
 # ---- ShareGPT
@@ -149,6 +174,7 @@ def _write_sharegpt(conversation: Conversation) -> dict[str, Any]:
 def _turns(message: Message) -> Iterator[dict[str, str]]:
     refuse(bool(message.tool_call_id or any(call.id for call in message.tool_calls)), "ids of tool calls", "sharegpt")
     refuse(bool(message.name), "names of messages", "sharegpt")
+    refuse(not message.learned, "turns that are not learned", "sharegpt")
     refuse(bool(message.tool_calls and message.content), "a call beside a text in one turn", "sharegpt")
     if message.tool_calls:
         calls = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
@@ -197,6 +223,7 @@ def _rows(conversation: Conversation, form: str) -> list[tuple[str, str]]:
     """(role, text) of all turns, where there is nothing else."""
     refuse(bool(conversation.tools), "tools", form)
     for message in conversation.messages:
+        refuse(not message.learned and form != "xtuner", "turns that are not learned", form)
         refuse(bool(message.tool_calls or message.role == "tool"), "calls of tools", form)
         refuse(bool(message.name), "names of messages", form)
     return [(message.role, plain_text(message, form)) for message in conversation.messages]
@@ -232,24 +259,29 @@ def _read_xtuner(record: Record) -> Conversation:
     turns = _items(record, "conversation")
     for index, turn in enumerate(turns):
         place = f"conversation[{index}]"
-        if turn.get("output_with_loss", True) is not True:
-            raise InputError(f"{place}: output_with_loss is not kept: a conversation has no marks for single turns")
+        if not isinstance(turn.get("output_with_loss", True), bool):
+            raise InputError(f"{place}: output_with_loss must be true or false")
         if index and turn.get("system"):
             raise InputError(f"{place}: only the first turn may have a system prompt")
     system = text_field(turns[0], "system", default="") if turns else ""
     pairs = [(text_field(turn, "input", default=""), text_field(turn, "output")) for turn in turns]
     found = _paired(system, pairs, record)
+    flags = iter(turn.get("output_with_loss", True) for turn in turns)
+    marked = [replace(m, learned=next(flags)) if m.role == "assistant" else m for m in found.messages]
     # a turn without a question is text alone, as in pretraining
-    return Conversation(tuple(m for m in found.messages if m.role != "user" or m.content), (), found.metadata)
+    return Conversation(tuple(m for m in marked if m.role != "user" or m.content), (), found.metadata)
 
 
 def _write_xtuner(conversation: Conversation) -> dict[str, Any]:
+    flags = [{} if m.learned else {"output_with_loss": False} for m in conversation.messages if m.role == "assistant"]
     if [message.role for message in conversation.messages] == ["assistant"]:
         [(_, text)] = _rows(conversation, "xtuner")
-        return _with_metadata({"conversation": [{"input": "", "output": text}]}, conversation)
+        return _with_metadata({"conversation": [{"input": "", "output": text, **flags[0]}]}, conversation)
     system, pairs = _pairs(conversation, "xtuner")
     refuse(any(not question for question, _ in pairs), "an empty question", "xtuner")
-    turns: list[dict[str, str]] = [{"input": question, "output": answer} for question, answer in pairs]
+    turns: list[dict[str, Any]] = [
+        {"input": question, "output": answer, **flag} for (question, answer), flag in zip(pairs, flags, strict=True)
+    ]
     if system:
         turns[0] = {"system": system} | turns[0]
     return _with_metadata({"conversation": turns}, conversation)

@@ -292,6 +292,7 @@ class Pair:
     chosen: Ids
     rejected: Ids
     domain: int = 0
+    margin: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -304,7 +305,8 @@ def with_reward_token(ids: Sequence[int], reward_id: int, *, max_length: int) ->
 
 
 def pack_pairs(pairs: Sequence[Pair]) -> Batch:
-    """Chosen and rejected adjacent. Extras: `pair_S` (pair number), `last_S` (reward token), `domain_S`."""
+    """Chosen and rejected adjacent. Extras: `pair_S` (pair number), `last_S` (reward token), `domain_S`; `margin_P` of
+    each pair."""
     docs: list[Doc] = [(ids, None) for pair in pairs for ids in (pair.chosen, pair.rejected)]
     batch = pack_documents(docs)
     last_S = np.array(batch.ends_S[: len(docs)], dtype=np.int64) - 1
@@ -312,6 +314,7 @@ def pack_pairs(pairs: Sequence[Pair]) -> Batch:
         "pair_S": torch.arange(len(pairs)).repeat_interleave(2),
         "last_S": torch.from_numpy(last_S),
         "domain_S": torch.tensor([pair.domain for pair in pairs], dtype=torch.long).repeat_interleave(2),
+        "margin_P": torch.tensor([pair.margin for pair in pairs], dtype=torch.float64),
     }
     return replace(batch, extras=extras)
 

@@ -13,13 +13,15 @@
 `alpaca`       {"instruction", "input"?, "chosen", "rejected", "system"?, "history"?}, or `output`: [chosen, rejected]
 `openai`       {"input": {"messages", "tools"?}, "preferred_output", "non_preferred_output"}
 
-All of them may have `domain`, the rubric of the reward model, and `metadata`. What is read and written again in the
+All of them may have `domain`, the rubric of the reward model, `margin`, by how much the scores of the answers should
+differ, and `metadata`. What is read and written again in the
 same form is the same pair (tested as a property); what a form cannot say is an InputError that names it. Answers of
-several turns are refused: a pair is two answers to one prompt. Scores and margins beside the answers are not read.
+several turns are refused: a pair is two answers to one prompt. Scores beside the answers are not read.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,7 +88,14 @@ def _pair(prompt: Conversation, answers: Sequence[Message], record: Record) -> P
             raise InputError(f"field {name!r} must be text or an assistant message, not the turn of the {answer.role}")
     domain = record.get("domain") or "default"
     prompt = Conversation(prompt.messages, prompt.tools, metadata_of(record))
-    return Preference(prompt, answers[0], answers[1], str(domain))
+    return Preference(prompt, answers[0], answers[1], str(domain), _margin(record))
+
+
+def _margin(record: Record) -> float:
+    value = record.get("margin") or 0.0
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < math.inf:
+        raise InputError(f"field 'margin' must be a number from 0, not {value!r}")
+    return float(value)
 
 
 def _record(pair: Preference, fields: Mapping[str, Any], form: str) -> dict[str, Any]:
@@ -95,6 +104,8 @@ def _record(pair: Preference, fields: Mapping[str, Any], form: str) -> dict[str,
     refuse(any(answer.role != "assistant" for answer in (pair.chosen, pair.rejected)), "answers of others", form)
     refuse(not pair.domain, "an empty domain", form)
     more: dict[str, Any] = {} if pair.domain == "default" else {"domain": pair.domain}
+    if pair.margin:
+        more["margin"] = pair.margin
     if pair.prompt.metadata:
         more["metadata"] = dict(pair.prompt.metadata)
     return {**fields, **more}

@@ -58,7 +58,21 @@ def format_of(tokenizer: Tokenizer) -> ChatFormat:
 def render(conversation: Conversation, tokenizer: Tokenizer, *, add_generation_prompt: bool = False) -> Rendered:
     """Ids and loss spans; InputError for a template of another family, and for what the format cannot express."""
     format = format_of(tokenizer)
-    return encode_all([format.pieces(conversation, prompt=add_generation_prompt)], format, tokenizer)[0]
+    pieces = _learned(format.pieces(conversation, prompt=add_generation_prompt), conversation)
+    return encode_all([pieces], format, tokenizer)[0]
+
+
+def _learned(pieces: list[Piece], conversation: Conversation) -> list[Piece]:
+    """The pieces, those of turns that are not learned without their loss: each turn of the assistant is one stretch."""
+    flags = [message.learned for message in conversation.messages if message.role == "assistant"]
+    if all(flags):
+        return pieces
+    found, number = list[Piece](), -1
+    for before, piece in zip([None, *pieces[:-1]], pieces, strict=True):
+        number += piece.loss and not (before and before.loss)
+        found.append(piece if not piece.loss or flags[number] else piece._replace(loss=False))
+    assert number == len(flags) - 1, "a format has not one stretch for each turn of the assistant"
+    return found
 
 
 def render_all(
@@ -76,7 +90,7 @@ def render_all(
     held = 0
     for number, conversation in enumerate(conversations):
         try:
-            pieces = format.pieces(conversation)
+            pieces = _learned(format.pieces(conversation), conversation)
         except InputError as error:
             raise InputError(f"{where(number)}: {error.message}", remedy=error.remedy) from error
         written.append(pieces)

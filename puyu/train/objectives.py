@@ -348,9 +348,17 @@ def barrier(score_S: Tensor, *, bound: float = 5.0, eps: float = 0.1) -> Tensor:
     return -(torch.log(bound + inside_S) + torch.log(bound - inside_S)) + slope * torch.relu(score_S.abs() - edge)
 
 
-def pair_losses(chosen_S: Tensor, rejected_S: Tensor, *, gamma: float = 2.0, penalty: float = 0.02) -> Tensor:
-    """Focal ranking loss plus `penalty` times the barrier's mean over the two scores, per pair."""
-    rank_S = focal_ranking(chosen_S - rejected_S, gamma=gamma)
+def pair_losses(
+    chosen_S: Tensor,
+    rejected_S: Tensor,
+    *,
+    gamma: float = 2.0,
+    penalty: float = 0.02,
+    margin_S: Tensor | float = 0.0,
+) -> Tensor:
+    """Focal ranking loss of how far the scores are apart beyond the margin (Touvron et al. 2023, arXiv 2307.09288,
+    section 3.2.2) plus `penalty` times the barrier's mean over the two scores, per pair."""
+    rank_S = focal_ranking(chosen_S - rejected_S - margin_S, gamma=gamma)
     return rank_S + penalty * (barrier(chosen_S) + barrier(rejected_S)) / 2
 
 
@@ -368,7 +376,8 @@ def ranking_loss(*, gamma: float = 2.0, penalty: float = 0.02) -> Objective:
             return LossOutput(nothing, nothing.detach(), {name: nothing.detach() for name in ("accuracy", "margin")})
         chosen_S, rejected_S = pair_scores(model, batch).reshape(-1, 2).unbind(-1)
         margin_S = (chosen_S - rejected_S).detach()
-        loss_sum = pair_losses(chosen_S, rejected_S, gamma=gamma, penalty=penalty).sum()
+        wanted_S = batch.extras["margin_P"].to(chosen_S)
+        loss_sum = pair_losses(chosen_S, rejected_S, gamma=gamma, penalty=penalty, margin_S=wanted_S).sum()
         metrics = {"accuracy": (margin_S > 0).sum(), "margin": margin_S.sum()}
         return LossOutput(loss_sum, loss_sum.new_tensor(float(len(margin_S))), metrics)
 

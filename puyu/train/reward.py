@@ -51,7 +51,8 @@ class RewardConfig(TrainingConfig):
     base: Path
     """Checkpoint to start from (the SFT model)."""
     data: Annotated[list[Path], BeforeValidator(listed)]
-    """JSONL files of preference pairs: prompt, chosen, rejected, domain; or another form of puyu.data.preferences."""
+    """JSONL files of preference pairs: prompt, chosen, rejected, domain, margin; or another form of
+    puyu.data.preferences."""
     limit: int = 0
     """Use only the first pairs of each file; 0: all."""
     domains: dict[str, str] = Field(default_factory=lambda: {"default": ""})
@@ -157,7 +158,7 @@ def _pair(preference: Preference, rubrics: Rubrics, tokenizer: Tokenizer, path: 
     chosen, rejected = (
         scoring_ids(prompt, answer, domain, rubrics, tokenizer) for answer in (preference.chosen, preference.rejected)
     )
-    return Pair(chosen, rejected, number)
+    return Pair(chosen, rejected, number, preference.margin)
 
 
 def measure(

@@ -96,7 +96,7 @@ def test_calls_in_sharegpt() -> None:
         ({"conversations": [], "tools": [3]}, "'tools' must be a list"),
         ({"instruction": None, "output": "x"}, "'instruction' must be text"),
         ({"instruction": "a", "output": "x", "history": [["a"]]}, "history"),
-        ({"conversation": [{"input": "a", "output": "b", "output_with_loss": False}]}, "output_with_loss"),
+        ({"conversation": [{"input": "a", "output": "b", "output_with_loss": "no"}]}, "output_with_loss"),
         ({"conversation": [{"input": "a", "output": "b"}, {"system": "s", "input": "", "output": ""}]}, "first turn"),
         ({"text": "x", "metadata": "web"}, "'metadata' must be an object"),
         ({"messages": [], "metadata": [1]}, "'metadata' must be an object"),
@@ -220,3 +220,34 @@ def test_the_commands(tmp_path: Path) -> None:
     write(source, {"instruction": 3})
     done = puyu("data", "check", source, check=False)
     assert done.returncode == 1 and "line 1: error" in done.stdout
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"loss": False}, {"train": False}])
+def test_a_turn_may_be_left_out_of_the_loss(flag: dict[str, Any]) -> None:
+    asked, said = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
+    record = {"messages": [asked, {**said, **flag}, asked, {**said, "weight": 1}]}
+    found = form_named("openai").read(record)
+    assert [message.learned for message in found.messages] == [True, False, True, True]
+    written = form_named("openai").write(found)
+    assert [message.get("weight") for message in written["messages"]] == [None, 0, None, None]
+    assert form_named("openai").read(written) == found
+    in_xtuner = form_named("xtuner").write(found)
+    assert [turn.get("output_with_loss") for turn in in_xtuner["conversation"]] == [False, None]
+    assert form_named("xtuner").read(in_xtuner) == found
+    for form in ("sharegpt", "alpaca"):
+        with pytest.raises(InputError, match="turns that are not learned"):
+            form_named(form).write(found)
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ({"role": "assistant", "content": "x", "weight": 0.5}, r"messages\[1\]\.weight must be true or false"),
+        ({"role": "user", "content": "x", "loss": True}, "only what the assistant says is learned"),
+    ],
+)
+def test_a_wrong_mark_is_named(message: dict[str, Any], what: str) -> None:
+    with pytest.raises(InputError, match=what):
+        form_named("openai").read({"messages": [{"role": "assistant", "content": "y"}, message]})
+    quiet = {"role": "user", "content": "x", "loss": False}
+    assert form_named("openai").read({"messages": [quiet]}).messages[0].learned

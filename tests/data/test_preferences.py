@@ -33,6 +33,7 @@ pairs = st.builds(
     answers,
     answers | st.builds(Message, st.sampled_from(["user", "assistant"]), texts),
     st.sampled_from(["default", "harmless", ""]),
+    st.sampled_from([0.0, 0.0, 1.0, 0.25]),
 )
 
 
@@ -62,7 +63,7 @@ def test_only_the_general_form_refuses_nothing_that_is_a_pair(pair: Preference) 
 USER, GOOD, BAD = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, "No"
 BAD_TURN = {"role": "assistant", "content": BAD}
 FOUND: list[tuple[str, Mapping[str, Any]]] = [
-    ("trl-text", {"prompt": "Hi", "chosen": "Hello", "rejected": BAD, "margin": 2.0}),
+    ("trl-text", {"prompt": "Hi", "chosen": "Hello", "rejected": BAD, "score_chosen": 2.0}),
     ("trl", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD_TURN]}),
     ("trl", {"prompt": [USER], "chosen": GOOD, "rejected": BAD}),
     ("trl-implicit", {"chosen": [USER, GOOD], "rejected": [USER, BAD_TURN]}),
@@ -248,3 +249,9 @@ def test_the_commands(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", FOUND[4][1])
     assert "1 records, hh" in puyu("data", "convert", source, tmp_path / "b.jsonl", "--to", "hh").stderr
     assert "(hh pairs 1)" in puyu("data", "check", tmp_path / "b.jsonl", "--form", "hh").stdout
+
+
+@pytest.mark.parametrize("margin", ["2", True, -1, float("inf")])
+def test_a_margin_is_a_number_from_zero(margin: Any) -> None:
+    with pytest.raises(InputError, match="'margin' must be a number from 0"):
+        preference_of({"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": margin})

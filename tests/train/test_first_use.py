@@ -164,10 +164,23 @@ def test_a_deepspeed_file_may_say_how(base, tmp_path):
 def test_methods_are_compared_on_the_same_held_out_conversations(base, tmp_path):
     chats = toys.chats(tmp_path / "chats.jsonl", 60)
     words = ["compare", "full", "lora", "qlora", "--model", base, "--data", chats, "--out", tmp_path / "out"]
-    done = puyu(*words, "--steps", "4", "--tune.rank", "2", "--set", "tune.base=int8", cwd=tmp_path)
+    done = puyu(
+        *words,
+        "--steps",
+        "4",
+        "--tune.rank",
+        "2",
+        "--set",
+        "tune.base=int8",
+        "--memory.checkpoint",
+        "full",
+        cwd=tmp_path,
+    )
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["methods"]
     assert [row["method"] for row in rows] == ["full", "lora", "qlora"]
     assert rows[0]["trained_parameters"] > rows[1]["trained_parameters"] == rows[2]["trained_parameters"]
+    config = json.loads((tmp_path / "out" / "lora" / "run.json").read_text())["config"]
+    assert config["memory"]["checkpoint"] == "full" and config["tune"]["base"] == "int8" and config["heldout"] == 0.1
     assert rows[0]["bytes"] > rows[1]["bytes"] and all(row["val_loss"] > 0 for row in rows)
     assert len(done.stdout.splitlines()) == 4 and "held-out loss" in done.stdout
     page = (tmp_path / "out" / "report.html").read_text()

@@ -190,6 +190,20 @@ def test_ranking_scores_do_not_depend_on_neighbors():
     assert both == pytest.approx(sum(ranking_loss()(model, pack_pairs([p])).loss_sum.item() for p in pairs), rel=1e-10)
 
 
+def test_a_margin_is_what_the_scores_must_be_apart():
+    zero, two = torch.zeros(1), torch.full((1,), 2.0)
+    plain = {"gamma": 0.0, "penalty": 0.0}
+    assert pair_losses(two, zero, margin_S=2.0, **plain).item() == pytest.approx(math.log(2))
+    assert pair_losses(two, zero, **plain).item() == pytest.approx(math.log(1 + math.exp(-2)))
+    model = scalar_model()
+    torch.nn.init.normal_(model.head.weight)
+    ways = [ranking_loss()(model, pack_pairs([Pair([1, 2, 49], [3, 49], margin=m)])) for m in (0.0, 1.5)]
+    apart = ways[0].metrics["margin"]
+    assert torch.equal(apart, ways[1].metrics["margin"]), "scores are reported as they are"
+    rest = [way.loss_sum - focal_ranking(apart - m, gamma=2.0) for way, m in zip(ways, (0.0, 1.5), strict=True)]
+    torch.testing.assert_close(rest[0], rest[1])
+
+
 def test_a_rank_without_pairs_still_has_a_graph():
     model = scalar_model()
     output = ranking_loss()(model, pack_pairs([]))

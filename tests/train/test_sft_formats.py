@@ -67,3 +67,18 @@ def test_a_conversation_that_the_format_refuses_is_named(base, tmp_path):
     path = toys._lines(tmp_path / "chats.jsonl", [{"messages": TURNS}, {"messages": torn}])
     with pytest.raises(InputError, match=r"chats\.jsonl, conversation 2: message 1: arguments of tool call 'add'"):
         sft.run(config(base, path), out=tmp_path / "out")
+
+
+def test_turns_that_are_marked_are_not_learned(base, tmp_path):
+    turns = [TURNS[0], {**TURNS[1], "weight": 0}, TURNS[2], TURNS[3], TURNS[0], {**TURNS[3], "loss": False}]
+    tokenizer, found = Tokenizer.load(base), []
+    plain = [{key: value for key, value in turn.items() if key not in ("weight", "loss")} for turn in turns]
+    for name, messages in (("all", plain), ("some", turns)):
+        path = toys._lines(tmp_path / f"{name}.jsonl", [{"messages": messages, "tools": [TOOL]}])
+        found += sft.read_docs(config(base, path).data, tokenizer, seed=0).train
+    (ids, every), (same, some) = found
+    assert list(ids) == list(same)
+    spans = "".join(str(int(flag)) for flag in every).strip("0").split("0")
+    assert len([span for span in spans if span]) == 3
+    text = tokenizer.decode([id for id, learned in zip(same, some, strict=True) if learned])
+    assert text.count("It is 3.") == 1 and "add" not in text

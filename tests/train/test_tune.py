@@ -17,6 +17,7 @@ from puyu.model.adapter_files import write_merged
 from puyu.model.checkpoint import load_model, load_scalar_model, read_config, save_model
 from puyu.model.init import init_weights
 from puyu.model.lora import AdapterBank
+from puyu.quant.gguf import export_gguf
 from puyu.train import pretrain, reward, sft
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.place import check_adapters
@@ -363,3 +364,12 @@ def test_pretraining_goes_on_with_an_adapter(base, tmp_path):
     assert {name.split(".")[-2] for name in changed} == {"qkv", "out", "gate_up", "down"}
     with pytest.raises(ConfigError, match="there is none"):
         pretrain.run(pretrain.PretrainConfig.model_validate({**asked, **fast, "base": None}), out=tmp_path / "nothing")
+
+
+def test_an_adapter_is_exported_as_what_it_is_merged_into(base, chats, tmp_path):
+    sft.run(config(base, chats, method="dora"), out=tmp_path / "a" / "model")
+    write_merged(tmp_path / "a" / "model", tmp_path / "b" / "model")
+    files = [export_gguf(tmp_path / side / "model", tmp_path / f"{side}.gguf", pre="default").path for side in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    export_gguf(base, tmp_path / "base.gguf", pre="default")
+    assert (tmp_path / "base.gguf").read_bytes() != files[0].read_bytes()
