@@ -169,8 +169,14 @@ def facts(bench: str, versions: Mapping[str, str], *, card: str = "") -> dict[st
         "machine": f"{card}; {machine()}" if card else machine(),
         "load": list(os.getloadavg()),
         "versions": {"python": platform.python_version(), **versions},
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(sys.argv),
     }
+
+
+def command(words: Sequence[str]) -> str:
+    """What was typed; files that lie elsewhere on the machine are PATH."""
+    rest = ("PATH" if Path(word).is_absolute() else word for word in words[1:])
+    return " ".join(["python", f"bench/{Path(words[0]).name}", *rest])
 
 
 def commit() -> str:

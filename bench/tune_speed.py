@@ -4,8 +4,8 @@
 
 LoRA of rank 16 on all matrices of a 42M model with InternLM2's vocabulary; documents of log-normal length (median 180
 tokens, at most 1024), the last two thirds learned, bf16, AdamW, clipped at 1. Ours packs 4,096 tokens a step. trl in
-its default mode takes 8 padded rows a step; in its packed mode 4 rows of 1024, without recomputation (which is its
-default, and slower). What counts is useful tokens a second: padding is not. tune.9 is the peak of the whole process in
+its default mode takes 8 padded rows a step and recomputes activations; in its packed mode it takes 4 rows of 1024 and
+does not. What counts is useful tokens a second: padding is not. tune.9 is the peak of the whole process in
 the same packed mode. tune.11 has 4-bit bases of a model with a smaller vocabulary, whose matrices weigh more: NF4 with
 double quantization, bitsandbytes' on the other side.
 """

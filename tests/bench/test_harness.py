@@ -155,6 +155,14 @@ def test_recorded_results_are_of_known_bars_and_honest() -> None:
         assert again["holds"] == row["holds"]
 
 
+def test_a_result_says_nothing_of_places_outside_the_project() -> None:
+    typed = ["/somewhere/bench/x.py", "--model", "/home/me/model", "--save", "--data", "samples/a.jsonl"]
+    assert harness.command(typed) == "python bench/x.py --model PATH --save --data samples/a.jsonl"
+    for path in harness.RESULTS.glob("*.json"):
+        words = json.loads(path.read_text(encoding="utf-8"))["command"].split()
+        assert not [word for word in words if word.startswith("/")], path.name
+
+
 WORKER = """
 import sys
 sys.path.insert(0, {folder!r})
