@@ -14,34 +14,28 @@ last line is JSON.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import gpu_pretrain as pretrain
 import harness
 import torch
-from gpu_pretrain import Documents, Enough, Size, free, relative
+from gpu_pretrain import Bench, Check, Size, checked, free, measure
 
-from puyu.model.adapted import AdaptedLinear, freeze
+from puyu.model.adapted import AdaptedLinear, BaseKind, freeze
 from puyu.model.families import joins
 from puyu.model.heads import CausalLM
 from puyu.model.linear import Linear
-from puyu.model.nf4 import NF4, TABLE
+from puyu.model.nf4 import NF4
 from puyu.train.memory import MemoryConfig
-from puyu.train.objectives import lm_loss
 from puyu.train.optim import OptimConfig
 from puyu.train.stage import place
-from puyu.train.trainer import Trainer, TrainerConfig
 from puyu.train.tune import TuneConfig, Tuning
 
 RANK, TOKENS, ROOM = 64, 2048, 24
@@ -59,7 +53,8 @@ pretrain.SHAPES["toy64"] = {
     "num_kv_heads": 2,
     "intermediate_size": 128,
 }
-REAL, TOY = Size(large="7B"), pretrain.TOY._replace(small="toy64", large="toy64", tokens=64)
+REAL = Size(small="7B", large="20B")
+TOY = pretrain.TOY._replace(small="toy64", large="toy64", tokens=64)
 
 
 # --- models ---------------------------------------------------------------------------------------------------------
@@ -77,36 +72,24 @@ def tuned(size: Size, name: str, method: str) -> CausalLM:
             value.normal_(0, 0.02)
         parent, _, leaf = key.rpartition(".")
         setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(value))
-    tune = TuneConfig.model_validate({"method": method, "rank": RANK if name != "toy64" else 4})
+    tune = TuneConfig.model_validate({"method": method, "rank": rank_of(size)})
     Tuning.of(model, tune, seed=0, base=None)
     return place(model, dtype=size.dtype, device=size.device)
 
 
+def rank_of(size: Size) -> int:
+    return RANK if size.device.type == "cuda" else 4
+
+
 def train(size: Size, name: str, method: str, *, tokens: int, offload: bool = False) -> dict[str, Any]:
-    """The real Trainer for some steps: tokens/s, peak, losses."""
+    """What `gpu_pretrain.measure` finds of one row, with the allocator's peak."""
     free()
     model = tuned(size, name, method)
     free()
     optim = OptimConfig(kind="adamw8", lr=1e-4, warmup=0, weight_decay=0.0)
     memory = MemoryConfig(checkpoint="full", offload=offload)
-    steps = size.warm + size.steps
-    config = TrainerConfig(steps=steps + 1, checkpoint_every=0, dtype=size.dtype, optim=optim, memory=memory)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as out:
-        trainer = Trainer(model, lm_loss, Documents([tokens], size.vocab), config, out=Path(out))
-
-        def leave(done: int, metrics: dict[str, Any]) -> None:
-            rows.append(metrics)
-            if done == steps:
-                raise Enough
-
-        trainer.on_step = leave
-        with suppress(Enough):
-            trainer.fit()
-    found = {"tokens_per_s": median(row["tokens_per_s"] for row in rows[size.warm :]), "peak_gb": peak_gb()}
-    found |= {"loss_first": rows[0]["loss"], "loss_last": rows[-1]["loss"], "tokens": tokens}
-    print(f"  {name} {method} {tokens}: {json.dumps(found)}", file=sys.stderr)
-    return found
+    found = measure(size, model, [tokens], seq_len=tokens, optim=optim, memory=memory)
+    return found | {"peak_gb": peak_gb()}
 
 
 def peak_gb() -> float:
@@ -117,34 +100,31 @@ def peak_gb() -> float:
 
 
 def check(size: Size) -> dict[str, Any]:
+    return checked(checks(size))
+
+
+def checks(size: Size) -> Iterator[Check]:
     draw = torch.Generator().manual_seed(0)
-    found: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float32):
         made = NF4.of(torch.randn(300, 1024, generator=draw))
         there = NF4(*(getattr(made, name).to(size.device) for name in NF4.__slots__))
-        ours, theirs = there.dequantized(dtype).cpu(), made.dequantized(dtype)
-        found[f"NF4 values, {dtype}"] = {"error": float((ours != theirs).sum()), "limit": 0.0}
-        assert len(TABLE) == 16
-    for kind in ("nf4", "int8"):
+        yield Check(f"NF4 values, {dtype}", [there.dequantized(dtype).cpu()], [made.dequantized(dtype)], 0.0)
+    (join, _), *_ = joins(size.config("toy64")).values()
+    kinds: tuple[BaseKind, ...] = ("nf4", "int8")
+    for kind in kinds:
         layer = Linear(256, 192)
         torch.nn.init.normal_(layer.weight, std=0.05, generator=draw)
-        (join, _), *_ = joins(size.config("toy64")).values()
         plain = AdaptedLinear(freeze(layer, kind), join, {}).to(size.device)
         x = torch.randn(64, 256, generator=draw).to(size.device)
-        wanted = x @ plain.dense().T
-        error = relative(plain.base(x), wanted)
-        found[f"product with an {kind} base"] = {"error": error, "limit": 5e-3}
-    for row in found.values():
-        row["holds"] = row["error"] <= row["limit"]
-    return {"paths": found, "failed": [name for name, row in found.items() if not row["holds"]]}
+        yield Check(f"product with an {kind} base", [plain.base(x)], [x @ plain.dense().T], 5e-3)
 
 
 def seven(size: Size) -> dict[str, Any]:
-    return train(size, size.large, "qlora", tokens=min(TOKENS, size.tokens))
+    return train(size, size.small, "qlora", tokens=min(TOKENS, size.tokens))
 
 
 def twenty(size: Size) -> dict[str, Any]:
-    return train(size, "20B" if size.large != "toy64" else "toy64", "qlora", tokens=min(TOKENS, size.tokens))
+    return train(size, size.large, "qlora", tokens=min(TOKENS, size.tokens))
 
 
 def context(size: Size) -> dict[str, Any]:
@@ -161,7 +141,7 @@ def context(size: Size) -> dict[str, Any]:
             else:
                 most = tokens
                 tokens = (least + most) // 2
-            if (most and most - least <= max(least // 16, 1)) or (size.large == "toy64" and least):
+            if (most and most - least <= max(least // 16, 1)) or (size.device.type == "cpu" and least):
                 break
         found[name] = least
     return found
@@ -171,7 +151,7 @@ def fits(size: Size, tokens: int, room: float) -> bool:
     """Whether two LoRA steps on one row stay within so many GB."""
     short = size._replace(warm=1, steps=1, long=max(size.long, tokens))
     try:
-        return train(short, size.large, "lora", tokens=tokens, offload=tokens > 65536)["peak_gb"] <= room
+        return train(short, size.small, "lora", tokens=tokens, offload=tokens > 65536)["peak_gb"] <= room
     except torch.OutOfMemoryError:
         return False
 
@@ -191,7 +171,7 @@ def _peer(size: Size) -> dict[str, Any]:
 
     free()
     four_bits = find_spec("bitsandbytes") is not None and size.device.type == "cuda"
-    shape = pretrain.SHAPES[size.large]
+    shape = pretrain.SHAPES[size.small]
     config = transformers.LlamaConfig(
         vocab_size=size.vocab,
         hidden_size=shape["hidden_size"],
@@ -219,7 +199,7 @@ def _peer(size: Size) -> dict[str, Any]:
                 folder, quantization_config=quantized, dtype=dtype
             )
     free()
-    lora = peft.LoraConfig(r=RANK if size.large != "toy64" else 4, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(r=rank_of(size), target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(model, lora)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
@@ -264,29 +244,8 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
     return harness.judged([harness.Samples(bar, [float(value)]) for bar, value in found.items()])
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--dry", action="store_true", help="toy sizes on a CPU: checks the bench itself")
-    parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
-    options = parser.parse_args(arguments)
-    if not options.dry and not torch.cuda.is_available():
-        print(json.dumps({"bench": "gpu_finetune", "measured": False, "why": "torch sees no GPU"}))
-        return 0
-    size, cuda = TOY if options.dry else REAL, not options.dry
-    card = torch.cuda.get_device_name() if cuda else "toy sizes"
-    facts = {**harness.facts("gpu_finetune", {"torch": torch.__version__}, card=card), "measured": cuda}
-    result: dict[str, Any] = {}
-    for name in options.parts.split(","):
-        print(f"{name}:", file=sys.stderr)
-        result[name] = PARTS[name](size)
-    whole = {**facts, "void": "", "notes": result, "bars": judged(result) if cuda else []}
-    if options.save and cuda:
-        path = harness.RESULTS / f"{whole['date'][:10]}-gpu_finetune.json"
-        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(whole))
-    return 1 if result.get("check", {}).get("failed") else 0
+main = Bench("gpu_finetune", __doc__ or "", PARTS, judged, REAL, TOY).main
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

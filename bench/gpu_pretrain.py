@@ -19,7 +19,7 @@ import gc
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -118,15 +118,20 @@ class Enough(Exception):
 
 
 def train(size: Size, name: str, lengths: Sequence[int], *, seq_len: int, **settings: Any) -> dict[str, Any]:
-    """The real Trainer for some steps: medians of tokens/s and MFU, peak of memory, first and last loss."""
+    """A model of that size, all of which trains; what `measure` finds."""
     free()
+    return measure(size, model_of(size, name), lengths, seq_len=seq_len, **settings)
+
+
+def measure(size: Size, model: CausalLM, lengths: Sequence[int], *, seq_len: int, **settings: Any) -> dict[str, Any]:
+    """The real Trainer for some steps: medians of tokens/s and MFU, peak of memory, first and last loss."""
     rows: list[dict[str, Any]] = []
     config = TrainerConfig(
         steps=size.warm + size.steps + 1, checkpoint_every=0, dtype=size.dtype,
         **({"optim": OptimConfig(lr=1e-4, warmup=0)} | settings),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as out:
-        trainer = Trainer(model_of(size, name), lm_loss, Documents(lengths, size.vocab), config, out=Path(out))
+        trainer = Trainer(model, lm_loss, Documents(lengths, size.vocab), config, out=Path(out))
         trainer.meter.enter(seq_len)
 
         def leave(done: int, metrics: dict[str, Any]) -> None:
@@ -141,7 +146,7 @@ def train(size: Size, name: str, lengths: Sequence[int], *, seq_len: int, **sett
     found = {key: median(row[key] for row in kept) for key in ("tokens_per_s", "mfu", "mfu_causal") if key in kept[0]}
     found |= {"memory_gib": max(row["memory_gib"] for row in rows), "tokens": sum(lengths), "documents": len(lengths)}
     found |= {"loss_first": rows[0]["loss"], "loss_last": rows[-1]["loss"]}
-    print(f"  {name} {settings}: {json.dumps(found)}", file=sys.stderr)
+    print(f"  {settings}: {json.dumps(found)}", file=sys.stderr)
     return found
 
 
@@ -163,9 +168,13 @@ class Check(NamedTuple):
 
 
 def check(size: Size) -> dict[str, Any]:
+    return checked(checks(size))
+
+
+def checked(made_by: Iterable[Check]) -> dict[str, Any]:
     """Relative error of each path; one beyond its limit is named in `failed`."""
     found: dict[str, Any] = {}
-    for made in checks(size):
+    for made in made_by:
         error = max(relative(a, b) for a, b in zip(made.ours, made.reference, strict=True))
         found[made.name] = {"error": error, "limit": made.limit, "holds": error <= made.limit}
         print(f"  {made.name}: {json.dumps(found[made.name])}", file=sys.stderr)
@@ -314,34 +323,48 @@ def judged(result: dict[str, Any]) -> list[dict[str, Any]]:
     return harness.judged([harness.Samples(bar, [float(value)]) for bar, value in found.items()])
 
 
-def facts(size: Size) -> dict[str, Any]:
-    cuda, versions = size.device.type == "cuda", {"torch": torch.__version__}
-    card = torch.cuda.get_device_name() if cuda else "toy sizes"
-    return {**harness.facts("gpu_pretrain", versions, card=card), "measured": cuda}
+class Bench(NamedTuple):
+    """One bench of a GPU: its name, its parts, its bars, and its sizes, real and toy."""
+
+    name: str
+    doc: str
+    parts: dict[str, Callable[[Size], dict[str, Any]]]
+    judged: Callable[[dict[str, Any]], list[dict[str, Any]]]
+    real: Size
+    toy: Size
+
+    def main(self, arguments: Sequence[str]) -> int:
+        """Run the parts that are asked for; the last line is JSON."""
+        parser = argparse.ArgumentParser(description=self.doc.partition("\n")[0])
+        parser.add_argument("--parts", default=",".join(self.parts), help=f"of {', '.join(self.parts)}")
+        parser.add_argument("--dry", action="store_true", help="toy sizes on a CPU: checks the bench itself")
+        parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
+        options = parser.parse_args(arguments)
+        if not options.dry and not torch.cuda.is_available():
+            print(json.dumps({"bench": self.name, "measured": False, "why": "torch sees no GPU"}))
+            return 0
+        size = self.toy if options.dry else self.real
+        result = self.facts(size)
+        for name in options.parts.split(","):
+            print(name, file=sys.stderr)
+            result[name] = self.parts[name](size)
+            free()
+        result["bars"] = [] if options.dry else self.judged(result)
+        if options.save and not options.dry:
+            path = harness.RESULTS / f"{result['date'][:10]}-{self.name}.json"
+            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(result), flush=True)
+        return 1 if result.get("check", {}).get("failed") else 0
+
+    def facts(self, size: Size) -> dict[str, Any]:
+        cuda, versions = size.device.type == "cuda", {"torch": torch.__version__}
+        card = torch.cuda.get_device_name() if cuda else "toy sizes"
+        return {**harness.facts(self.name, versions, card=card), "measured": cuda}
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--dry", action="store_true", help="toy sizes on a CPU: checks the bench itself")
-    parser.add_argument("--save", action="store_true", help="keep the result in bench/results")
-    options = parser.parse_args(arguments)
-    if not options.dry and not torch.cuda.is_available():
-        print(json.dumps({"bench": "gpu_pretrain", "measured": False, "why": "torch sees no GPU"}))
-        return 0
-    size = TOY if options.dry else Size()
-    result = facts(size)
-    for name in options.parts.split(","):
-        print(name, file=sys.stderr)
-        result[name] = PARTS[name](size)
-        free()
-    result["bars"] = [] if options.dry else judged(result)
-    if options.save and not options.dry:
-        path = harness.RESULTS / f"{result['date'][:10]}-gpu_pretrain.json"
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result), flush=True)
-    return 1 if result.get("check", {}).get("failed") else 0
+BENCH = Bench("gpu_pretrain", __doc__ or "", PARTS, judged, Size(), TOY)
+main = BENCH.main
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

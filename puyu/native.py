@@ -15,10 +15,10 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,3 +101,31 @@ class Library:
         except OSError as error:  # a home folder shared with another system
             logger.warning("%s cannot be loaded, %s: %s", path, self.without, error)
             return None
+
+
+T = TypeVar("T")
+
+
+class Loader(Generic[T]):
+    """A library as its callers want it, opened once in a process.
+
+    load = Loader(LIBRARY, declared)
+    load()                              # None where it was not built
+    """
+
+    def __init__(self, library: Library, wrap: Callable[[ctypes.CDLL], T]) -> None:
+        self._library, self._wrap = library, wrap
+        self._found: list[T | None] = []
+
+    def __call__(self) -> T | None:
+        """The library, when it has been built for this machine."""
+        if not self._found:
+            handle = self._library.open()
+            self._found = [None if handle is None else self._wrap(handle)]
+        return self._found[0]
+
+    def build(self) -> Path:
+        """Compile, unless it is there; DependencyError when there is no compiler or it fails."""
+        path = self._library.build()
+        self._found = []
+        return path

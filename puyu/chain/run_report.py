@@ -1,4 +1,4 @@
-"""report.html of one training run, or of several beside each other: one page that opens from disk, without a script.
+"""report.html of one training run, or of several beside each other: opens from disk, no script, no request.
 
     write_run_report([RunView(Path("runs/nano/pretrain"))], Path("report.html"))
 

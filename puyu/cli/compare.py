@@ -62,6 +62,8 @@ def _refuse(options: Options) -> None:
 
 def _run(method: str, options: Options) -> dict[str, Any]:
     """Train with one method; its numbers."""
+    from puyu.files import read_jsonl
+
     assert options.out is not None
     out = options.out / method
     say(f"--- {method}")
@@ -75,10 +77,8 @@ def _run(method: str, options: Options) -> dict[str, Any]:
     if done.returncode:
         raise TrainingError(f"{method} failed (exit code {done.returncode})", remedy="mend what it says above")
     numbers = json.loads(done.stdout.splitlines()[-1])
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    names = ("*.safetensors", "*.safetensors.index.json")
-    size = sum(path.stat().st_size for pattern in names for path in out.glob(pattern))
-    memory = max((row["memory_gib"] for row in rows if "memory_gib" in row), default=0.0)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors*"))
+    memory = max((row["memory_gib"] for row in read_jsonl(out / "metrics.jsonl") if "memory_gib" in row), default=0.0)
     kept = {name: numbers[name] for name in ("trained_parameters", "loss_last", "tokens_per_s", "seconds")}
     return {"method": method, "val_loss": numbers.get("val_loss"), "memory_gib": memory, "bytes": size, **kept}
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puyu.native import Library
+from puyu.native import Library, Loader
 
 if TYPE_CHECKING:
     import torch
@@ -28,15 +27,14 @@ FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-ffp-contrac
 LIBRARY = Library("nf4", SOURCE, FLAGS, without="torch makes the values of NF4 bases, many times more slowly")
 
 
-@lru_cache(maxsize=1)
-def load() -> ctypes.CDLL | None:
-    """The library, when it has been built for this machine."""
-    found = LIBRARY.open()
-    if found is not None:
-        place, number = ctypes.c_void_p, ctypes.c_int64
-        found.puyu_nf4.restype = None
-        found.puyu_nf4.argtypes = [place, place, place, ctypes.c_float, place, place, place, number, number, number]
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    place, number = ctypes.c_void_p, ctypes.c_int64
+    found.puyu_nf4.restype = None
+    found.puyu_nf4.argtypes = [place, place, place, ctypes.c_float, place, place, place, number, number, number]
     return found
+
+
+load = Loader(LIBRARY, _declared)
 
 
 def nf4_values(weight: NF4, dtype: torch.dtype, *, dynamic: Tensor, table: Tensor) -> Tensor | None:
@@ -59,12 +57,5 @@ def nf4_values(weight: NF4, dtype: torch.dtype, *, dynamic: Tensor, table: Tenso
     return found
 
 
-def build() -> Path:
-    """Compile, unless it is there; DependencyError when there is no compiler or it fails."""
-    path = LIBRARY.build()
-    load.cache_clear()
-    return path
-
-
 if __name__ == "__main__":
-    print(build(), file=sys.stdout)
+    print(load.build(), file=sys.stdout)

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puyu.device import num_cores
-from puyu.native import Library, pointer
+from puyu.native import Library, Loader, pointer
 from puyu.tokenizer.pattern import Program
 
 SOURCE = Path(__file__).parent / "cpp" / "bpe.cpp"
@@ -269,19 +268,8 @@ def _shares(texts: Sequence[bytes], threads: int) -> list[slice]:
     return [slice(begin, end) for begin, end in itertools.pairwise(borders) if begin < end]
 
 
-@lru_cache(maxsize=1)
-def load() -> BpeLibrary | None:
-    """The library, when it has been built for this machine."""
-    library = LIBRARY.open()
-    return None if library is None else BpeLibrary(library)
-
-
-def build() -> Path:
-    """Compile, unless it is there; DependencyError when there is no compiler or it fails."""
-    path = LIBRARY.build()
-    load.cache_clear()
-    return path
+load = Loader(LIBRARY, BpeLibrary)
 
 
 if __name__ == "__main__":
-    print(build(), file=sys.stdout)
+    print(load.build(), file=sys.stdout)

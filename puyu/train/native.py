@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from puyu.native import Library
+from puyu.native import Library, Loader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,15 +25,14 @@ FLAGS = ["-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp-sim
 LIBRARY = Library("softmax", SOURCE, FLAGS, without="torch computes the loss, a fifth of a step more slowly")
 
 
-@lru_cache(maxsize=1)
-def load() -> ctypes.CDLL | None:
-    """The library, when it has been built for this machine."""
-    found = LIBRARY.open()
-    if found is not None:
-        place, number = ctypes.c_void_p, ctypes.c_int64
-        found.puyu_softmax_step.restype = None
-        found.puyu_softmax_step.argtypes = [place, number, number, number, place, place, place, number, number]
+def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    place, number = ctypes.c_void_p, ctypes.c_int64
+    found.puyu_softmax_step.restype = None
+    found.puyu_softmax_step.argtypes = [place, number, number, number, place, place, place, number, number]
     return found
+
+
+load = Loader(LIBRARY, _declared)
 
 
 def softmax_step(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, *, learns: bool) -> Tensor | None:
@@ -57,12 +55,5 @@ def softmax_step(logits_CV: Tensor, targets_C: Tensor, weights_C: Tensor, *, lea
     return losses
 
 
-def build() -> Path:
-    """Compile, unless it is there; DependencyError when there is no compiler or it fails."""
-    path = LIBRARY.build()
-    load.cache_clear()
-    return path
-
-
 if __name__ == "__main__":
-    print(build(), file=sys.stdout)
+    print(load.build(), file=sys.stdout)

@@ -51,7 +51,7 @@ _LOOK_BACK = 64
 """How many records before a judged answer are looked through for one to another prompt."""
 
 
-class PreferConfig(TrainingConfig):
+class PreferConfig(TrainingConfig, PreferenceForm):
     """Learn from preference pairs, or from judged answers."""
 
     base: Path
@@ -63,18 +63,6 @@ class PreferConfig(TrainingConfig):
     """Pairs whose loss and accuracy are taken every `evaluate_every` steps."""
     loss: PairKind | SingleKind = "sigmoid"
     """sigmoid is DPO; simpo and orpo need no reference; kto and apo_zero_unpaired judge answers one by one."""
-    beta: float = 0.1
-    """How far the model may go from the reference; SimPO wants 2 to 10."""
-    smoothing: float = 0.0
-    """Share of the pairs whose order is taken to be wrong (sigmoid, robust)."""
-    margin: float = 1.0
-    """simpo: what the better answer must be ahead by."""
-    imitation: float = 0.0
-    """This times the chosen answers' loss is added."""
-    wanted: float = 1.0
-    """kto, apo_zero_unpaired: weight of wanted answers."""
-    unwanted: float = 1.0
-    """kto, apo_zero_unpaired: weight of the others; with fewer of them, more (their total within 1 to 4/3)."""
     epochs: float = 1.0
     """Passes over the data; used when steps is 0."""
     steps: int = 0
@@ -87,10 +75,6 @@ class PreferConfig(TrainingConfig):
     """Which weights train, and in what form."""
     optim: OptimConfig = OptimConfig(lr=5e-5, weight_decay=0.0)
     """Optimizer and schedule. The default suits models of a few million parameters; 7B wants 5e-7."""
-
-    @property
-    def form(self) -> PreferenceForm:
-        return PreferenceForm(self.beta, self.smoothing, self.margin, self.imitation, self.wanted, self.unwanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +118,7 @@ def run(config: PreferConfig, *, out: Path, on_step: OnStep | None = None, go_on
         source = ItemSource(fits, pack_answers, _size, tokens_per_batch=budget, seed=config.seed)
         steps = config.steps or -(-source.steps_for(config.epochs) // config.accumulate)
         settings = tuning.rates(config.trainer(steps, name="prefer", identity=identity))
-        trainer = Trainer(model, preference_loss(config.loss, config.form), source, settings, out=out)
+        trainer = Trainer(model, preference_loss(config.loss, config), source, settings, out=out)
         trainer.on_step, trainer.about, trainer.heart = on_step, {"config": dump(config)}, heart
         validation = Latest(lambda run: measure(run, held, batch_tokens=budget), _in_row)
         samples = sampling(config, tokenizer, go_on, chat=True)
@@ -166,7 +150,7 @@ def read_answers(
         records, bad = read_judged(path) if kind in get_args(SingleKind) else read_preferences(path)
         torn += bad
         tell_torn(bad)
-        talks, goods = _judged(records, drifts=kind == "kto"), [getattr(one, "good", True) for one in records]
+        talks, goods = _talks(records, drifts=kind == "kto"), [getattr(one, "good", True) for one in records]
         width = len(talks) // len(records)
         where = partial(_where, path, width)
         docs: list[Doc] = [(one.ids, last_turn(one.loss)) for one in render_all(talks, tokenizer, where=where)]
@@ -181,7 +165,7 @@ def _where(path: Path, width: int, at: int) -> str:
     return f"{path}, record {at // width + 1}"
 
 
-def _judged(records: Sequence[Preference | Judged], *, drifts: bool) -> list[Conversation]:
+def _talks(records: Sequence[Preference | Judged], *, drifts: bool) -> list[Conversation]:
     """The conversations of each record: both answers; or the one, and where the drift is wanted that to another
     prompt."""
     talks: list[Conversation] = []

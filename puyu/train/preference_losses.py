@@ -9,12 +9,13 @@ pairs. Knows no model and no batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from puyu.configure import Config
 
 PairKind = Literal[
     "sigmoid", "hinge", "ipo", "robust", "sppo_hard", "nca_pair", "apo_zero", "apo_down", "simpo", "orpo"
@@ -25,22 +26,22 @@ FREE_OF_REFERENCE: tuple[PairKind, ...] = ("simpo", "orpo")
 """Kinds that look at the trained model alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class PreferenceForm:
+class PreferenceForm(Config):
     """Numbers of the losses."""
 
     beta: float = 0.1
-    """How far the model may go from the reference; SimPO's factor of the mean log-probability, ORPO's of the odds."""
+    """How far the model may go from the reference; simpo's factor of the mean log-probability, which wants 2 to 10, and
+    orpo's of the odds."""
     smoothing: float = 0.0
-    """Share of the pairs whose order is taken to be wrong (cDPO; robust corrects for it)."""
+    """Share of the pairs whose order is taken to be wrong (sigmoid: cDPO; robust corrects for it)."""
     margin: float = 1.0
-    """SimPO: what the better answer must be ahead by."""
+    """simpo: what the better answer must be ahead by."""
     imitation: float = 0.0
     """This times the chosen answer's mean negative log-probability is added (RPO)."""
     wanted: float = 1.0
-    """KTO: weight of wanted answers."""
+    """kto, apo_zero_unpaired: weight of wanted answers."""
     unwanted: float = 1.0
-    """KTO: weight of the others."""
+    """kto, apo_zero_unpaired: weight of the others; with fewer of them, more (their total within 1 to 4/3)."""
 
 
 class PairValues(NamedTuple):
