@@ -126,7 +126,8 @@ Frozen = Linear | NF4Linear | _FrozenInteger
 
 
 class AdaptedLinear(nn.Module):
-    """base(x) plus the shares of the stored matrices that have one, by their number among all of them."""
+    """base(x) plus the shares of the stored matrices that have one, by their number among all of them; without any, a
+    base that is quantized."""
 
     def __init__(self, base: Frozen, join: Join, shares: dict[int, LowRank], *, dropout: float = 0.0) -> None:
         super().__init__()
@@ -143,6 +144,9 @@ class AdaptedLinear(nn.Module):
         return [self.share(number) for number in range(len(self.join.rows))]
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.shares:
+            y: Tensor = self.base(x)
+            return y
         shares = self._all()
         low = self._low(x if self.dropout is None else self.dropout(x))
         parts = [
@@ -150,7 +154,7 @@ class AdaptedLinear(nn.Module):
             for share, rows in zip(shares, self.join.rows, strict=True)
         ]
         parts = [part if s is None else part * s.scale for s, part in zip(shares, parts, strict=True)]
-        y: Tensor = self.base(x)
+        y = self.base(x)
         added = self.join.columns(parts)
         if not any(share is not None and share.magnitude is not None for share in shares):
             return y + added
@@ -222,34 +226,31 @@ def adapt(
     value: Callable[[str, tuple[int, ...]], Tensor],
 ) -> list[str]:
     """Freeze the model and give shares to the layers that have a target; returns the names of the target matrices.
+    Experts are layers like others; those without a target change only where the base is quantized.
 
     `value(name, shape)` draws a new A (`init.lora_value`); B begins at zero.
     """
     model.requires_grad_(False)
     found: list[str] = []
     for ours, (join, theirs) in joins(model.config).items():
-        wanted = [number for number, name in enumerate(theirs) if targets(name)]
-        if not wanted:
-            continue
-        found += [theirs[number] for number in wanted]
-        parent, _, leaf = ours.rpartition(".")
         layer = model.get_submodule(ours)
         assert isinstance(layer, Linear | QuantLinear)
-        weight = layer.weight.detach() if isinstance(layer, Linear) else None
         shares = {}
-        for number in wanted:
-            share = LowRank(
+        for number in (number for number, name in enumerate(theirs) if targets(name)):
+            found.append(theirs[number])
+            shares[number] = LowRank(
                 layer.in_features, join.rows[number], rank=form.rank, scale=form.scale, magnitude=form.magnitude
             )
-            share.a.data = value(f"{theirs[number]}.lora_A", tuple(share.a.shape))
-            shares[number] = share
-        if initial == "pissa":
-            assert weight is not None
-            layer = _principal(layer, weight, join, shares)
-        frozen = freeze(layer, base)
-        adapted = AdaptedLinear(frozen, join, shares, dropout=form.dropout)
-        if form.magnitude:
+            shares[number].a.data = value(f"{theirs[number]}.lora_A", tuple(shares[number].a.shape))
+        if not shares and base == "dense" and isinstance(layer, Linear):
+            continue  # nothing changes
+        if initial == "pissa" and shares:
+            assert isinstance(layer, Linear)
+            layer = _principal(layer, join, shares)
+        adapted = AdaptedLinear(freeze(layer, base), join, shares, dropout=form.dropout)
+        if form.magnitude and shares:
             _measure(adapted)
+        parent, _, leaf = ours.rpartition(".")
         setattr(model.get_submodule(parent), leaf, adapted)
     return found
 
@@ -264,9 +265,9 @@ def _measure(adapted: AdaptedLinear) -> None:
 
 
 @torch.no_grad()
-def _principal(layer: Linear | QuantLinear, weight: Tensor, join: Join, shares: dict[int, LowRank]) -> Linear:
+def _principal(layer: Linear, join: Join, shares: dict[int, LowRank]) -> Linear:
     """PiSSA: the shares are the principal parts of the matrices, the base is what is left of them."""
-    parts = join.split(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    parts = join.split(_wide(layer.weight.detach()))
     for number, share in shares.items():
         rank = len(share.a)
         u, s, v = torch.linalg.svd(parts[number], full_matrices=False)
@@ -274,7 +275,7 @@ def _principal(layer: Linear | QuantLinear, weight: Tensor, join: Join, shares: 
         share.a.data, share.b.data = (roots[:, None] * v[:rank]).contiguous(), (u[:, :rank] * roots).contiguous()
         parts[number] = parts[number] - share.delta()
     rest = Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    rest.weight, rest.bias = nn.Parameter(join(parts).to(weight.dtype), requires_grad=False), layer.bias
+    rest.weight, rest.bias = nn.Parameter(join(parts).to(layer.weight.dtype), requires_grad=False), layer.bias
     return rest
 
 

@@ -22,6 +22,7 @@ from puyu.hub import base_of
 from puyu.model.adapted import AdapterForm, BaseKind, LowRank, adapt, adapted_layers, merge
 from puyu.model.checkpoint import POSITIONS, TUNING, copy_side_files, load_model, read_config, save_model
 from puyu.model.config import ModelConfig
+from puyu.model.expert_adapters import take_apart
 from puyu.model.families import joins, name_pairs
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.model.lora import PREFIX, WEIGHTS, read_settings, read_tensors, scale_of
@@ -127,7 +128,10 @@ def _settings(
     modules: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     rank = max(ranks.values())
-    alpha = form.scale * (rank**0.5 if form.rank_stable else rank)
+    # peft makes one pair of gate and up of an expert, with twice the rank and twice alpha, which only the plain scale is
+    # equal under
+    stable = form.rank_stable and not any(".experts." in name for name in ranks)
+    alpha = form.scale * (rank**0.5 if stable else rank)
     return {
         "base_model_name_or_path": base,
         "bias": "none",
@@ -142,7 +146,7 @@ def _settings(
         "target_modules": _leaves(model, ranks),
         "task_type": "SEQ_CLS" if isinstance(model, ScalarModel) else "CAUSAL_LM",
         "use_dora": form.magnitude,
-        "use_rslora": form.rank_stable,
+        "use_rslora": stable,
     }
 
 
@@ -158,6 +162,7 @@ def load_adapter(model: CausalLM | ScalarModel, folder: Path, *, base: BaseKind 
     """Give the model the shares of a peft directory, in place, on a base of that kind; CheckpointError names what does
     not fit. Embedding and head that the adapter has trained take the place of the model's."""
     settings, stored = read_settings(folder, training=True), read_tensors(folder)
+    scales = take_apart(stored, settings, model.config)
     suffix = ".lora_A.weight"
     names = {key[len(PREFIX) : -len(suffix)] for key in stored if key.endswith(suffix)}
     form = _form(settings)
@@ -176,7 +181,8 @@ def load_adapter(model: CausalLM | ScalarModel, folder: Path, *, base: BaseKind 
     if unfit:
         raise CheckpointError(f"{folder}: {len(unfit)} tensors fit no layer of the model: {sorted(unfit)[:3]}")
     for name, share in shares_of(model).items():
-        _fill(share, *pairs[name], scale=scale_of(settings, name, pairs[name]), where=f"{folder}: {name}")
+        scale = scales[name] if name in scales else scale_of(settings, name, pairs[name])
+        _fill(share, *pairs[name], scale=scale, where=f"{folder}: {name}")
         if share.magnitude is not None:
             share.magnitude.data = _taken(stored, name, "lora_magnitude_vector").float().flatten()
     return form

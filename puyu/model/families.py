@@ -294,7 +294,7 @@ def split_qkv(fused: Tensor, *, num_kv_heads: int, queries_per_kv: int, num_part
     return [part.flatten(0, 2).contiguous() for part in (query, key, value)]
 
 
-_PRODUCTS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
+_PRODUCTS = (".qkv", "attention.out", ".gate_up", ".down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,13 +326,25 @@ class Join:
 
 
 def joins(config: ModelConfig) -> dict[str, tuple[Join, tuple[str, ...]]]:
-    """Names of our layers that are products over all tokens of a step (experts see only some) -> how they are joined,
-    and what the family calls the parts."""
-    found = {}
-    for ours, theirs in name_pairs(config, head=None):
-        if ".layers." in ours and ours.endswith(_PRODUCTS) and ".experts." not in ours and ".shared." not in ours:
-            found[ours] = (_join(ours, len(theirs), config), theirs)
-    return found
+    """Names of our linear layers in the blocks -> how they are joined, and what the family calls the parts."""
+    pairs = name_pairs(config, head=None)
+    return {ours: (_join(ours, len(theirs), config), theirs) for ours, theirs in pairs if ours.endswith(_PRODUCTS)}
+
+
+def inputs_of(ours: str, config: ModelConfig) -> int:
+    """Input columns of one of our linear layers in the blocks."""
+    if ours.endswith(".down"):
+        return _width(ours, config)
+    return config.num_heads * config.head_dim if ours.endswith(".out") else config.hidden_size
+
+
+def _width(ours: str, config: ModelConfig) -> int:
+    """Inner width of the MLP that a layer belongs to."""
+    if config.experts is not None and ".experts." in ours:
+        return config.experts.size
+    if config.experts is not None and ".shared." in ours:
+        return config.experts.shared_size
+    return config.intermediate_size
 
 
 def _join(ours: str, parts: int, config: ModelConfig) -> Join:
@@ -340,5 +352,5 @@ def _join(ours: str, parts: int, config: ModelConfig) -> Join:
     if ours.endswith(".qkv"):
         return Join((heads, kv, kv), config.num_kv_heads) if parts == 3 else Join((heads + 2 * kv,))
     if ours.endswith(".gate_up"):
-        return Join((config.intermediate_size,) * parts)
+        return Join((_width(ours, config),) * parts)
     return Join((config.hidden_size,))

@@ -31,15 +31,15 @@ from puyu.errors import CheckpointError, RequestError
 from puyu.files import read_object
 from puyu.model.checkpoint import trained_positions
 from puyu.model.config import ModelConfig
-from puyu.model.families import Join, joins
+from puyu.model.families import Join, inputs_of, joins
 from puyu.model.heads import CausalLM
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_ALONE = ("use_dora", "modules_to_save")
+_ALONE = ("use_dora", "modules_to_save", "target_parameters")
 _UNSUPPORTED = (
     *("fan_in_fan_out", "trainable_token_indices", "layer_replication"),
-    *("alora_invocation_tokens", "use_qalora", "lora_bias", "arrow_config", "target_parameters"),
+    *("alora_invocation_tokens", "use_qalora", "lora_bias", "arrow_config"),
 )
 
 
@@ -138,6 +138,11 @@ def read_adapter(
     unused, deltas = set(stored), {}
     for ours, (join, theirs) in joins(config).items():
         pairs = [_take(stored, unused, name) for name in theirs]
+        if any(pairs) and ".experts." in ours:
+            raise CheckpointError(
+                f"{folder} changes {theirs[0]}: adapters of experts cannot run beside other adapters",
+                remedy="merge the adapter into its base: puyu merge ADAPTER --out DIR",
+            )
         if any(pairs):
             scales = [scale_of(settings, name, pair) for name, pair in zip(theirs, pairs, strict=True)]
             delta = _fused(ours, join, pairs, scales, inputs=inputs_of(ours, config))
@@ -216,10 +221,3 @@ def _fused(ours: str, join: Join, pairs: Sequence[Pair], scales: Sequence[float]
             start += rank
         blocks.append(block)
     return Delta(torch.cat([pair[0].float() for pair in pairs if pair]), join(blocks))
-
-
-def inputs_of(ours: str, config: ModelConfig) -> int:
-    """Input columns of one of our layers."""
-    if ours.endswith(".down"):
-        return config.intermediate_size
-    return config.num_heads * config.head_dim if ours.endswith(".out") else config.hidden_size

@@ -21,8 +21,7 @@ from puyu.data.mix import permuted
 from puyu.device import pick_device, pick_dtype, total_memory
 from puyu.model.checkpoint import read_config
 from puyu.model.config import ModelConfig
-from puyu.model.families import joins
-from puyu.model.lora import inputs_of
+from puyu.model.families import inputs_of, joins
 from puyu.tokenizer.chat import render_all
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.planning.job import parameters
@@ -226,7 +225,9 @@ def memory_of(
     else:
         weights, trained = 0.0, float(_TRAINED * whole)
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    block = (5 * shape.hidden_size + heads + 4 * shape.intermediate_size) * item
+    mixture = shape.experts  # of which a token sees some
+    width = mixture.per_token * mixture.size + mixture.shared_size if mixture else shape.intermediate_size
+    block = (5 * shape.hidden_size + heads + 4 * width) * item
     kept = shape.num_layers * (block if checkpoint == "none" else shape.hidden_size * item)
     return {"weights": weights, "training": trained, "activations": float(tokens * (kept + block))}
 

@@ -15,6 +15,7 @@ from puyu.data.chats import read_preferences
 from puyu.errors import CheckpointError, ConfigError, InputError
 from puyu.model.adapter_files import write_merged
 from puyu.model.checkpoint import load_model, load_scalar_model, read_config, save_model
+from puyu.model.config import ExpertShape
 from puyu.model.init import init_weights
 from puyu.model.lora import AdapterBank
 from puyu.quant.gguf import export_gguf
@@ -264,6 +265,27 @@ def test_a_layout_that_does_not_know_adapters_is_refused(base, name):
     Tuning.of(model, TuneConfig(method="lora"), seed=0, base=base)
     with pytest.raises(ConfigError, match=f"layout.{name}=2 does not work with adapters"):
         check_adapters(model, layout)
+
+
+def test_experts_are_tuned_quantized_and_chat(chats, tmp_path):
+    base = tmp_path / "base"
+    tokenizer = toys.tokenizer(base)
+    experts = ExpertShape(count=3, per_token=2, size=64)
+    model = toys.model(family="mixtral", experts=experts, vocab_size=tokenizer.vocab_size, dtype=torch.float32, **WIDE)
+    init_weights(model, seed=1, std=0.05)
+    save_model(model, base)
+    found = sft.run(config(base, chats, method="qlora", targets=["mlp"]), out=tmp_path / "run")
+    assert found["loss_last"] < found["loss_first"] - 0.02
+    names = {name.split(".")[-3] for name in load_file(tmp_path / "run" / "adapter_model.safetensors")}
+    assert names == {"w1", "w2", "w3"}
+    tuned = load_model(tmp_path / "run")
+    save_model(tuned, tmp_path / "plain")
+    toys.tokenizer(tmp_path / "plain")
+    one = config(tmp_path / "plain", chats).model_copy(update={"steps": 1})
+    assert sft.run(one, out=tmp_path / "on")["loss_first"] < found["loss_last"]
+    Tuning.of(model, TuneConfig(method="lora", targets=["mlp"]), seed=0, base=base)
+    with pytest.raises(ConfigError, match="layout.expert=2 does not work with adapters"):
+        check_adapters(model, LayoutConfig.model_validate({"expert": 2}))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -52,8 +52,10 @@ def cut(model: CausalLM | ScalarModel, mesh: Mesh, objective: Objective) -> dict
 
 def check_adapters(model: nn.Module, config: LayoutConfig) -> None:
     """ConfigError where a layout does not know adapters."""
-    for name in ("tensor", "pipeline"):
-        if getattr(config, name) > 1 and any(adapted_layers(model)):
+    layers = [name for name, _ in adapted_layers(model)]
+    in_experts = any(".experts." in name for name in layers)
+    for name, known in (("tensor", not layers), ("pipeline", not layers), ("expert", not in_experts)):
+        if getattr(config, name) > 1 and not known:
             raise ConfigError(
                 f"layout.{name}={getattr(config, name)} does not work with adapters",
                 remedy=f"set layout.{name}=1: data-parallel processes share a frozen base, too (layout.params)",
