@@ -128,8 +128,7 @@ def _settings(
     modules: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     rank = max(ranks.values())
-    # peft makes one pair of gate and up of an expert, with twice the rank and twice alpha, which only the plain scale is
-    # equal under
+    # peft makes one pair of an expert's gate and up, with twice the rank and alpha: only the plain scale stays the same
     stable = form.rank_stable and not any(".experts." in name for name in ranks)
     alpha = form.scale * (rank**0.5 if stable else rank)
     return {

@@ -216,6 +216,7 @@ def run(
         trainer.evaluations = [heldout, *sampling(config, tokenizer, go_on)]
         numbers = trainer.fit()
         phases.enter(numbers["steps"] - 1)
+        numbers |= {"trained_parameters": tuning.trained}
         numbers |= {"parameters": parameters, "heldout": heldout.of(trainer), **phases.report()}
         heart.at("writing the model")
         tuning.save(trainer, out, tokenizer.save)

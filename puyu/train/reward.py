@@ -116,6 +116,7 @@ def run(config: RewardConfig, *, out: Path, on_step: OnStep | None = None) -> di
         heart.at("writing the model")
         save(trainer, out, tokenizer.save, rubrics.save, extra=extra)
         numbers |= {"pairs": len(source.items), "dropped": source.dropped, "quarantined": pairs.torn}
+        numbers |= {"trained_parameters": tuning.trained}
         return finish(out, identity, {**numbers, "headline": _headline(numbers)})
 
 

@@ -352,6 +352,7 @@ def test_a_reward_model_is_tuned_and_written_whole(base, tmp_path, method):
         numbers["loss_last"] < numbers["loss_first"] - 0.02 and not (tmp_path / "out" / "adapter_config.json").exists()
     )
     model, before = load_scalar_model(tmp_path / "out"), load_model(base)
+    assert 0 < numbers["trained_parameters"] < sum(parameter.numel() for parameter in model.parameters()) / 2
     assert model.head.weight.abs().sum() > 0
     assert torch.equal(model.trunk.embedding.weight, before.trunk.embedding.weight)
     changed = not torch.equal(model.trunk.layers[1].mlp.down.weight, before.trunk.layers[1].mlp.down.weight)
