@@ -27,22 +27,21 @@ def take_apart(stored: dict[str, Tensor], settings: Mapping[str, Any], config: M
     What does not have the shape of the model's experts stays as it is.
     """
     scales: dict[str, float] = {}
-    shape = config.experts
-    if shape is None:
+    if config.experts is None:
         return scales
     names = dict(name_pairs(config, head=None))
-    for key in [key for key in stored if _STACKED.fullmatch(key)]:
-        found = _STACKED.fullmatch(key)
-        assert found is not None
-        other = key.replace("lora_A", "lora_B")
-        if other not in stored or (part := _part(stored[key], stored[other], shape, config.hidden_size)) is None:
+    for found in [found for key in stored if (found := _STACKED.fullmatch(key))]:
+        keys = found[0], found[0].replace("lora_A", "lora_B")
+        part = _part(stored[keys[0]], stored.get(keys[1]), config.experts, config.hidden_size)
+        place = f"trunk.layers.{found[2]}.mlp.experts."
+        if f"{place}0.{part}" not in names:
             continue
-        a, b = stored.pop(key), stored.pop(other)
-        rank = len(a) // shape.count
+        a, b = (stored.pop(key) for key in keys)
+        count, rank = config.experts.count, len(a) // config.experts.count
         scale = scale_of(settings, f"{found[1]}.{part}_proj", (a[:rank], b[:, :rank]))
-        as_ERI, bs_ORE = a.unflatten(0, (shape.count, rank)), b.unflatten(1, (rank, shape.count))
-        for number in range(shape.count):
-            theirs = names[f"trunk.layers.{found[2]}.mlp.experts.{number}.{part}"]
+        as_ERI, bs_ORE = a.unflatten(0, (count, rank)), b.unflatten(1, (rank, count))
+        for number in range(count):
+            theirs = names[f"{place}{number}.{part}"]
             for name, rows in zip(theirs, bs_ORE[:, :, number].chunk(len(theirs)), strict=True):
                 stored[f"{PREFIX}{name}.lora_A.weight"] = as_ERI[number].clone()
                 stored[f"{PREFIX}{name}.lora_B.weight"] = rows.contiguous()
@@ -50,8 +49,8 @@ def take_apart(stored: dict[str, Tensor], settings: Mapping[str, Any], config: M
     return scales
 
 
-def _part(a: Tensor, b: Tensor, shape: ExpertShape, hidden: int) -> str | None:
+def _part(a: Tensor, b: Tensor | None, shape: ExpertShape, hidden: int) -> str | None:
     """Which projection of the experts a pair belongs to, by its inputs and outputs."""
-    parts = {(hidden, 2 * shape.size): "gate_up", (shape.size, hidden): "down"}
-    fits = len(a) == b.shape[1] and len(a) % shape.count == 0
-    return parts.get((a.shape[1], len(b))) if fits else None
+    if b is None or len(a) != b.shape[1] or len(a) % shape.count:
+        return None
+    return {(hidden, 2 * shape.size): "gate_up", (shape.size, hidden): "down"}.get((a.shape[1], len(b)))

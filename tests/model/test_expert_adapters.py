@@ -183,13 +183,16 @@ def test_the_expert_that_all_tokens_get_runs_beside_others(tmp_path):
         torch.testing.assert_close(ours(model), ours(made), rtol=0, atol=2e-5)
 
 
-def test_a_stack_of_another_shape_is_named(base, tmp_path):
+@pytest.mark.parametrize("sizes", [(5, 64, 5, 64), (12, 64, 12, 64), (12, 64, 8, 256), (12, 64, 12, 256)])
+def test_a_stack_that_does_not_fit_is_named(base, tmp_path, sizes):
     model = adapted(base, "lora")
     save_adapter(model, tmp_path, FORMS["lora"], base=str(base))
     path = tmp_path / "adapter_model.safetensors"
     stored = load_file(path)
-    prefix = "base_model.model.model.layers.1.mlp.experts."
-    stored |= {f"{prefix}lora_A.weight": torch.ones(5, 64), f"{prefix}lora_B.weight": torch.ones(64, 5)}
+    prefix = "base_model.model.model.layers.7.mlp.experts."
+    rows, inputs, columns, outputs = sizes
+    stored |= {f"{prefix}lora_A.weight": torch.ones(rows, inputs)}
+    stored |= {f"{prefix}lora_B.weight": torch.ones(outputs, columns)}
     save_file(stored, path)
     with pytest.raises(CheckpointError, match="fit no layer"):
         load_adapter(load_model(base), tmp_path)
