@@ -144,30 +144,33 @@ class AdaptedLinear(nn.Module):
         return [self.share(number) for number in range(len(self.join.rows))]
 
     def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
         if not self.shares:
-            y: Tensor = self.base(x)
             return y
-        shares = self._all()
         low = self._low(x if self.dropout is None else self.dropout(x))
-        parts = [
-            x.new_zeros(*x.shape[:-1], rows) if share is None else F.linear(low.pop(0), share.b.to(x.dtype))
-            for share, rows in zip(shares, self.join.rows, strict=True)
-        ]
-        parts = [part if s is None else part * s.scale for s, part in zip(shares, parts, strict=True)]
-        y = self.base(x)
-        added = self.join.columns(parts)
-        if not any(share is not None and share.magnitude is not None for share in shares):
-            return y + added
+        if not any(share is not None and share.magnitude is not None for share in self._all()):
+            return self._added(y, low)
         bias = None if self.base.bias is None else self.base.bias.to(y.dtype)
-        y = (y if bias is None else y - bias) + added
-        y = y * self._lengths().to(y.dtype)
+        y = self._added(y if bias is None else y - bias, low) * self._lengths().to(y.dtype)
         return y if bias is None else y + bias
 
-    def _low(self, x: Tensor) -> list[Tensor]:
-        """A x of each share, one product for all."""
-        present = [share for share in self._all() if share is not None]
-        stacked = present[0].a if len(present) == 1 else torch.cat([share.a for share in present])
-        return list(F.linear(x, stacked.to(x.dtype)).split([len(share.a) for share in present], dim=-1))
+    def _low(self, x: Tensor) -> Tensor:
+        """A x of all shares, one product, [..., R of all]."""
+        stacked = [share.a for share in self._all() if share is not None]
+        return F.linear(x, (stacked[0] if len(stacked) == 1 else torch.cat(tuple(stacked))).to(x.dtype))
+
+    def _added(self, y: Tensor, low: Tensor) -> Tensor:
+        """y + scale * B (A x), one product for all shares: each B in columns of its own, zeros beside it."""
+        ranks = [0 if share is None else len(share.a) for share in self._all()]
+        blocks, total = [], sum(ranks)
+        for at, (share, rows) in enumerate(zip(self._all(), self.join.rows, strict=True)):
+            if share is None:
+                blocks.append(low.new_zeros(rows, total))
+                continue
+            beside = sum(ranks[:at]), sum(ranks[at + 1 :])
+            blocks.append(F.pad((share.b * share.scale).to(low.dtype), beside))
+        added = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.join(blocks).T)
+        return added.view_as(y)
 
     def _lengths(self) -> Tensor:
         """DoRA: what each row is multiplied by, [O]; the lengths of the sum count as constants, as in the paper."""
