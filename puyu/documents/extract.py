@@ -108,12 +108,7 @@ def page(
     Raises UnicodeDecodeError for bytes that fit no encoding, and Failed (precise only).
     """
     text = html if isinstance(html, str) else decode_html(html, charset=charset)
-    tree = _resiliparse().HTMLTree.parse(text.replace(*_QUOTED))
-    title = _title(tree)
-    pictures = mark_pictures(tree, text, url) if images else Pictures()
-    blocks = _blocks(tree, deep=_is_deep(text, tree))
-    for block in blocks:
-        block.pictures = pictures.stand_in(block.text)
+    title, blocks, pictures = _read(text, images=images, url=url)
     if extract == "fast":
         return _page(title, write_text(main_blocks(blocks, title)), pictures)
     other = _other_extractor(limits)(text)
@@ -121,6 +116,18 @@ def page(
     if len(found) < _ENOUGH * len(other):
         return Page(title, other.strip())
     return _page(title, found, pictures)
+
+
+def _read(html: str, *, images: bool, url: str) -> tuple[str, list[Block], Pictures]:
+    """Title, blocks and pictures. The tree ends here: it must be freed by the thread that made it, and what a later
+    error keeps of a caller's frame may be freed by any."""
+    tree = _resiliparse().HTMLTree.parse(html.replace(*_QUOTED))
+    title = _title(tree)
+    pictures = mark_pictures(tree, html, url) if images else Pictures()
+    blocks = _blocks(tree, deep=_is_deep(html, tree))
+    for block in blocks:
+        block.pictures = pictures.stand_in(block.text)
+    return title, blocks, pictures
 
 
 def _page(title: str, text: str, pictures: Pictures) -> Page:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from puyu.documents import extract
 from puyu.documents.extract import _other_extractor, _resiliparse, decode_html, page
 from puyu.documents.interleaved import Image, write_interleaved
 from puyu.documents.readers import SourceConfig, read
-from puyu.errors import DependencyError
+from puyu.errors import DependencyError, PuyuError
 from puyu.files import BadRecord
 
 PAGE = """<!DOCTYPE html><html><head><meta charset="{charset}"><title>{title} | Some Site</title>
@@ -205,6 +206,27 @@ def test_precise_needs_trafilatura(monkeypatch, tmp_path):
     with pytest.raises(DependencyError, match=r"puyu-llm\[data\]"):
         page("<p>x</p>", extract="precise")
     _other_extractor.cache_clear()
+
+
+def test_what_an_error_keeps_of_a_page_may_be_freed_by_any_thread(monkeypatch):
+    """The tree of resiliparse may not: a collection of garbage in a server's thread would tell of it, and leak it."""
+
+    def failing(_limits):
+        raise PuyuError("no other extractor")
+
+    monkeypatch.setattr(extract, "_other_extractor", failing)
+    kept = []
+    try:
+        page(PAGE.format(charset="utf-8", **EN), extract="precise")
+    except PuyuError as error:
+        kept.append(error)
+    assert len(kept) == 1
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    thread = threading.Thread(target=kept.clear)
+    thread.start()
+    thread.join()
+    assert not told
 
 
 def test_precise_with_trafilatura():
