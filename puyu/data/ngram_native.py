@@ -15,7 +15,6 @@ import ctypes
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 from puyu.documents import texts as document_texts
 from puyu.documents.characters import read_tables
 from puyu.documents.texts import Texts
-from puyu.native import Library, argument, native_folder, pointer
+from puyu.native import Library, Loader, argument, native_folder, pointer
 
 SOURCE = Path(__file__).parent / "cpp" / "ngram.cpp"
 LIBRARY = Library(
@@ -182,18 +181,13 @@ def _total(ends: NDArray[np.int64]) -> int:
     return int(ends[-1]) if len(ends) else 0
 
 
-@lru_cache(maxsize=1)
-def load() -> NgramLibrary | None:
-    """The library, when it has been built for this machine."""
-    library = LIBRARY.open()
-    return None if library is None else NgramLibrary(library)
+load = Loader(LIBRARY, NgramLibrary)
 
 
 def build() -> Path:
     """Compile, unless it is there, and make the tables; DependencyError when there is no compiler or it fails."""
-    path = LIBRARY.build()
+    path = load.build()
     read_tables(native_folder())
-    load.cache_clear()
     return path
 
 

@@ -16,7 +16,6 @@ import ctypes
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from puyu.documents.characters import read_tables
-from puyu.native import Library, argument, native_folder, pointer
+from puyu.native import Library, Loader, argument, native_folder, pointer
 
 R = TypeVar("R")
 SOURCE = Path(__file__).parent / "cpp" / "texts.cpp"
@@ -308,18 +307,13 @@ def character_tables() -> tuple[Any, Any]:
     return tables, ctypes.byref(_Unicode(kinds.ctypes.data, lower.ctypes.data, len(lower)))
 
 
-@lru_cache(maxsize=1)
-def load() -> TextLibrary | None:
-    """The library, when it has been built for this machine."""
-    library = LIBRARY.open()
-    return None if library is None else TextLibrary(library)
+load = Loader(LIBRARY, TextLibrary)
 
 
 def build() -> Path:
     """Compile, unless it is there, and make the tables; DependencyError when there is no compiler or it fails."""
-    path = LIBRARY.build()
+    path = load.build()
     read_tables(native_folder())
-    load.cache_clear()
     return path
 
 

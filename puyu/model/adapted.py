@@ -161,16 +161,8 @@ class AdaptedLinear(nn.Module):
 
     def _added(self, y: Tensor, low: Tensor) -> Tensor:
         """y + scale * B (A x), one product for all shares: each B in columns of its own, zeros beside it."""
-        ranks = [0 if share is None else len(share.a) for share in self._all()]
-        blocks, total = [], sum(ranks)
-        for at, (share, rows) in enumerate(zip(self._all(), self.join.rows, strict=True)):
-            if share is None:
-                blocks.append(low.new_zeros(rows, total))
-                continue
-            beside = sum(ranks[:at]), sum(ranks[at + 1 :])
-            blocks.append(F.pad((share.b * share.scale).to(low.dtype), beside))
-        added = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), self.join(blocks).T)
-        return added.view_as(y)
+        b = self.join.beside([None if s is None else (s.b * s.scale).to(low.dtype) for s in self._all()])
+        return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.T).view_as(y)
 
     def _lengths(self) -> Tensor:
         """DoRA: what each row is multiplied by, [O]; the lengths of the sum count as constants, as in the paper."""

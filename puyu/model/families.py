@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from puyu.model.config import ModelConfig
@@ -311,11 +312,14 @@ class Join:
             return fuse_qkv(parts, num_kv_heads=self.num_kv_heads)
         return torch.cat(tuple(parts))
 
-    def columns(self, parts: Sequence[Tensor]) -> Tensor:
-        """[T, rows] of each part -> [T, sum of rows]."""
-        if self.num_kv_heads:
-            return torch.cat([part.unflatten(-1, (self.num_kv_heads, -1)) for part in parts], dim=-1).flatten(-2)
-        return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), dim=-1)
+    def beside(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """[rows, R] of some parts -> [sum of rows, sum of R]: each in columns of its own, zeros elsewhere."""
+        like = next(part for part in parts if part is not None)
+        widths, blocks = [0 if part is None else part.shape[1] for part in parts], []
+        for at, (part, rows) in enumerate(zip(parts, self.rows, strict=True)):
+            part = like.new_zeros(rows, 0) if part is None else part
+            blocks.append(F.pad(part, (sum(widths[:at]), sum(widths[at + 1 :]))))
+        return self(blocks)
 
     def split(self, joined: Tensor) -> list[Tensor]:
         """The inverse: [sum of rows, ...] -> the parts."""

@@ -138,15 +138,16 @@ def read_adapter(
     unused, deltas = set(stored), {}
     for ours, (join, theirs) in joins(config).items():
         pairs = [_take(stored, unused, name) for name in theirs]
-        if any(pairs) and ".experts." in ours:
+        if not any(pairs):
+            continue
+        if ".experts." in ours:
             raise CheckpointError(
                 f"{folder} changes {theirs[0]}: adapters of experts cannot run beside other adapters",
                 remedy="merge the adapter into its base: puyu merge ADAPTER --out DIR",
             )
-        if any(pairs):
-            scales = [scale_of(settings, name, pair) for name, pair in zip(theirs, pairs, strict=True)]
-            delta = _fused(ours, join, pairs, scales, inputs=inputs_of(ours, config))
-            deltas[ours] = Delta(delta.a.to(device, dtype), delta.b.to(device, dtype))
+        scales = [scale_of(settings, name, pair) for name, pair in zip(theirs, pairs, strict=True)]
+        delta = _fused(ours, join, pairs, scales, inputs=inputs_of(ours, config))
+        deltas[ours] = Delta(delta.a.to(device, dtype), delta.b.to(device, dtype))
     if unused:
         raise CheckpointError(f"{folder}: {len(unused)} tensors fit no layer of the model: {sorted(unused)[:3]}")
     return deltas
@@ -205,19 +206,12 @@ def scale_of(settings: Mapping[str, Any], name: str, pair: Pair) -> float:
 
 def _fused(ours: str, join: Join, pairs: Sequence[Pair], scales: Sequence[float], *, inputs: int) -> Delta:
     """The parts of a fused layer as one: their As below each other, each B in columns of its own."""
-    total = sum(pair[0].shape[0] for pair in pairs if pair)
-    blocks, start = [], 0
-    for pair, scale, count in zip(pairs, scales, join.rows, strict=True):
-        block = torch.zeros(count, total)
-        if pair:
-            rank = pair[0].shape[0]
-            if pair[1].shape != (count, rank) or pair[0].shape[1] != inputs:
-                shapes = f"A {tuple(pair[0].shape)} and B {tuple(pair[1].shape)}"
-                raise CheckpointError(
-                    f"the adapter's {ours} has {shapes}, the model {inputs} inputs and {count} outputs",
-                    remedy="give an adapter of this very model",
-                )
-            block[:, start : start + rank] = pair[1].float() * scale
-            start += rank
-        blocks.append(block)
-    return Delta(torch.cat([pair[0].float() for pair in pairs if pair]), join(blocks))
+    for pair, count in zip(pairs, join.rows, strict=True):
+        if pair and (pair[1].shape != (count, pair[0].shape[0]) or pair[0].shape[1] != inputs):
+            shapes = f"A {tuple(pair[0].shape)} and B {tuple(pair[1].shape)}"
+            raise CheckpointError(
+                f"the adapter's {ours} has {shapes}, the model {inputs} inputs and {count} outputs",
+                remedy="give an adapter of this very model",
+            )
+    b = join.beside([pair and pair[1].float() * scale for pair, scale in zip(pairs, scales, strict=True)])
+    return Delta(torch.cat([pair[0].float() for pair in pairs if pair]), b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -229,11 +230,18 @@ def test_gradients_through_a_quantized_base_are_those_of_its_values(base, kind):
         torch.testing.assert_close(share.b.grad, other.b.grad, rtol=1e-4, atol=1e-3)
 
 
+def spans(join: Join) -> list[slice]:
+    ends = list(itertools.accumulate(join.rows))
+    return [slice(end - rows, end) for end, rows in zip(ends, join.rows, strict=True)]
+
+
 def test_joined_rows_and_columns_are_the_same_arrangement():
     for config in (ModelConfig(family="llama", vocab_size=9, **SHAPE), ModelConfig(vocab_size=9, **SHAPE)):
         for join, _ in joins(config).values():
             parts = [torch.randn(rows, 3) for rows in join.rows]
-            assert torch.equal(join(parts).T, join.columns([part.T for part in parts]))
+            assert torch.equal(join.beside(parts), join([torch.block_diag(*parts)[rows] for rows in spans(join)]))
+            if len(parts) > 1:
+                assert torch.equal(join.beside([*parts[:-1], None]), join.beside(parts)[:, :-3])
             assert all(map(torch.equal, join.split(join(parts)), parts))
     assert joins(config)["trunk.layers.0.attention.qkv"][0] == Join((128,))
 

@@ -10,7 +10,7 @@ import torch
 from puyu.configure import build, load_yaml
 from puyu.data.chats import read_conversations
 from puyu.model.checkpoint import load_model, save_model
-from puyu.model.config import ModelConfig
+from puyu.model.config import ExpertShape, ModelConfig
 from puyu.train import first_use
 from puyu.train.first_use import adapter_parameters, fill, memory_of
 from puyu.train.pretrain import PretrainConfig, model_config
@@ -107,8 +107,19 @@ def test_what_trains_is_counted_as_it_is(base, method):
         assert found["weights"] == pytest.approx(held, rel=0.02)
 
 
+def test_experts_are_counted_as_they_are():
+    experts = ExpertShape(count=3, per_token=2, size=64, shared_size=32)
+    model = toys.model(family="qwen2_moe", experts=experts)
+    config = TuneConfig(method="lora", rank=4)
+    counted = memory_of(model.config, config, tokens=7, dtype=torch.float32)
+    as_wide = memory_of(toys.model(intermediate_size=160).config, config, tokens=7, dtype=torch.float32)
+    assert counted["activations"] == as_wide["activations"]
+    tuning = Tuning.of(model, config, seed=0, base=None)
+    assert adapter_parameters(model.config, 4) == tuning.trained
+
+
 def test_seven_billion_in_four_bits_are_as_small_as_they_should_be():
-    """The floor that research/ counts by hand: 3.6 GB of matrices, 1.5 of embedding and head."""
+    """The floor, counted by hand: 3.6 GB of matrices, 1.5 of embedding and head."""
     found = memory_of(
         SEVEN_B, TuneConfig(method="qlora", rank=64), tokens=2048, dtype=torch.bfloat16, checkpoint="full"
     )
