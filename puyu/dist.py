@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from puyu.errors import RetryError
@@ -49,10 +51,32 @@ def world(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     store, rank, size = next(dist.rendezvous("env://"))
     dist.init_process_group(backend, store=_fresh(store, rank, size), rank=rank, world_size=size)
+    atexit.register(_settle)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def _settle(patience: float = 5.0) -> None:
+    """Wait until gloo's threads have nothing left to do (Linux).
+
+    They free the tensors that they were the last to hold, for which they need the interpreter; one that still does so
+    while the interpreter is taken down ends the process with SIGABRT. Caches of DTensor's hold on to the groups, so
+    leaving the group does not end the threads.
+    """
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        time.sleep(0.002)  # a thread that waits for the interpreter gets it, and is seen at work
+        if not any(_works(task) for task in Path("/proc/self/task").glob("*/stat")):
+            return
+
+
+def _works(task: Path) -> bool:
+    with suppress(OSError):  # it may have ended
+        name, _, state = task.read_text().partition(") ")
+        return name.endswith("(pt_gloo_runloop") and not state.startswith("S")
+    return False
 
 
 def _fresh(store: dist.Store, rank: int, size: int) -> dist.Store:
