@@ -33,6 +33,7 @@ from puyu.model.families import joins
 from puyu.model.heads import CausalLM
 from puyu.model.linear import Linear
 from puyu.model.nf4 import NF4
+from puyu.model.transformer import HostEmbedding
 from puyu.train.memory import MemoryConfig
 from puyu.train.optim import OptimConfig
 from puyu.train.stage import place
@@ -117,6 +118,9 @@ def checks(size: Size) -> Iterator[Check]:
         plain = AdaptedLinear(freeze(layer, kind), join, {}).to(size.device)
         x = torch.randn(64, 256, generator=draw).to(size.device)
         yield Check(f"product with an {kind} base", [plain.base(x)], [x @ plain.dense().T], 5e-3)
+    table, tokens = torch.randn(50, 64, generator=draw), torch.arange(49, 0, -2)
+    rows = HostEmbedding(table).to(size.device)(tokens.to(size.device))
+    yield Check("an embedding on the host", [rows.cpu()], [table[tokens]], 0.0)
 
 
 def seven(size: Size) -> dict[str, Any]:

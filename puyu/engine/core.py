@@ -124,11 +124,10 @@ class Engine:
         self.config = config = config or EngineConfig()
         self.model, self.num_ids = model, num_ids
         self.drafter = (drafter or LookupDrafter()) if config.draft_tokens else None
-        weight = model.trunk.embedding.weight
-        dtype = model.trunk.compute_dtype or weight.dtype
+        dtype = model.trunk.compute_dtype or model.trunk.embedding.weight.dtype
         num_blocks = _num_blocks(model, config, dtype=dtype, drafter=self.drafter)
         sizes = {"num_blocks": num_blocks, "block_size": config.block_size}
-        cache = KVCache(model.config, **sizes, device=weight.device, dtype=dtype, storage=config.cache_dtype)
+        cache = KVCache(model.config, **sizes, device=model.trunk.device, dtype=dtype, storage=config.cache_dtype)
         self.runner = Runner(model, cache, bank=bank, alone=config.deterministic, num_ids=num_ids)
         pool = BlockPool(num_blocks=num_blocks, block_size=config.block_size, prefix_cache=config.prefix_cache)
         max_running = min(config.max_running, config.max_step_tokens)
@@ -372,7 +371,7 @@ def _num_blocks(
     wanted = config.max_running * -(-model.config.max_positions // config.block_size)
     size = KVCache.block_bytes(model.config, block_size=config.block_size, dtype=dtype, storage=config.cache_dtype)
     size += drafter.block_bytes(config.block_size) if drafter is not None else 0
-    fitting = int(_free_bytes(model.trunk.embedding.weight.device) * config.cache_fraction) // size
+    fitting = int(_free_bytes(model.trunk.device) * config.cache_fraction) // size
     if fitting < 1:
         raise ResourceError("no memory is left for the key/value cache", remedy="close other programs")
     return min(wanted, fitting)

@@ -102,7 +102,7 @@ def _batches(pairs: Sequence[Pair]) -> Iterator[list[int]]:
 @torch.inference_mode()
 def logprobs_of(model: CausalLM, pairs: Sequence[Pair]) -> list[tuple[Tensor, Tensor]]:
     """(log-probability, is the most likely) of each scored id of each pair, from one forward."""
-    device = model.trunk.embedding.weight.device
+    device = model.trunk.device
     inputs = [pair.ids[:-1] for pair in pairs]
     starts = [0]
     for ids in inputs:

@@ -105,7 +105,7 @@ class ModelDrafter:
             self.model.config,
             num_blocks=cache.num_blocks,
             block_size=cache.block_size,
-            device=self.model.trunk.embedding.weight.device,
+            device=self.model.trunk.device,
             dtype=self._dtype,
         )
         own.rows.zero_()  # what was never written is a bad guess, not NaN

@@ -73,9 +73,9 @@ class AdapterBank:
                 f"{folder} was trained with stretched positions, which it cannot bring to a model beside others",
                 remedy="make one checkpoint of it: puyu merge",
             )
-        weight = self.model.trunk.embedding.weight
-        dtype = self.model.trunk.compute_dtype or weight.dtype
-        self._adapters[name] = read_adapter(Path(folder), self.model.config, dtype=dtype, device=weight.device)
+        trunk = self.model.trunk
+        dtype = trunk.compute_dtype or trunk.embedding.weight.dtype
+        self._adapters[name] = read_adapter(Path(folder), self.model.config, dtype=dtype, device=trunk.device)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; with the last one, the model is as it was."""

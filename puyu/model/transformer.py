@@ -7,8 +7,12 @@ Heads stand apart (`heads.py`), so that a loss can choose at which tokens it wan
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from puyu.model.attention import Attention, Plan
 from puyu.model.config import ModelConfig
@@ -33,6 +37,20 @@ class Block(nn.Module):
         return x_TD + self.mlp(self.mlp_norm(x_TD))
 
 
+class HostEmbedding(nn.Module):
+    """An embedding that does not train, in the host's memory wherever the model goes; rows follow their tokens."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().cpu(), requires_grad=False)
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return F.embedding(tokens_T.to(self.weight.device), self.weight).to(tokens_T.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return self
+
+
 class Transformer(nn.Module):
     """Embedding, blocks, final norm. Activations run in `compute_dtype` (None: the dtype of the weights)."""
 
@@ -51,6 +69,11 @@ class Transformer(nn.Module):
         """Hidden states [T, D] after the final norm."""
         x_TD = self.embedded(tokens_T) if embeds_TD is None else embeds_TD.to(self.compute_dtype or embeds_TD.dtype)
         return self.norm(self.through(x_TD, positions_T, plan, range(len(self.layers))))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.norm.weight.device
 
     def embedded(self, tokens_T: Tensor) -> Tensor:
         """What the first block reads, [T, D]."""

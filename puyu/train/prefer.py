@@ -290,7 +290,7 @@ def _mean_of_all(values_P: Tensor) -> Tensor:
 @torch.no_grad()
 def with_reference(model: CausalLM, items: Sequence[Answers], *, batch_tokens: int) -> list[Answers]:
     """The items with the log-probabilities that the model gives them now; each process computes its share of them."""
-    world, device = current_world(), next(model.parameters()).device
+    world, device = current_world(), model.trunk.device
     found: dict[int, tuple[float, ...]] = {}
     model.eval()
     groups = grouped(range(len(items)), lambda at: items[at].size, most=batch_tokens)

@@ -118,7 +118,7 @@ class RewardModel:
 
     @torch.no_grad()
     def _score(self, group: list[list[int]]) -> list[float]:
-        device = next(self.model.parameters()).device
+        device = self.model.trunk.device
         batch = pack_documents([(ids, None) for ids in group]).to(device)
         plan = PackedPlan.build(batch.starts_S, batch.num_tokens, device)
         hidden_TD = self.model.trunk(batch.tokens_T, batch.positions_T, plan)

@@ -24,7 +24,9 @@ from puyu.log import logger
 from puyu.model.adapted import adapted_layers, plain_state
 from puyu.model.checkpoint import load_model, save_model
 from puyu.model.heads import CausalLM, ScalarModel
+from puyu.model.linear import Linear
 from puyu.model.rope import RopeKind
+from puyu.model.transformer import HostEmbedding
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.health import Heartbeat, Journal
 from puyu.train.layouts.base import first_of
@@ -124,15 +126,24 @@ def save(trainer: Trainer, out: Path, *parts: Callable[[Path], None], extra: dic
 def place(model: M, *, dtype: str, device: torch.device) -> M:
     """Move a model to its device; master weights fp32 (fp64 when computing in fp64), activations in `dtype`.
 
-    What does not train lies in `dtype`, which it is cast to wherever it is used.
+    What does not train lies in `dtype`, which it is cast to wherever it is used. Beside a quantized base on a GPU the
+    embedding stays with the host, unless it trains or is the head, too.
     """
     compute = pick_dtype(dtype, device)
     master = torch.float64 if compute == torch.float64 else torch.float32
+    if device.type == "cuda" and current_world().size == 1 and _leaves_embedding(model):
+        model.trunk.embedding = HostEmbedding(model.trunk.embedding.weight)  # type: ignore[assignment]
     model = model.to(device=device).train()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(master if parameter.requires_grad else compute)
     model.set_compute_dtype(compute)
     return model
+
+
+def _leaves_embedding(model: CausalLM | ScalarModel) -> bool:
+    """Whether memory matters more than a look-up on the host, and only look-ups are needed."""
+    quantized = any(not isinstance(layer.base, Linear) for _, layer in adapted_layers(model))
+    return quantized and model.head is not None and not model.trunk.embedding.weight.requires_grad
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, folder: Path) -> None:

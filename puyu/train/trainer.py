@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from puyu.data.mix import key_of
 from puyu.data.packing import Batch
+from puyu.device import total_memory
 from puyu.dist import current_world
 from puyu.errors import ConfigError, ResourceError, RetryError, TrainingError
 from puyu.files import write_json
@@ -38,6 +39,7 @@ from puyu.train.meter import Meter
 from puyu.train.monitor import Tracer
 from puyu.train.objectives import Objective, means
 from puyu.train.pieces import gather_whole
+from puyu.train.planning.job import parameters
 from puyu.train.replicas import Difference, differing
 from puyu.train.saver import Saver
 from puyu.train.scaler import LossScaler
@@ -45,6 +47,8 @@ from puyu.train.settings import RunSettings
 
 Metrics = dict[str, Any]
 """One row of metrics.jsonl: numbers, and `skipped` (why) where the step made no update; then there is no loss."""
+_COPY = 0.1
+"""Share of the memory that a copy of the model may take, made to be looked at."""
 OnStep = Callable[[int, Metrics], None]
 
 
@@ -94,7 +98,7 @@ class Trainer:
     ) -> None:
         """`blank`: the model is on the meta device, and this is what its parameters become."""
         self.model, self.source, self.config, self.out = model, source, config, out
-        self.device = blank.device if blank else next(model.parameters()).device
+        self.device = blank.device if blank else next(p.device for p in model.parameters() if p.requires_grad)
         self.world = current_world()
         keep_freed_pages(self.device)
         self._check_spared(config)
@@ -456,12 +460,14 @@ class Trainer:
     def whole_model(self) -> Iterator[CausalLM | None]:
         """The language model as one process sees it, on rank 0, for looking only; None elsewhere.
 
-        Every rank must enter it. It is the model itself where there is one process and nothing is adapted, else a copy.
+        Every rank must enter it. It is a copy, with adapters merged, but for one process that adapts nothing, or whose
+        copy would take more than a tenth of the memory: it looks at the model itself.
         """
         model = self.model
         assert isinstance(model, CausalLM)
-        if self.world.size == 1 and not any(adapted_layers(model)):
-            yield model
+        if self.world.size == 1 and not _copied(model, self.device):
+            with undisturbed(model, self.device):
+                yield model.eval()
             return
         weights = self.full_weights()
         if not self.world.is_main:
@@ -482,6 +488,12 @@ class Trainer:
 
 def _compute_dtype(model: nn.Module) -> torch.dtype | None:
     return model.trunk.compute_dtype if isinstance(model, CausalLM | ScalarModel) else None
+
+
+def _copied(model: CausalLM, device: torch.device) -> bool:
+    """Whether adapters are merged into a copy before they are looked at: it is quicker, where memory is no matter."""
+    size = sum(parameters(model.config).values()) * (model.trunk.compute_dtype or torch.float32).itemsize
+    return any(adapted_layers(model)) and size <= _COPY * total_memory(device)
 
 
 def _due(step: int, every: int) -> bool:

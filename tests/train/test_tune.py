@@ -11,15 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from puyu.chain import sample
 from puyu.data.chats import read_preferences
 from puyu.errors import CheckpointError, ConfigError, InputError
+from puyu.model.adapted import adapted_layers
 from puyu.model.adapter_files import write_merged
 from puyu.model.checkpoint import load_model, load_scalar_model, read_config, save_model
 from puyu.model.config import ExpertShape
 from puyu.model.init import init_weights
 from puyu.model.lora import AdapterBank
 from puyu.quant.gguf import export_gguf
-from puyu.train import pretrain, reward, sft
+from puyu.train import pretrain, reward, sft, trainer
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.place import check_adapters
 from puyu.train.memory import MemoryConfig
@@ -183,6 +185,24 @@ def test_looking_at_an_adapted_model_changes_nothing_and_shows_what_is_saved(bas
     assert losses(looked) == losses(plain)
     for name, value in load_model(looked).state_dict().items():
         torch.testing.assert_close(seen[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_model_whose_copy_would_not_fit_is_looked_at_as_it_is(base, chats, tmp_path, monkeypatch):
+    seen = []
+
+    def go_on(model, tokenizer, prompts, max_tokens, *, chat=False):
+        seen.append((any(adapted_layers(model)), sample.go_on(model, tokenizer, prompts, max_tokens, chat=chat)))
+        return seen[-1][1]
+
+    asked = config(base, chats, method="qlora", dropout=0.5).model_copy(update={"samples": ["hi"], "evaluate_every": 2})
+    sft.run(asked, out=tmp_path / "roomy", go_on=go_on)
+    roomy = list(seen)
+    seen.clear()
+    monkeypatch.setattr(trainer, "_COPY", 1e-9)
+    sft.run(asked, out=tmp_path / "narrow", go_on=go_on)
+    assert [adapted for adapted, _ in roomy + seen] == [False] * len(roomy) + [True] * len(roomy)
+    assert [texts for _, texts in roomy] == [texts for _, texts in seen]
+    assert losses(tmp_path / "roomy") == losses(tmp_path / "narrow")
 
 
 def test_an_adapter_chats_at_once_and_merged_it_says_the_same(base, chats, tmp_path, capsys):
