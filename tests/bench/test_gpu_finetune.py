@@ -24,7 +24,7 @@ def test_all_parts_run_at_toy_sizes(bench: Any, capsys: pytest.CaptureFixture[st
     assert bench.main(["--dry"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not found["measured"] and found["bars"] == []
-    assert not found["check"]["failed"] and len(found["check"]["paths"]) == 4
+    assert not found["check"]["failed"] and len(found["check"]["paths"]) == 5
     assert found["seven"]["tokens_per_s"] > 0 and found["twenty"]["loss_first"] > 0
     assert found["context"]["24 GB"] >= 16 and found["peer"]["tokens_per_s"] > 0
 
