@@ -15,8 +15,8 @@ help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1	/' | expand -t 22
 chain: setup     ## the whole chain: documents in, an agent that answers out
 	@$(PY) -m puyu chain $(RECIPE)
-test: dev        ## all tests
-	@$(PY) -m pytest
+test: dev        ## all tests, by up to four processes of one thread each
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile
 lint: dev        ## ruff, mypy, the layer law
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check -q .

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from puyu.engine.native import build, load
+from puyu.engine.native import build
 from puyu.model.config import ModelConfig
 from puyu.model.heads import CausalLM
 from puyu.model.init import init_weights
@@ -29,13 +29,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _native(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The native step, built for these tests alone."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PUYU_NATIVE_DIR", str(tmp_path_factory.mktemp("native")))
-        build()
-        yield
-    load.cache_clear()
+def _native() -> None:
+    """The native step of this source, where the set-up has not built it."""
+    build()
 
 
 @pytest.fixture(scope="package")
