@@ -41,7 +41,7 @@ from puyu.tokenizer.tokenizer import from_merges
 from puyu.train import sft
 from puyu.train.objectives import lm_loss, pair_losses, ranking_loss
 from puyu.train.prefer import Answers, pack_answers, preference_loss
-from puyu.train.preference_losses import PairValues, PreferenceForm, pair_loss
+from puyu.train.preference_losses import PairValues, PreferenceNumbers, pair_loss
 from puyu.train.trainer import Trainer, TrainerConfig
 from puyu.train.tune import TuneConfig, Tuning
 
@@ -113,7 +113,7 @@ def padded_loss(kind: str, model: Any, docs: list[Doc], *, alone: bool) -> Tenso
     reference = torch.tensor([value for one in pairs_of(docs) for value in one.reference], dtype=torch.float64)
     halves = [(part[::2], part[1::2]) for part in (sums, reference.to(sums), lengths)]
     values = PairValues(*(part for pair in halves for part in pair))
-    return pair_loss("sigmoid" if kind == "dpo" else "orpo", values, PreferenceForm()).mean()
+    return pair_loss("sigmoid" if kind == "dpo" else "orpo", values, PreferenceNumbers()).mean()
 
 
 def our_loss(kind: str, model: Any, docs: list[Doc]) -> Tensor:
@@ -123,7 +123,7 @@ def our_loss(kind: str, model: Any, docs: list[Doc]) -> Tensor:
     elif kind == "sft":
         output = lm_loss(model, pack_documents(docs))  # type: ignore[arg-type]
     else:
-        objective = preference_loss("sigmoid" if kind == "dpo" else "orpo", PreferenceForm())
+        objective = preference_loss("sigmoid" if kind == "dpo" else "orpo", PreferenceNumbers())
         output = objective(model, pack_answers(pairs_of(docs)))
     return output.loss_sum / output.weight_sum
 
@@ -195,7 +195,7 @@ def accumulation(folder: Path, notes: dict[str, Any]) -> Iterator[tuple[str, flo
         answers = pairs_of(docs)
         cases: dict[str, tuple[Any, Callable[[Any], Any], list[Any]]] = {
             "sft": (lm_loss, pack_documents, docs),
-            "dpo": (preference_loss("sigmoid", PreferenceForm()), pack_answers, answers),
+            "dpo": (preference_loss("sigmoid", PreferenceNumbers()), pack_answers, answers),
         }
         notes[bar] = {}
         for name, (objective, pack, items) in cases.items():

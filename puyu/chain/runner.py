@@ -19,7 +19,7 @@ from typing import Any, Literal
 from puyu.chain.stages import Stage, write_page
 from puyu.configure import Config, dump
 from puyu.documents.contamination import FILE as CONTAMINATION
-from puyu.errors import InputError, PuyuError, ResourceError
+from puyu.errors import ConfigError, InputError, PuyuError, ResourceError
 from puyu.files import clear_folder, disk_errors, hash_file, hash_json, read_json, write_json
 from puyu.lineage import (
     FILE,
@@ -77,6 +77,7 @@ def _input(name: str, paths: list[Path]) -> Input:
 
 def run_stage(name: str, stage: Stage, config: Config, out: Path) -> Result:
     """Bring one stage's folder up to date."""
+    _check_apart(config, out)
     key, inputs = stage_key(stage, config)
     if int(os.environ.get("RANK", "0")) > 0:
         return Result(name, stage.verb, out, "made", 0.0, stage.run(config, out))
@@ -94,6 +95,17 @@ def run_stage(name: str, stage: Stage, config: Config, out: Path) -> Result:
         if stage.trains:
             write_page(out)
     return Result(name, stage.verb, out, status, seconds, numbers)
+
+
+def _check_apart(config: Config, out: Path) -> None:
+    """ConfigError where making `out` would clear an input, or change one that is known by its content."""
+    place = out.resolve()
+    for name, path in config.inputs():
+        at = path.resolve()
+        inside = place.is_relative_to(at) and not find_lineage(at)
+        if inside or at.is_relative_to(place):
+            which = f"lies in {path} ({name}), and would change it" if inside else f"holds {path} ({name})"
+            raise ConfigError(f"{out} {which}", remedy="choose another --out")
 
 
 @contextmanager

@@ -18,10 +18,10 @@ import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -49,6 +49,12 @@ class MemoryConfig(Config):
     """Keep saved activations in the host's memory."""
     compile: bool = False
     """Compile each block with torch.compile."""
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if self.every > 1 and self.checkpoint == "none":
+            raise ValueError(f"every={self.every} has no use without checkpoint: set checkpoint to selective or full")
+        return self
 
 
 def spare(model: nn.Module, config: MemoryConfig) -> None:

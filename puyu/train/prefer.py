@@ -37,7 +37,7 @@ from puyu.train.preference_losses import (
     FREE_OF_REFERENCE,
     PairKind,
     PairValues,
-    PreferenceForm,
+    PreferenceNumbers,
     SingleKind,
     pair_loss,
     single_loss,
@@ -51,7 +51,7 @@ _LOOK_BACK = 64
 """How many records before a judged answer are looked through for one to another prompt."""
 
 
-class PreferConfig(TrainingConfig, PreferenceForm):
+class PreferConfig(TrainingConfig, PreferenceNumbers):
     """Learn from preference pairs, or from judged answers."""
 
     base: Path
@@ -224,14 +224,14 @@ def document_logprobs(model: CausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     return zeros_S.index_add(0, number_L, logprobs_L), zeros_S.index_add(0, number_L, torch.ones_like(logprobs_L))
 
 
-def preference_loss(kind: PairKind | SingleKind, form: PreferenceForm) -> Objective:
+def preference_loss(kind: PairKind | SingleKind, form: PreferenceNumbers) -> Objective:
     """The objective; its weight is the number of pairs, or of judged answers."""
     if kind == "kto" or kind == "apo_zero_unpaired":
         return partial(_single_objective, kind=kind, form=form)
     return partial(_pair_objective, kind=kind, form=form)
 
 
-def _pair_objective(model: CausalLM, batch: Batch, *, kind: PairKind, form: PreferenceForm) -> LossOutput:
+def _pair_objective(model: CausalLM, batch: Batch, *, kind: PairKind, form: PreferenceNumbers) -> LossOutput:
     sums_S, lengths_S = document_logprobs(model, batch)
     pairs = len(batch.extras["good_P"])  # a rank without a pair still takes part in collectives
     sums_2P, lengths_2P, reference_2P = (
@@ -244,7 +244,7 @@ def _pair_objective(model: CausalLM, batch: Batch, *, kind: PairKind, form: Pref
     return _summed(losses_P, sums_S, metrics)
 
 
-def _single_objective(model: CausalLM, batch: Batch, *, kind: SingleKind, form: PreferenceForm) -> LossOutput:
+def _single_objective(model: CausalLM, batch: Batch, *, kind: SingleKind, form: PreferenceNumbers) -> LossOutput:
     good_P, reference_S = batch.extras["good_P"], batch.extras["reference_S"]
     count, drifts = len(good_P), kind == "kto"
     drift = torch.zeros((), device=reference_S.device)

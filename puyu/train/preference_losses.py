@@ -1,6 +1,6 @@
 """Losses of preference training, from the log-probabilities of whole answers: DPO and its variants, SimPO, ORPO, KTO.
 
-    losses_P = pair_loss("sigmoid", PairValues(chosen, rejected, ...), PreferenceForm(beta=0.1))
+    losses_P = pair_loss("sigmoid", PairValues(chosen, rejected, ...), PreferenceNumbers(beta=0.1))
 
 P pairs. A log-probability is the sum over an answer's tokens, in fp32 or wider; `lengths` are its numbers of tokens.
 Each loss is one number a pair, so that packing, accumulation and the number of processes do not change the mean over
@@ -26,7 +26,7 @@ FREE_OF_REFERENCE: tuple[PairKind, ...] = ("simpo", "orpo")
 """Kinds that look at the trained model alone."""
 
 
-class PreferenceForm(Config):
+class PreferenceNumbers(Config):
     """Numbers of the losses."""
 
     beta: float = 0.1
@@ -55,7 +55,7 @@ class PairValues(NamedTuple):
     rejected_length: Tensor
 
 
-def pair_loss(kind: PairKind, values: PairValues, form: PreferenceForm) -> Tensor:
+def pair_loss(kind: PairKind, values: PairValues, form: PreferenceNumbers) -> Tensor:
     """The loss of each pair, [P]."""
     better, worse = values.chosen - values.reference_chosen, values.rejected - values.reference_rejected
     if kind == "simpo":
@@ -119,13 +119,13 @@ _LOSSES = {
 }
 
 
-def _simpo(values: PairValues, form: PreferenceForm) -> Tensor:
+def _simpo(values: PairValues, form: PreferenceNumbers) -> Tensor:
     """SimPO (Meng et al. 2024, arXiv 2405.14734)."""
     ahead = values.chosen / values.chosen_length - values.rejected / values.rejected_length
     return -F.logsigmoid(form.beta * ahead - form.margin)
 
 
-def _orpo(values: PairValues, form: PreferenceForm) -> Tensor:
+def _orpo(values: PairValues, form: PreferenceNumbers) -> Tensor:
     """ORPO (Hong et al. 2024, arXiv 2403.07691): imitate the chosen answer, and raise its odds over the other's."""
     chosen, rejected = values.chosen / values.chosen_length, values.rejected / values.rejected_length
     odds = (chosen - rejected) - (_log_rest(chosen) - _log_rest(rejected))
@@ -138,7 +138,7 @@ def _log_rest(logprob: Tensor) -> Tensor:
     return torch.where(logprob > -0.6931, torch.log(-torch.expm1(logprob)), torch.log1p(-torch.exp(logprob)))
 
 
-def single_loss(kind: SingleKind, ratio_N: Tensor, good_N: Tensor, *, drift: Tensor, form: PreferenceForm) -> Tensor:
+def single_loss(kind: SingleKind, ratio_N: Tensor, good_N: Tensor, *, drift: Tensor, form: PreferenceNumbers) -> Tensor:
     """The loss of each of N answers, [N], from how much likelier each has become than it was for the reference.
 
     KTO (Ethayarajh et al. 2024, arXiv 2402.01306, eq. 7 and 8): `drift`, one number without a gradient, is how much

@@ -26,7 +26,8 @@ def run(config: CopyConfig, *, out: Path) -> dict:
     if config.fail:
         (out / "half").write_text("half")
         raise RuntimeError("killed here")
-    write_json(out / "text.json", config.source.read_text() * config.times)
+    text = config.source / "text.json" if config.source.is_dir() else config.source
+    write_json(out / "text.json", text.read_text() * config.times)
     return {"runs": len(runs.read_text().splitlines())}
 
 
@@ -160,3 +161,18 @@ def test_overrides_of_a_recipe(tmp_path):
     assert recipe.step("other").config.data == Path("elsewhere/tokenizer/a.jsonl")
     with pytest.raises(ConfigError, match="no stage 'tokeniser'.*did you mean 'tokenizer'"):
         load_recipe(write(tmp_path, text), [("tokeniser.seed", 1)])
+
+
+def test_a_stage_neither_clears_nor_changes_its_inputs(source, tmp_path):
+    base = tmp_path / "runs" / "base"
+    go(source, base)
+    for out in (base, base.parent):
+        with pytest.raises(ConfigError, match=r"holds \S+base \(source\)\n  remedy: choose another --out"):
+            go(base, out)
+    assert go(base, base / "copy").status == "made"  # what is known by its receipt may hold another
+    bought = tmp_path / "bought"
+    bought.mkdir()
+    (bought / "text.json").write_text("a")
+    with pytest.raises(ConfigError, match=r"copy lies in \S+bought \(source\), and would change it"):
+        go(bought, bought / "copy")
+    assert [path.name for path in bought.iterdir()] == ["text.json"]

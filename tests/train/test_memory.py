@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch.profiler import ProfilerActivity, profile
 
 from puyu.data.packing import pack_documents
@@ -69,6 +70,11 @@ def test_activations_that_are_spared_change_nothing(settings, dtype):
     wanted, found = gradients(MemoryConfig(), dtype=dtype), gradients(MemoryConfig(**settings), dtype=dtype)
     assert found[0] == wanted[0] and found[1].keys() == wanted[1].keys()
     assert all(torch.equal(found[1][name], grad) for name, grad in wanted[1].items())
+
+
+def test_every_without_checkpoint_is_refused():
+    with pytest.raises(ValidationError, match="every=2 has no use without checkpoint: set checkpoint to"):
+        MemoryConfig(every=2)
 
 
 def test_what_is_kept_and_what_goes_to_the_host(monkeypatch):

@@ -18,7 +18,7 @@ from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train import objectives, prefer
 from puyu.train.objectives import chunked_logprobs
 from puyu.train.prefer import PreferConfig, document_logprobs, last_turn, pack_answers, preference_loss, read_answers
-from puyu.train.preference_losses import FREE_OF_REFERENCE, PreferenceForm
+from puyu.train.preference_losses import FREE_OF_REFERENCE, PreferenceNumbers
 from tests.train import toys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +91,7 @@ def test_an_answers_logprob_is_that_of_its_own_tokens(base, pairs):
 
 @pytest.mark.parametrize("kind", (*KINDS, "apo_zero_unpaired"))
 def test_packed_is_padded_is_one_by_one(base, pairs, kind):
-    tokenizer, form = Tokenizer.load(base), PreferenceForm(imitation=0.1)
+    tokenizer, form = Tokenizer.load(base), PreferenceNumbers(imitation=0.1)
     found = read_answers([pairs], tokenizer, kind=kind)[0][:7]
     found = prefer.with_reference(load_model(base, dtype=torch.float64), found, batch_tokens=4096)
     results = []
@@ -121,7 +121,7 @@ def test_training_sets_the_answers_apart(base, pairs, tmp_path, kind):
 
 def test_kto_is_that_of_whole_logits_and_answers_to_other_prompts(base, pairs):
     """Losses and gradients against answers taken one by one, and the drift of those to other prompts."""
-    tokenizer, form = Tokenizer.load(base), PreferenceForm(beta=0.2, wanted=1.5)
+    tokenizer, form = Tokenizer.load(base), PreferenceNumbers(beta=0.2, wanted=1.5)
     found = read_answers([pairs], tokenizer, kind="kto")[0]
     assert len(found) == 48 and [one.good for one in found[:4]] == [True, False, True, False]
     for one in found:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from puyu.train.preference_losses import FREE_OF_REFERENCE, PairValues, PreferenceForm, pair_loss, single_loss
+from puyu.train.preference_losses import FREE_OF_REFERENCE, PairValues, PreferenceNumbers, pair_loss, single_loss
 
 ROWS = [(-12.0, -9.0, -10.0, -11.0, 6, 5), (-3.0, -8.0, -4.0, -4.5, 3, 9), (-20.5, -20.5, -19.0, -22.0, 10, 10)]
 
@@ -18,7 +18,7 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def naive(kind: str, row, form: PreferenceForm) -> float:
+def naive(kind: str, row, form: PreferenceNumbers) -> float:
     c, r, rc, rr, nc, nr = row
     b, e = form.beta, form.smoothing
     a, w = c - rc, r - rr
@@ -47,7 +47,9 @@ KINDS = ("sigmoid", "hinge", "ipo", "robust", "sppo_hard", "nca_pair", "apo_zero
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", [PreferenceForm(), PreferenceForm(beta=2.0, smoothing=0.1, margin=0.5, imitation=0.3)])
+@pytest.mark.parametrize(
+    "form", [PreferenceNumbers(), PreferenceNumbers(beta=2.0, smoothing=0.1, margin=0.5, imitation=0.3)]
+)
 def test_each_loss_is_that_of_its_paper(kind, form):
     found = pair_loss(kind, values(), form)
     assert found.tolist() == pytest.approx([naive(kind, row, form) for row in ROWS], abs=1e-12)
@@ -58,7 +60,7 @@ def test_a_step_down_sets_the_answers_apart(kind):
     chosen, rejected = (torch.tensor([-4.0], dtype=torch.float64, requires_grad=True) for _ in range(2))
     five = torch.tensor([5.0], dtype=torch.float64)
     four = torch.tensor([-4.0], dtype=torch.float64)
-    pair_loss(kind, PairValues(chosen, rejected, four, four, five, five), PreferenceForm()).sum().backward()
+    pair_loss(kind, PairValues(chosen, rejected, four, four, five, five), PreferenceNumbers()).sum().backward()
     assert float(rejected.grad - chosen.grad) > 0
     assert float(chosen.grad) < 0 or kind == "apo_down"
 
@@ -66,7 +68,7 @@ def test_a_step_down_sets_the_answers_apart(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_counts_where_it_should(kind):
     shifted = values()._replace(reference_chosen=torch.zeros(3, dtype=torch.float64))
-    same = torch.equal(pair_loss(kind, values(), PreferenceForm()), pair_loss(kind, shifted, PreferenceForm()))
+    same = torch.equal(pair_loss(kind, values(), PreferenceNumbers()), pair_loss(kind, shifted, PreferenceNumbers()))
     assert same == (kind in FREE_OF_REFERENCE)
 
 
@@ -74,14 +76,14 @@ def test_the_reference_counts_where_it_should(kind):
 def test_orpo_is_finite_where_an_answer_is_certain(certain):
     row = (certain, -40.0, 0.0, 0.0, 1, 1)
     chosen = torch.tensor([row[0]], dtype=torch.float64, requires_grad=True)
-    found = pair_loss("orpo", values([row])._replace(chosen=chosen), PreferenceForm())
+    found = pair_loss("orpo", values([row])._replace(chosen=chosen), PreferenceNumbers())
     found.sum().backward()
     assert bool(found.isfinite()) and bool(chosen.grad.isfinite().all())
 
 
 @pytest.mark.parametrize("kind", ["kto", "apo_zero_unpaired"])
 def test_judged_answers_have_the_losses_of_their_papers(kind):
-    form = PreferenceForm(beta=0.3, wanted=1.5, unwanted=0.7)
+    form = PreferenceNumbers(beta=0.3, wanted=1.5, unwanted=0.7)
     ratio, good = torch.tensor([2.0, -1.0, 0.5, -3.0], dtype=torch.float64), torch.tensor([True, True, False, False])
     drift = torch.tensor(0.4, dtype=torch.float64)
     zero = 0.4 if kind == "kto" else 0.0
