@@ -39,7 +39,6 @@ from puyu.train.meter import Meter
 from puyu.train.monitor import Tracer
 from puyu.train.objectives import Objective, means
 from puyu.train.pieces import gather_whole
-from puyu.train.planning.job import parameters
 from puyu.train.replicas import Difference, differing
 from puyu.train.saver import Saver
 from puyu.train.scaler import LossScaler
@@ -492,8 +491,11 @@ def _compute_dtype(model: nn.Module) -> torch.dtype | None:
 
 def _copied(model: CausalLM, device: torch.device) -> bool:
     """Whether adapters are merged into a copy before they are looked at: it is quicker, where memory is no matter."""
-    size = sum(parameters(model.config).values()) * (model.trunk.compute_dtype or torch.float32).itemsize
-    return any(adapted_layers(model)) and size <= _COPY * total_memory(device)
+    if not any(adapted_layers(model)):
+        return False
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in CausalLM(model.config).parameters())
+    return count * (model.trunk.compute_dtype or torch.float32).itemsize <= _COPY * total_memory(device)
 
 
 def _due(step: int, every: int) -> bool:

@@ -7,6 +7,7 @@ holds no tests.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -18,6 +19,7 @@ collect_ignore_glob = [] if HAS_TRITON else ["test_*.py"]
 with pytest.MonkeyPatch.context() as patch:
     patch.setenv("TRITON_INTERPRET", "1")
     if HAS_TRITON:
+        assert "triton" not in sys.modules, "a module that was collected before imports Triton, which may take seconds"
         import puyu.engine.gpu
         import puyu.engine.kernels.sampling
         import puyu.model.nf4_triton  # noqa: F401
