@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from puyu.data.packing import Doc, grouped, pack_documents
+from puyu.device import total_memory
 from puyu.dist import barrier
 from puyu.errors import ConfigError
 from puyu.log import MetricsWriter, say
+from puyu.model.adapted import adapted_layers
 from puyu.model.heads import CausalLM
 from puyu.tokenizer.tokenizer import Tokenizer
 from puyu.train.layouts.base import first_of
@@ -28,6 +30,8 @@ from puyu.train.state import saved
 if TYPE_CHECKING:
     from puyu.train.trainer import Trainer
 
+_COPY = 0.1
+"""Share of the memory that a copy of the model may take, made to be looked at."""
 OnEvaluate = Callable[[int, "Trainer"], Mapping[str, float]]
 T = TypeVar("T")
 
@@ -69,6 +73,15 @@ def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def copied(model: CausalLM, device: torch.device) -> bool:
+    """Whether adapters are merged into a copy before they are looked at: it is quicker, where memory is no matter."""
+    if not any(adapted_layers(model)):
+        return False
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in CausalLM(model.config).parameters())
+    return count * (model.trunk.compute_dtype or torch.float32).itemsize <= _COPY * total_memory(device)
 
 
 def sampling(

@@ -21,15 +21,14 @@ from torch import Tensor, nn
 
 from puyu.data.mix import key_of
 from puyu.data.packing import Batch
-from puyu.device import total_memory
 from puyu.dist import current_world
 from puyu.errors import ConfigError, ResourceError, RetryError, TrainingError
 from puyu.files import write_json
 from puyu.log import MetricsWriter, Progress, say
-from puyu.model.adapted import adapted_layers, plain_state
+from puyu.model.adapted import plain_state
 from puyu.model.heads import CausalLM, ScalarModel
 from puyu.train import optim, parallel, state
-from puyu.train.evaluate import OnEvaluate, undisturbed
+from puyu.train.evaluate import OnEvaluate, copied, undisturbed
 from puyu.train.float8 import use_float8
 from puyu.train.folders import export, export_folder, remove
 from puyu.train.health import Heartbeat, Journal, Pace, Rows, StopSignal, Verdict, Watch, probe, summarize
@@ -46,8 +45,6 @@ from puyu.train.settings import RunSettings
 
 Metrics = dict[str, Any]
 """One row of metrics.jsonl: numbers, and `skipped` (why) where the step made no update; then there is no loss."""
-_COPY = 0.1
-"""Share of the memory that a copy of the model may take, made to be looked at."""
 OnStep = Callable[[int, Metrics], None]
 
 
@@ -464,7 +461,7 @@ class Trainer:
         """
         model = self.model
         assert isinstance(model, CausalLM)
-        if self.world.size == 1 and not _copied(model, self.device):
+        if self.world.size == 1 and not copied(model, self.device):
             with undisturbed(model, self.device):
                 yield model.eval()
             return
@@ -487,15 +484,6 @@ class Trainer:
 
 def _compute_dtype(model: nn.Module) -> torch.dtype | None:
     return model.trunk.compute_dtype if isinstance(model, CausalLM | ScalarModel) else None
-
-
-def _copied(model: CausalLM, device: torch.device) -> bool:
-    """Whether adapters are merged into a copy before they are looked at: it is quicker, where memory is no matter."""
-    if not any(adapted_layers(model)):
-        return False
-    with torch.device("meta"):
-        count = sum(weight.numel() for weight in CausalLM(model.config).parameters())
-    return count * (model.trunk.compute_dtype or torch.float32).itemsize <= _COPY * total_memory(device)
 
 
 def _due(step: int, every: int) -> bool:

@@ -21,7 +21,7 @@ from puyu.model.config import ExpertShape
 from puyu.model.init import init_weights
 from puyu.model.lora import AdapterBank
 from puyu.quant.gguf import export_gguf
-from puyu.train import pretrain, reward, sft, trainer
+from puyu.train import evaluate, pretrain, reward, sft
 from puyu.train.layouts.config import LayoutConfig
 from puyu.train.layouts.place import check_adapters
 from puyu.train.memory import MemoryConfig
@@ -198,7 +198,7 @@ def test_a_model_whose_copy_would_not_fit_is_looked_at_as_it_is(base, chats, tmp
     sft.run(asked, out=tmp_path / "roomy", go_on=go_on)
     roomy = list(seen)
     seen.clear()
-    monkeypatch.setattr(trainer, "_COPY", 1e-9)
+    monkeypatch.setattr(evaluate, "_COPY", 1e-9)
     sft.run(asked, out=tmp_path / "narrow", go_on=go_on)
     assert [adapted for adapted, _ in roomy + seen] == [False] * len(roomy) + [True] * len(roomy)
     assert [texts for _, texts in roomy] == [texts for _, texts in seen]
