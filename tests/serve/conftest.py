@@ -107,7 +107,7 @@ def served(llm: LLM, **options: Any) -> Iterator[str]:
         llm.driver.engine.audit()
 
 
-def wait_until(condition: Any, seconds: float = 20.0) -> None:
+def wait_until(condition: Any, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
