@@ -51,7 +51,8 @@ class Latest(Generic[T]):
         """What was found at the step that the trainer has reached; measured now where it was not. Every process calls
         it."""
         if self._found is None or self._found[0] != trainer.done:
-            self._found = trainer.done, self._measure(trainer)
+            with undisturbed(trainer.model, trainer.device):
+                self._found = trainer.done, self._measure(trainer)
         return self._found[1]
 
 
@@ -65,10 +66,11 @@ class GoOn(Protocol):
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put random states and the modes of all modules back at the end."""
+    """Have the model evaluate, without dropout; put random states and the modes of all modules back at the end."""
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
+            model.eval()
             yield
         finally:
             for module, training in modes:

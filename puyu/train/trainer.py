@@ -462,8 +462,7 @@ class Trainer:
         model = self.model
         assert isinstance(model, CausalLM)
         if self.world.size == 1 and not copied(model, self.device):
-            with undisturbed(model, self.device):
-                yield model.eval()
+            yield model
             return
         weights = self.full_weights()
         if not self.world.is_main:

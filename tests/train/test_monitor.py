@@ -23,7 +23,9 @@ from puyu.train import pretrain, sft
 from puyu.train.evaluate import undisturbed
 from puyu.train.monitor import Tracer
 from puyu.train.objectives import lm_loss
+from puyu.train.optim import OptimConfig
 from puyu.train.trainer import Trainer, TrainerConfig
+from puyu.train.tune import TuneConfig, Tuning
 from tests.train import toys
 from tests.train.test_meter import rows
 
@@ -120,6 +122,23 @@ def test_what_a_callback_disturbs_is_put_back(tmp_path):
     assert torch.equal(torch.get_rng_state(), before) and trainer.model.training and seen.pop() == 0
     assert seen == [2, 4, 6] and [row.get("extra") for row in rows(tmp_path / "watched")] == [None, 1.5] * 3
     assert toys.losses(tmp_path / "plain") == toys.losses(tmp_path / "watched")
+
+
+def test_what_is_held_out_is_measured_without_dropout(tmp_path):
+    model = toys.model(hidden_size=64, intermediate_size=128, dtype=torch.float32)
+    Tuning.of(model, TuneConfig(method="lora", dropout=0.9), seed=0, base=None)
+    for name, weight in model.named_parameters():
+        if name.endswith(".b"):
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+    rate = {"lr": 0.0, "weight_decay": 0.0}
+    settings = TrainerConfig(steps=1, evaluate_every=1, optim=OptimConfig(**rate))
+    trainer = Trainer(model.train(), lm_loss, toys.source(), settings, out=tmp_path)
+    held = [toys.source(seed=1).next_batch()]
+    trainer.evaluations = [lambda step, trainer: {"held": trainer.evaluate(held)["loss"]}]
+    trainer.fit()
+    assert model.training
+    model.eval()
+    assert rows(tmp_path)[-1]["held"] == trainer.evaluate(held)["loss"]
 
 
 def test_an_evaluation_that_draws_training_data_is_a_mistake(tmp_path):
