@@ -5,11 +5,11 @@
     python bench/gpu_finetune.py --dry               # toy sizes on a CPU: checks the bench itself, measures nothing
 
 Parts: check (NF4 values of the kernel against torch, bit for bit; adapters on NF4 and int8 bases against their merged
-matrices), seven and twenty (QLoRA of rank 64 on all matrices, 2,048 tokens, one row, one-byte moments, activations
-recomputed: peak of memory and tokens/s), context (the longest row that a LoRA step of the 7B takes within 24 GB and
-within the whole card), peer (transformers with peft, and bitsandbytes where it is installed, on the same shapes).
-Random weights. Peaks are the allocator's, with the process's own beside them. Without a GPU it says so and ends. The
-last line is JSON.
+matrices; an embedding on the host), seven and twenty (QLoRA of rank 64 on all matrices, 2,048 tokens, one row, one-byte
+moments, activations recomputed: peak of memory and tokens/s), context (the longest row that a LoRA step of
+the 7B takes within 24 GB and within the whole card), peer (transformers with peft, and bitsandbytes where it is
+installed, on the same shapes). Random weights. Peaks are the allocator's, with the process's own beside them. Without a
+GPU it says so and ends. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def _entered(model: CausalLM, documents: list[list[int]]) -> _Batch:
     hooks = [
         block.register_forward_pre_hook(lambda _, arguments: calls.append(arguments)) for block in model.trunk.layers
     ]
-    tokens_T, positions_T, starts = inputs_of(documents, model.trunk.embedding.weight.device)
+    tokens_T, positions_T, starts = inputs_of(documents, model.trunk.device)
     model.trunk(tokens_T, positions_T, PackedPlan.build(starts, len(tokens_T), tokens_T.device))
     for hook in hooks:
         hook.remove()

@@ -70,7 +70,7 @@ def compare(
     """The distance over documents of at least two tokens; `cache`: how the second model keeps keys and values."""
     distance = Distance()
     for batch in packed(documents, tokens=_TOKENS):
-        tokens_T, positions_T, starts = inputs_of(batch, original.trunk.embedding.weight.device)
+        tokens_T, positions_T, starts = inputs_of(batch, original.trunk.device)
         plain = PackedPlan.build(starts, len(tokens_T), tokens_T.device)
         other = plain if cache == "auto" else _cached(quantized, batch, starts, cache)
         hidden = [m.trunk(tokens_T, positions_T, p) for m, p in ((original, plain), (quantized, other))]

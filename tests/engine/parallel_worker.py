@@ -10,6 +10,7 @@ import json
 import torch
 import torch.distributed as dist
 
+from puyu.dist import world
 from puyu.engine.core import Engine, EngineConfig
 from puyu.engine.parallel import Leader, follow, shard
 from puyu.engine.request import Request
@@ -66,9 +67,8 @@ CONFIG = EngineConfig(cache_tokens=160, block_size=4, max_step_tokens=10, max_ru
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    print(json.dumps([part(bits) for bits in BITS]))
-    dist.destroy_process_group()
+    with world(torch.device("cpu")):
+        print(json.dumps([part(bits) for bits in BITS]))
 
 
 def part(bits: int) -> object:

@@ -23,6 +23,13 @@ def tuned(shape=None, **tune):
     return model
 
 
+def placed(host, shape=None):
+    model = place(tuned(shape, method="qlora"), dtype="float32", device=CPU)
+    if host:
+        model.trunk.embedding = HostEmbedding(model.trunk.embedding.weight)
+    return model
+
+
 @pytest.mark.parametrize(
     ("leaves", "tune", "shape"),
     [
@@ -51,9 +58,7 @@ def test_it_does_not_move_and_its_rows_go_to_their_tokens():
 def test_training_and_looking_are_as_with_any_other():
     batch, found = toys.source().next_batch(), []
     for host in (False, True):
-        model = place(tuned(method="qlora"), dtype="float32", device=CPU)
-        if host:
-            model.trunk.embedding = HostEmbedding(model.trunk.embedding.weight)
+        model = placed(host)
         spare(model, MemoryConfig(checkpoint="full"))
         loss, *_ = lm_loss(model, batch)
         loss.backward()
@@ -68,8 +73,6 @@ def test_training_and_looking_are_as_with_any_other():
 def test_the_engine_writes_with_it(tmp_path):
     tokenizer, said = toys.tokenizer(tmp_path), []
     for host in (False, True):
-        model = place(tuned({"vocab_size": tokenizer.vocab_size}, method="qlora"), dtype="float32", device=CPU)
-        if host:
-            model.trunk.embedding = HostEmbedding(model.trunk.embedding.weight)
+        model = placed(host, {"vocab_size": tokenizer.vocab_size})
         said.append(go_on(model.eval(), tokenizer, ["hi", "ho ho"], 8))
     assert said[0] == said[1]

@@ -1,6 +1,7 @@
 """Pipelines on 2 and 4 processes against one process: losses, norms, weights, saved states, evaluation, pretraining."""
 
 import itertools
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from puyu.configure import build
 from puyu.data.packing import pack_documents
+from puyu.dist import world
 from puyu.errors import ConfigError
 from puyu.files import read_json
 from puyu.model.config import ExpertShape
@@ -86,7 +88,12 @@ def pretrained(root: Path, out: Path, **layout) -> dict:
 
 def work(rank: int, size: int, port: int, root: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size, init_method=f"tcp://127.0.0.1:{port}")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with world(torch.device("cpu")):
+        trained_by(rank, size, root)
+
+
+def trained_by(rank: int, size: int, root: str) -> None:
     for name, layout in CASES[size].items():
         if "resumed" in name and rank == 0:  # after the step that one process has saved
             step = Path(state.FOLDER) / "step-00000001"
@@ -127,7 +134,6 @@ def work(rank: int, size: int, port: int, root: str) -> None:
         with pytest.raises(ConfigError, match=r"zero-bubble with sharded weights(.|\n)*params=replica"):
             zero = LayoutConfig(pipeline=2, schedule="zero-bubble")
             make_layout(zero, toys.model(), lm_loss, device=torch.device("cpu"))
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
